@@ -1,0 +1,1 @@
+"""Graph passes: free functions ``(gm, context) -> gm``, each readable alone."""

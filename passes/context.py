@@ -1,0 +1,59 @@
+"""What passes are handed beside the graph.
+
+A pass is a free function ``(gm, context) -> gm``. It reads ``context.facts`` (made for the graph as it
+stands), may rewrite the graph, and reports through ``context``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcg_compile.errors import Hazard
+from pcg_compile.graph.facts import NodeFacts
+from pcg_compile.options import Options
+
+__all__ = ["PassContext", "StepInput"]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """A tensor that pieces read but the traced call does not pass: it comes from the step.
+
+    Attributes:
+        name: shown by explain and dump; equal names are one input.
+        fake: ``fn(tokens) -> Tensor`` an example under the fake mode; ``tokens`` is the SymInt or int of the
+            token symbol.
+        get: ``fn(state, bucket) -> Tensor`` the real tensor for a bucket, at an address that stays.
+        scratch: True where pad rows are indices into memory that no request owns (``slot_mapping``).
+    """
+
+    name: str
+    fake: Callable[[Any], torch.Tensor]
+    get: Callable[[Any, int], torch.Tensor]
+    scratch: bool = False
+
+
+@dataclass
+class PassContext:
+    """Shared by the passes of one graph."""
+
+    options: Options
+    #: The recording device: CUDA where an input lies there, else the CPU.
+    device: torch.device
+    #: Facts of every node of the graph as it stands; made anew after each pass that rewrites.
+    facts: dict[fx.Node, NodeFacts]
+    #: The SymInt (or int) of the token dimension, None where no input has a dynamic size.
+    tokens: Any = None
+    #: Nodes that must run between pieces, with the reason (a hazard that can be isolated).
+    splits: dict[fx.Node, str] = field(default_factory=dict)
+    #: All findings, for explain() and check().
+    hazards: list[Hazard] = field(default_factory=list)
+    #: What rewriting passes did, one line each, for explain() and dump().
+    notes: list[str] = field(default_factory=list)
+    #: True for pcg.check(): collect hazards, never raise.
+    collect: bool = False

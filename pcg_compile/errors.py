@@ -1,0 +1,87 @@
+"""Every error that the package raises.
+
+A message has four parts: what happened, where (file:line of the user's code), why it matters, and the
+cure as code. :func:`message` lays them out so that all errors read alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "AdapterError",
+    "BatchError",
+    "CaptureHazard",
+    "GraphBreakingScalarWrite",
+    "Hazard",
+    "OptionsError",
+    "PCGError",
+    "SplitOpNotFound",
+    "StaleAddress",
+    "UnsafePadding",
+    "message",
+]
+
+
+class PCGError(Exception):
+    """Base of all errors of this package."""
+
+
+class OptionsError(PCGError, ValueError):
+    """An unknown option, or a value that an option does not allow."""
+
+
+class SplitOpNotFound(PCGError):
+    """A split op named in the options matches no node of the graph."""
+
+
+class GraphBreakingScalarWrite(PCGError):
+    """A statement such as ``t[0] = 0`` copies a scalar from the host, which no recording can hold."""
+
+
+class CaptureHazard(PCGError):
+    """Something in the model cannot be recorded, nor run between recordings."""
+
+
+class UnsafePadding(PCGError):
+    """Under ``strict``, a piece whose real rows may depend on padding rows."""
+
+
+class BatchError(PCGError, ValueError):
+    """A batch that contradicts itself, its cache, or the call it is used in."""
+
+
+class StaleAddress(PCGError):
+    """A recording would read memory that has moved."""
+
+
+class AdapterError(PCGError, ValueError):
+    """A LoRA adapter that cannot be loaded or used."""
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One finding of a safety pass: what a recording cannot hold, where, why, and what to write instead.
+
+    ``kind`` is one of "scalar write", "host copy", "sync", "host op", "rng", "unsafe op", "dynamic shape",
+    "mixing", "opaque". ``file`` and ``line`` are the user's; None and 0 where the source is unknown.
+    """
+
+    kind: str
+    op: str
+    file: str | None
+    line: int
+    reason: str
+    cure: str
+
+
+def message(what: str, where: str | None = None, why: str | None = None, cure: str | None = None) -> str:
+    """The four parts of an error message, one a line; parts that are None are left out."""
+    lines = [what]
+    if where:
+        lines.append(f"  at {where}")
+    if why:
+        lines.append(f"  {why}")
+    if cure:
+        lines.append(f"  {cure}")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Facts about a Dynamo graph: what each node computes, dispatches to, and writes.
+
+The graph is interpreted once on fake tensors, whose storages alias exactly as the real ones will. All
+passes read these facts instead of guessing from names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..torch_internals import fake_mode_of, python_dispatcher
+
+__all__ = ["NodeFacts", "OpCall", "alias_of", "storage_of", "tensors_in", "trace_facts", "written_tensors"]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One dispatched op: its overload (or higher-order op) and the fake arguments it was called with."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What one node does: its fake value, the ops that it dispatches, the storages that it writes."""
+
+    value: Any
+    ops: tuple[OpCall, ...]
+    writes: frozenset[int]
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage; two tensors alias when it is the same."""
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the leaves of a nested value."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def alias_of(value: Any) -> frozenset[int]:
+    """The storages of all tensors of a nested value."""
+    return frozenset(storage_of(t) for t in tensors_in(value))
+
+
+def written_tensors(call: OpCall) -> Iterator[torch.Tensor]:
+    """The argument tensors that an op writes, by its schema."""
+    schema = getattr(call.op, "_schema", None)
+    if schema is None:
+        return
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        if argument.name in call.kwargs:
+            yield from tensors_in(call.kwargs[argument.name])
+        elif position < len(call.args):
+            yield from tensors_in(call.args[position])
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[OpCall]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.calls.append(OpCall(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Tracer(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.facts: dict[fx.Node, NodeFacts] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        calls: list[OpCall] = []
+        if isinstance(n.target, torch._ops.HigherOrderOperator):
+            value = super().run_node(n)
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            calls.append(OpCall(n.target, args, kwargs))
+        else:
+            with _Recorder(calls):
+                value = super().run_node(n)
+        writes = frozenset(storage_of(t) for call in calls for t in written_tensors(call))
+        self.facts[n] = NodeFacts(value, tuple(calls), writes)
+        return value
+
+
+def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
+    """Facts of every node of ``gm``, from one interpretation on fake ``inputs`` (tensors, ints, SymInts).
+
+    Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
+    caller's fake tensors; storages stay shared.
+    """
+    fake_mode = fake_mode_of(inputs)
+    fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    tracer = _Tracer(gm)
+    with fake_mode, python_dispatcher(), torch.no_grad():
+        tracer.run(*fresh)
+    return tracer.facts

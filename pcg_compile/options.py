@@ -1,0 +1,156 @@
+"""Options: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .errors import OptionsError, message
+
+__all__ = ["Options"]
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "capture": ("lazy", "first_call"),
+    "padding": ("auto", "request", "slice"),
+    "scalar_writes": ("reject", "rewrite"),
+    "outputs": ("copy", "view"),
+    "attention": ("auto", "eager", "captured"),
+}
+_COMPILERS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(model, backend="pcg", options={...})`` takes.
+
+    Raises:
+        OptionsError: an unknown name, or a bad value; the message lists what is allowed.
+    """
+
+    #: Token counts to record at, ascending; None: the default table up to ``max_tokens``.
+    buckets: tuple[int, ...] | None = None
+    #: Further ops to split at, by packet name ("aten::add") or overload name ("aten::add.Tensor").
+    split_ops: tuple[str, ...] = ()
+    #: Largest default bucket; bounds the product of the dynamic sizes that one tensor carries.
+    max_tokens: int = 8192
+    #: "lazy": a bucket is recorded when first met; "first_call": all at the first call.
+    capture: Literal["lazy", "first_call"] = "lazy"
+    #: What a piece is compiled with: "inductor", "eager", or ``fn(gm, example_inputs) -> callable``.
+    compiler: str | Callable[..., Any] = "inductor"
+    #: "request": a padding request; "slice": the op gets the real rows only; "auto": by what the op declares.
+    padding: Literal["auto", "request", "slice"] = "auto"
+    #: Largest bucket over tokens ratio, for steps of more than 256 tokens; None: 1.25 with the default table.
+    max_padding: float | None = None
+    #: "reject" or "rewrite" (to a device fill) host scalar writes such as ``t[0] = 0``.
+    scalar_writes: Literal["reject", "rewrite"] = "reject"
+    #: "copy": outputs stay the caller's; "view": overwritten by the next step.
+    outputs: Literal["copy", "view"] = "copy"
+    #: Attention between pieces ("eager"), in one whole-step recording ("captured"), or as measured ("auto").
+    attention: Literal["auto", "eager", "captured"] = "auto"
+    #: Bytes that recordings may hold; None: no limit.
+    memory_budget: int | None = None
+    #: True turns every fallback into an error.
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise _bad(name, getattr(self, name), " or ".join(map(repr, allowed)))
+        if isinstance(self.compiler, str) and self.compiler not in _COMPILERS or not (
+            isinstance(self.compiler, str) or callable(self.compiler)
+        ):
+            raise _bad("compiler", self.compiler, "'inductor', 'eager' or a callable (gm, example_inputs)")
+        if self.buckets is not None:
+            object.__setattr__(self, "buckets", _buckets(self.buckets))
+        object.__setattr__(self, "split_ops", _split_ops(self.split_ops))
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+            raise _bad("max_tokens", self.max_tokens, "an int >= 1")
+        if self.max_padding is not None and not (
+            isinstance(self.max_padding, (int, float)) and not isinstance(self.max_padding, bool)
+            and self.max_padding >= 1
+        ):
+            raise _bad("max_padding", self.max_padding, "None or a number >= 1")
+        if self.memory_budget is not None and (not _is_int(self.memory_budget) or self.memory_budget < 0):
+            raise _bad("memory_budget", self.memory_budget, "None or a number of bytes >= 0")
+        if not isinstance(self.strict, bool):
+            raise _bad("strict", self.strict, "True or False")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """The options of a mapping, as ``torch.compile(options=...)`` hands it over.
+
+        Raises:
+            OptionsError: see the class.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Options):
+            return options
+        names = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise OptionsError(
+                    message(
+                        f"unknown option {name!r}.{hint}",
+                        why=f"Allowed: {', '.join(names)}.",
+                        cure='Write: torch.compile(model, backend="pcg", options={"buckets": [8, 64, 512]})',
+                    )
+                )
+        return cls(**options)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad(name: str, value: Any, allowed: str) -> OptionsError:
+    return OptionsError(
+        message(
+            f"bad value for option {name!r}: {value!r}",
+            why=f"Allowed: {allowed}.",
+            cure=f'Write, for example: options={{"{name}": {_EXAMPLES[name]}}}',
+        )
+    )
+
+
+_EXAMPLES: Mapping[str, str] = {
+    "buckets": "[8, 64, 512]",
+    "split_ops": '["mylib::attention"]',
+    "max_tokens": "8192",
+    "capture": '"lazy"',
+    "compiler": '"eager"',
+    "padding": '"slice"',
+    "max_padding": "1.25",
+    "scalar_writes": '"rewrite"',
+    "outputs": '"copy"',
+    "attention": '"eager"',
+    "memory_budget": "2 * 1024**3",
+    "strict": "True",
+}
+
+
+def _buckets(buckets: Any) -> tuple[int, ...]:
+    allowed = "None or a non-empty ascending list of ints >= 1, without repeats"
+    if isinstance(buckets, (str, bytes)) or not isinstance(buckets, Iterable):
+        raise _bad("buckets", buckets, allowed)
+    sizes = tuple(buckets)
+    if not sizes or any(not _is_int(b) or b < 1 for b in sizes):
+        raise _bad("buckets", list(sizes), allowed)
+    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise _bad("buckets", list(sizes), allowed)
+    return sizes
+
+
+def _split_ops(names: Any) -> tuple[str, ...]:
+    allowed = 'a list of op names such as "mylib::attention" or "aten::add.Tensor"'
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise _bad("split_ops", names, allowed)
+    result = tuple(names)
+    for name in result:
+        if not isinstance(name, str) or name.count("::") != 1 or not all(name.split("::")):
+            raise _bad("split_ops", list(result), allowed)
+    return result
