@@ -1,0 +1,21 @@
+"""pcg: piecewise CUDA graphs for any PyTorch model, as a ``torch.compile`` backend."""
+
+from __future__ import annotations
+
+from . import builtin_ops as _builtin_ops
+from .decorator import piecewise
+from .ops import register_split_op, split_op
+from .registry import expect, reset, stats
+from .report.stats import BucketStats, Fallback, Stats
+
+__all__ = [
+    "BucketStats",
+    "Fallback",
+    "Stats",
+    "expect",
+    "piecewise",
+    "register_split_op",
+    "reset",
+    "split_op",
+    "stats",
+]

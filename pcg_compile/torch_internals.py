@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import sympy
 import torch
+import torch._dynamo.callback
+import torch.fx.experimental._config
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 __all__ = ["FakeTensor", "FakeTensorMode", "fake_mode_of", "python_dispatcher"]
 
@@ -20,6 +28,190 @@ def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
     return mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def fake_inputs(inputs: Sequence[Any]) -> list[Any]:
+    """Fake values of a backend's real inputs, with the symbols that Dynamo gave their sizes (2.11 to 2.13).
+
+    Dynamo's own fake values are not used: in-place changes of shape during the trace have reached them.
+    """
+    mode = fake_mode_of(inputs)
+    context = TracingContext.try_get()
+    fakes: list[Any] = []
+    for value in inputs:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            fakes.append(value)
+            continue
+        symbolic = context.tensor_to_context.get(value) if context is not None else None
+        if symbolic is None:
+            fakes.append(mode.from_tensor(value, static_shapes=True))
+        else:
+            source = getattr(symbolic, "tensor_source", None)
+            fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
+    return fakes
+
+
 def python_dispatcher() -> AbstractContextManager[Any]:
     """Makes symbolic shapes pass through ops that decompose in C++ (2.11 to 2.13)."""
     return enable_python_dispatcher()
+
+
+def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | int:
+    """Nodes at the end of ``graph`` that compute ``expr`` from nodes for its symbols (2.11 to 2.13)."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    result = sympy_interp(PythonReferenceAnalysis, proxies, expr)
+    return result.node if isinstance(result, fx.Proxy) else int(result)
+
+
+@contextmanager
+def isolated_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """A tracing context of our own, so that compiling a piece leaves Dynamo's alone (2.11 to 2.13)."""
+    with tracing(TracingContext(fake_mode)):
+        yield
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compiles one graph with Inductor, its own CUDA graphs off (2.11 to 2.13)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches={"triton.cudagraphs": False, "keep_output_stride": True})
+
+
+def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]) -> bool:
+    """Whether ``tensors[i].data_ptr()`` is ``data_ptrs[k]`` for each index (2.11 to 2.13).
+
+    CUDA builds have it as one call, 0.07 us a tensor.
+    """
+    compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if compare is not None:
+        return bool(compare(tensors, data_ptrs, indices))
+    return all(tensors[i].data_ptr() == pointer for i, pointer in zip(indices, data_ptrs, strict=True))
+
+
+def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
+    """The conditions on sizes under which the graph is right: those of the trace and those of compiling (2.11 to 2.13)."""
+    env = fake_mode.shape_env
+    if env is None:
+        return []
+    conditions = [guard.expr for guard in env.guards]
+    for symbol, bounds in env.var_to_range.items():
+        for relation, bound in ((sympy.Ge, bounds.lower), (sympy.Le, bounds.upper)):
+            if isinstance(bound, (int, sympy.Integer)) or getattr(bound, "is_Integer", False):
+                conditions.append(relation(symbol, bound))
+    for symbol, value in env.replacements.items():
+        conditions.append(sympy.Eq(symbol, value))
+    return conditions
+
+
+def is_static_input(node: fx.Node) -> bool:
+    """Whether a placeholder of Dynamo's is a parameter or a buffer of a module (2.11 to 2.13)."""
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or (
+        "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    )
+
+
+def ends_in_graph_break(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo broke the frame after this graph (2.11 to 2.13)."""
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
+def calling_wrapper(depth: int = 2) -> object | None:
+    """The object that ``torch.compile(backend="name")`` made and that calls the backend (2.11 to 2.13)."""
+    caller = sys._getframe(depth).f_locals.get("self")
+    return caller if isinstance(caller, torch._TorchCompileWrapper) else None
+
+
+def wrapper_of(compiled: Any) -> object | None:
+    """The same object, from what ``torch.compile`` returned (2.11 to 2.13)."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    if context is None:
+        function = compiled
+        while function is not None and not hasattr(function, "_torchdynamo_inline"):
+            function = getattr(function, "__wrapped__", None)
+        for cell in getattr(compiled, "__closure__", None) or ():
+            candidate = cell.cell_contents
+            if hasattr(candidate, "callback"):
+                context = candidate
+    seen = getattr(context, "callback", None)
+    for _ in range(16):
+        if seen is None or isinstance(seen, torch._TorchCompileWrapper):
+            return seen
+        seen = getattr(seen, "_torchdynamo_orig_backend", None) or getattr(seen, "_torchdynamo_orig_callable", None)
+    return None
+
+
+def unowned_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the same address that does not keep the memory (2.11 to 2.13).
+
+    The results of a recording must not hold memory that later recordings may reuse.
+    """
+    storage = tensor.untyped_storage()
+    borrowed = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(borrowed, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copies a list of tensors in one call, one kernel where types and layouts agree (2.11 to 2.13)."""
+    torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+def compile_whole_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What ``backend="inductor"`` would do with a graph, gradients included (2.11 to 2.13)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs))
+
+
+_MARK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_mark", default=None)
+_WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
+
+
+def _on_compile_start(args: Any) -> None:
+    mark = _MARK.get()
+    if mark is not None:
+        mark()
+        _WAS_OBLIVIOUS.set(torch.fx.experimental._config.backed_size_oblivious)
+        torch.fx.experimental._config.backed_size_oblivious = True
+
+
+def _on_compile_end(args: Any) -> None:
+    before = _WAS_OBLIVIOUS.get()
+    if before is not None:
+        torch.fx.experimental._config.backed_size_oblivious = before
+        _WAS_OBLIVIOUS.set(None)
+
+
+@contextmanager
+def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
+    """If Dynamo compiles inside, marked sizes cover 0 and 1 too, and branches on them become guards (2.11 to 2.13).
+
+    ``mark`` marks the arguments' dynamic dimensions; it is called only then, so that a call that compiles nothing
+    costs two assignments.
+    """
+    handler = torch._dynamo.callback.callback_handler
+    # torch._dynamo.reset() clears them.
+    if _on_compile_start not in handler.start_callbacks:
+        handler.register_start_callback(_on_compile_start)
+    if _on_compile_end not in handler.end_callbacks:
+        handler.register_end_callback(_on_compile_end)
+    token = _MARK.set(mark)
+    try:
+        yield
+    finally:
+        _MARK.reset(token)
+
+
+def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+    """Marks dimensions as dynamic for Dynamo (2.11 to 2.13)."""
+    torch._dynamo.mark_dynamic(tensor, list(dims))
+
+
+def inputs_only(entries: Sequence[Any]) -> list[bool]:
+    """A ``guard_filter_fn`` that keeps guards on arguments, sizes, modes and training flags (2.11 to 2.13)."""
+    keep = []
+    for entry in entries:
+        name = entry.name
+        own = name.startswith("L['") and not name.startswith("L['self']") and not entry.is_global
+        plain = "._modules" not in name and "._parameters" not in name and "._buffers" not in name
+        keep.append(name == "" or (own and plain) or name.endswith(".training"))
+    return keep

@@ -1,0 +1,197 @@
+"""Pads the metadata that a split op declares among its arguments by one padding request.
+
+For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so that the op can run on bucket-sized
+tensors: the padding tokens form a request of their own, which no real one sees. Each distinct source is padded once,
+for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.functional import pad as pad_tensor
+
+from pcg_compile.errors import OptionsError, message
+from pcg_compile.graph.split import op_names
+from pcg_compile.ops import SplitOp, add_split_op, registered_split_ops
+
+from .context import PassContext
+
+__all__ = ["pad_metadata"]
+
+_LIBRARY = torch.library.Library("pcg", "FRAGMENT")
+
+
+def pad_indptr(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
+    """``[requests + 1]`` -> ``[requests + 2]``: one more request, of ``bucket - tokens`` tokens in whole pages."""
+    pad = bucket - tokens
+    return indptr if pad == 0 else torch.cat([indptr, indptr[-1:] + -(-pad // page_size)])
+
+
+def pad_indices(indices: torch.Tensor, bucket: int, tokens: int, page_size: int, scratch_page: int) -> torch.Tensor:
+    """``[pages]`` (exactly ``kv_indptr[-1]`` of them) and the scratch page once for each page of padding."""
+    return pad_tensor(indices, (0, -(-(bucket - tokens) // page_size)), value=scratch_page)
+
+
+def pad_last_page_len(last_page_len: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
+    """``[requests]`` -> ``[requests + 1]``."""
+    pad = bucket - tokens
+    return last_page_len if pad == 0 else pad_tensor(last_page_len, (0, 1), value=(pad - 1) % page_size + 1)
+
+
+_PADDERS: dict[str, Callable[..., torch.Tensor]] = {
+    "pad_indptr": pad_indptr,
+    "pad_indices": pad_indices,
+    "pad_last_page_len": pad_last_page_len,
+}
+_ROLES = {
+    "qo_indptr": "pad_indptr",
+    "kv_indptr": "pad_indptr",
+    "kv_indices": "pad_indices",
+    "last_page_len": "pad_last_page_len",
+}
+
+
+def _like_unpadded(source: torch.Tensor, *args: Any) -> torch.Tensor:
+    """The trace sees no padding; nothing but the split op reads the result."""
+    return torch.empty_like(source)
+
+
+for _name, _function in _PADDERS.items():
+    _extra = ", int scratch_page" if _name == "pad_indices" else ""
+    _LIBRARY.define(f"{_name}(Tensor source, SymInt bucket, SymInt tokens, int page_size{_extra}) -> Tensor")
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pcg::{_name}", _like_unpadded, lib=_LIBRARY)
+    add_split_op(SplitOp(f"pcg::{_name}", any_strides=True, function=_function, bucket_args=(1,), late=True))
+
+
+def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
+    """Inserts the padding nodes ahead of the first reader, and points each split op at them.
+
+    A split op that cannot be padded by a request is marked "slice" in ``node.meta["pcg_padding"]``, others "request".
+
+    Raises:
+        OptionsError: ``padding="request"`` for an op that declares pages but no scratch page.
+    """
+    padded: dict[tuple[fx.Node, str], fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        op = _declared(node, context)
+        if op is None:
+            continue
+        arguments = _arguments(node, context)
+        reason = _why_not(op, arguments, context)
+        if reason is not None:
+            node.meta["pcg_padding"] = "slice"
+            context.notes.append(f"{op.name}: real rows only ({reason})")
+            continue
+        node.meta["pcg_padding"] = "request"
+        tokens = _tokens(arguments, context)
+        for role, argument in op.metadata.items():
+            source = arguments.get(argument)
+            if role == "slot_mapping" and isinstance(source, fx.Node) and source.op == "placeholder":
+                source.meta["pcg_pad_value"] = (op.scratch_page or 0) * op.page_size
+            padder = _ROLES.get(role)
+            if padder is None or not isinstance(source, fx.Node):
+                continue
+            if (source, role) not in padded:
+                page_size = 1 if role == "qo_indptr" else op.page_size
+                extra = (op.scratch_page or 0,) if role == "kv_indices" else ()
+                place = source if source.op != "placeholder" else gm.graph.find_nodes(op="placeholder")[-1]
+                with gm.graph.inserting_after(_later(gm, place, tokens)):
+                    new = gm.graph.call_function(
+                        getattr(torch.ops.pcg, padder).default, (source, tokens, tokens, page_size, *extra)
+                    )
+                new.stack_trace = node.stack_trace
+                padded[source, role] = new
+                context.notes.append(f"{new.name} = pcg::{padder}({source.name}), read by every {op.name}")
+            _replace(node, argument, source, padded[source, role])
+    if padded:
+        gm.graph.lint()
+        gm.recompile()
+    return gm
+
+
+def _declared(node: fx.Node, context: PassContext) -> SplitOp | None:
+    if node.op not in ("call_function", "call_method") or node not in context.facts:
+        return None
+    registry = registered_split_ops()
+    for name in sorted(op_names(node, context.facts[node]) & registry.keys(), reverse=True):
+        if "qo_indptr" in registry[name].metadata:
+            return registry[name]
+    return None
+
+
+def _arguments(node: fx.Node, context: PassContext) -> dict[str, Any]:
+    """The node's arguments by the names of the op's schema."""
+    for call in context.facts[node].ops:
+        schema = getattr(call.op, "_schema", None)
+        if schema is not None:
+            names = [argument.name for argument in schema.arguments]
+            return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return dict(node.kwargs)
+
+
+def _why_not(op: SplitOp, arguments: dict[str, Any], context: PassContext) -> str | None:
+    if context.options.padding == "slice":
+        return 'padding="slice"'
+    if op.paged and op.scratch_page is None:
+        if context.options.padding == "request":
+            raise OptionsError(
+                message(
+                    f'padding="request" needs a scratch page for {op.name}',
+                    why="Page 0 of somebody's cache is somebody's: the padding request would write into it.",
+                    cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0) for a page you never give out',
+                )
+            )
+        return "it declares no scratch page"
+    given = [name for name in op.needs_none if arguments.get(name) is not None]
+    if given:
+        return f"its argument {given[0]} is given"
+    if _tokens(arguments, context) is None:
+        return "its tokens have no dynamic size"
+    sizes = {
+        str(context.facts[a].value.shape[0])
+        for a in _token_arguments(op, arguments)
+        if isinstance(context.facts[a].value, torch.Tensor) and context.facts[a].value.dim() > 1
+    }
+    if not op.paged and len(sizes) > 1:
+        return "its queries and keys have sizes of their own"
+    return None
+
+
+def _token_arguments(op: SplitOp, arguments: dict[str, Any]) -> list[fx.Node]:
+    metadata = set(op.metadata.values())
+    return [a for name, a in arguments.items() if isinstance(a, fx.Node) and name not in metadata]
+
+
+def _tokens(arguments: dict[str, Any], context: PassContext) -> Any:
+    """The node or number of the token count: the first size of the first tensor that has a dynamic one."""
+    graph_sizes = {
+        str(f.value): n
+        for n, f in context.facts.items()
+        if n.op == "placeholder" and isinstance(f.value, torch.SymInt)
+    }
+    for argument in arguments.values():
+        value = context.facts[argument].value if isinstance(argument, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and isinstance(value.shape[0], torch.SymInt):
+            return graph_sizes.get(str(value.shape[0]))
+    return None
+
+
+def _later(gm: fx.GraphModule, first: fx.Node, second: Any) -> fx.Node:
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    return max((first, second), key=lambda n: order[n]) if isinstance(second, fx.Node) else first
+
+
+def _replace(node: fx.Node, name: str, old: fx.Node, new: fx.Node) -> None:
+    """Replaces one argument only: the same tensor may be read for another purpose as well."""
+    if name in node.kwargs:
+        node.kwargs = {**node.kwargs, name: new}
+        return
+    schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
+    positions = [a.name for a in schema.arguments] if schema is not None else []
+    index = positions.index(name) if name in positions else list(node.args).index(old)
+    node.args = (*node.args[:index], new, *node.args[index + 1 :])

@@ -1,0 +1,212 @@
+"""The backend: graph in, passes, split, pieces, callable out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .errors import PCGError, SplitOpNotFound, UnsafePadding
+from .graph.facts import NodeFacts, trace_facts
+from .graph.pieces import Compiled, compile_piece, structure_of
+from .graph.plan import PieceSite, Plan, make_plan
+from .graph.scalars import symbols_of
+from .graph.split import find_cuts, name_tuple_elements, segments_of
+from .options import Options
+from .passes import metadata_passes, safety_passes
+from .passes.context import PassContext
+from .passes.padding_safety import analyze_piece
+from .registry import add_runtime, owners_graphs, reset
+from .report.stats import Counters
+from .runtime.buckets import BucketChooser
+from .runtime.capture import engine_for
+from .runtime.binding import Shared
+from .runtime.graph import GraphRuntime
+from .torch_internals import (
+    calling_wrapper,
+    compile_whole_with_inductor,
+    ends_in_graph_break,
+    fake_inputs,
+    fake_mode_of,
+    shape_guards,
+)
+
+__all__ = ["compile_graph", "pcg"]
+
+_LOG = logging.getLogger("pcg_compile")
+
+
+def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Any:
+    """The Dynamo backend: ``torch.compile(model, backend="pcg", options={...})``.
+
+    Raises:
+        OptionsError: a bad option; see :class:`pcg_compile.options.Options`.
+        SplitOpNotFound: a split op named in the options that the graph does not have.
+        GraphBreakingScalarWrite, CaptureHazard: what no recording can hold, and cannot be isolated.
+    """
+    return compile_graph(gm, example_inputs, Options.parse(options), calling_wrapper() or pcg)
+
+
+def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
+    """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
+    example_inputs = fake_inputs(real_inputs)
+    device = recording_device(example_inputs)
+    counters = Counters(strict=options.strict, graphs=1)
+    trainable = _requires_grad(gm, example_inputs)
+    if trainable is not None:
+        counters.fall_back(
+            f"gradients are enabled and {trainable} requires them: compiled as backend=\"inductor\" would; "
+            "for inference, call the model under torch.inference_mode()"
+        )
+        add_runtime(owner, counters, None)
+        return compile_whole_with_inductor(gm, real_inputs)
+    with torch.no_grad():
+        context = PassContext(options, device, trace_facts(gm, example_inputs), _token_symint(example_inputs))
+        gm = run_passes(gm, example_inputs, context)
+        plan, compiled = plan_pieces(gm, context, counters, owner)
+        _judge(plan, counters)
+    counters.pieces = sum(isinstance(s, PieceSite) and not s.trivial for s in plan.sites)
+    counters.capturable = sum(
+        isinstance(s, PieceSite) and not s.trivial and s.refusal is None for s in plan.sites
+    ) * (plan.refusal is None)
+    counters.compiled = compiled
+    chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan))
+    shared = Shared(plan, options, counters, chooser, engine_for(device), device)
+    runtime = GraphRuntime(plan, shared, ends_step=not ends_in_graph_break(gm))
+    runtime.context = context
+    add_runtime(owner, counters, runtime)
+    return runtime
+
+
+def recording_device(example_inputs: Sequence[Any]) -> torch.device:
+    """CUDA where an input lies there, else the CPU.
+
+    Raises:
+        PCGError: inputs on two CUDA devices.
+    """
+    devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise PCGError(
+            f"the graph has inputs on several CUDA devices ({names})\n"
+            "  A recording belongs to one device.\n"
+            "  Compile the part on each device by itself, or move the inputs: tensor.to(model.device)"
+        )
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return str(getattr(node, "_dynamo_source", None) and node._dynamo_source.name or node.name)  # type: ignore[attr-defined]
+    return None
+
+
+def _token_symint(example_inputs: Sequence[Any]) -> Any:
+    for value in example_inputs:
+        if isinstance(value, torch.SymInt):
+            return value
+    return None
+
+
+def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
+    """All graph passes in order; facts are made anew after each that rewrites the graph."""
+    for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
+        gm = one_pass(gm, context)
+        if rewrites:
+            context.facts = refresh_facts(gm, example_inputs, context)
+    if name_tuple_elements(gm, context.facts):
+        context.facts = refresh_facts(gm, example_inputs, context)
+    return gm
+
+
+def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> dict[fx.Node, NodeFacts]:
+    """Facts of a rewritten graph, whose added placeholders stand behind Dynamo's."""
+    added = [
+        node.meta["example_value"]
+        for node in gm.graph.find_nodes(op="placeholder")
+        if "pcg_step_input" in node.meta
+    ]
+    return trace_facts(gm, [*example_inputs, *added])
+
+
+def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, owner: object) -> tuple[Plan, int]:
+    """Cuts the graph and compiles each distinct piece once; returns the plan and their number."""
+
+    def missing(error: SplitOpNotFound) -> None:
+        if not ends_in_graph_break(gm) and not owners_graphs(owner):
+            raise error
+        counters.fall_back(str(error).splitlines()[0] + " here; the model has several graphs")
+
+    facts, options = context.facts, context.options
+    cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing)
+    values: dict[sympy.Symbol, Any] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = facts[node].value
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            values.setdefault(value.node.expr, value)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = facts[node].value
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    values.setdefault(size.node.expr, size)
+    plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values)
+    fake_mode = fake_mode_of([f.value for f in facts.values()])
+    distinct: dict[Any, Compiled] = {}
+    safety: dict[Any, Any] = {}
+    scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
+    for site in plan.sites:
+        if not isinstance(site, PieceSite):
+            continue
+        key = structure_of(site.piece)
+        if key not in safety:
+            offset = len(site.piece.symbols)
+            marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
+            safety[key] = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
+        site.safety = safety[key]
+        if site.trivial:
+            continue
+        if key not in distinct:
+            distinct[key] = compile_piece(site.piece, options.compiler, fake_mode)
+            failure = distinct[key].failure
+            if failure is not None:
+                counters.fall_back(f"the compiler failed on a piece, which runs eagerly: {failure}", site.where)
+        site.compiled = distinct[key]
+    return plan, len(distinct)
+
+
+def _judge(plan: Plan, counters: Counters) -> None:
+    """Refuses recordings of pieces whose real rows may depend on padding, or that depend on a plain number."""
+    for site in plan.sites:
+        if not isinstance(site, PieceSite):
+            continue
+        numbers = [s for s in site.piece.symbols if s not in plan.dims]
+        if numbers:
+            site.refusal = f"a piece depends on the number {numbers[0]}, which is no tensor's size"
+        elif site.piece.symbols and site.safety.kind == "mixing":
+            site.refusal = f"mixing: {site.safety.reason}"
+            site.where = site.safety.where or site.where
+        if site.refusal is not None and not site.trivial and counters.strict:
+            counters.fall_back(site.refusal, site.where, UnsafePadding)
+
+
+def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
+    return [
+        tuple(sorted(symbols_of(spec.value) & plan.dims, key=str))
+        for spec in plan.inputs
+        if isinstance(spec.value, torch.Tensor) and symbols_of(spec.value)
+    ]
+
+
+def _reset() -> None:
+    reset(None)
+
+
+pcg.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,115 @@
+"""@piecewise: a forward, or a plain function, compiled for all sizes at its first call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from .backend import compile_graph
+from .errors import OptionsError, message
+from .options import Options
+from .registry import reset_owner
+from .torch_internals import compile_for_all_sizes, inputs_only, mark_dynamic
+
+__all__ = ["piecewise"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+Dynamic = Mapping[str, int | tuple[int, ...]]
+
+
+class _Backend:
+    """One backend object for each decorated function: stats and reset find its graphs by it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        return compile_graph(gm, example_inputs, self.options, self)
+
+    def reset(self) -> None:
+        """Reached by ``torch._dynamo.reset()``."""
+        reset_owner(self)
+
+
+@overload
+def piecewise(function: _F) -> _F: ...
+@overload
+def piecewise(*, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Callable[[_F], _F]: ...
+def piecewise(
+    function: Any = None, *, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any
+) -> Any:
+    """Compiles a model's forward, or a plain function, with pieces recorded for each bucket.
+
+    Args:
+        dynamic: for each argument name, the dimension (or dimensions) whose size changes from call to call. The
+            first call then compiles for all sizes, 1 included; a branch on the size becomes a guard. Without it,
+            the first dimension of every tensor argument.
+        guards: "dynamo" evaluates all of Dynamo's guards at each call. "inputs" evaluates only those on arguments,
+            grad mode, autocast and the training flag; it no longer sees: attributes of the module or its children
+            that changed (flags, lists, replaced submodules), globals and closure variables, patched functions, and
+            configuration of torch. Parameter addresses are checked either way.
+        options: see :class:`pcg_compile.options.Options`.
+
+    Raises:
+        OptionsError: an unknown option or a bad value; a name in ``dynamic`` that is no parameter; bad ``guards``.
+    """
+    parsed = Options.parse(options)
+    if guards not in ("dynamo", "inputs"):
+        raise OptionsError(
+            message(f"bad value for guards: {guards!r}", why="Allowed: 'dynamo' or 'inputs'.",
+                    cure='Write: @pcg.piecewise(guards="inputs")')
+        )  # fmt: skip
+    if function is not None:
+        return _decorate(function, dynamic, guards, parsed)
+    return lambda f: _decorate(f, dynamic, guards, parsed)
+
+
+def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
+    signature = inspect.signature(function)
+    for name, dims in (dynamic or {}).items():
+        if name not in signature.parameters:
+            raise OptionsError(
+                message(f"dynamic names {name!r}, which {function.__qualname__} does not take",
+                        why=f"It takes: {', '.join(signature.parameters)}.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{next(iter(signature.parameters), "x")}": 0}})')
+            )  # fmt: skip
+        if not all(isinstance(d, int) and not isinstance(d, bool) for d in (dims if isinstance(dims, tuple) else (dims,))):
+            raise OptionsError(
+                message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
+            )  # fmt: skip
+    backend = _Backend(options)
+    extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if guards == "inputs" else {}
+    compiled = torch.compile(function, backend=backend, **extra)
+
+    def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        if dynamic is None:
+            wanted = [(value, (0,)) for value in _tensors(arguments) if value.dim() > 0]
+        else:
+            wanted = [
+                (value, dims if isinstance(dims, tuple) else (dims,))
+                for name, dims in dynamic.items()
+                for value in _tensors(arguments.get(name))
+            ]
+        for value, dims in wanted:
+            mark_dynamic(value, [dim % value.dim() for dim in dims])
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with compile_for_all_sizes(lambda: mark(args, kwargs)):
+            return compiled(*args, **kwargs)
+
+    wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

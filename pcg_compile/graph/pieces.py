@@ -1,0 +1,245 @@
+"""A piece: a run of nodes as a graph of its own; equal pieces compile once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from ..torch_internals import FakeTensorMode, compile_with_inductor, expression_nodes, isolated_tracing
+from .contexts import Autocast
+from .facts import NodeFacts, storage_of
+from .scalars import SymType, expr_of, is_scalar, plain, symbols_of
+
+__all__ = ["Compiled", "Piece", "build_piece", "compile_piece", "structure_of"]
+
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+
+
+@dataclass
+class Piece:
+    """A maximal run of nodes between split ops.
+
+    Attributes:
+        gm: the run as a graph; its placeholders are ``symbols`` and then ``inputs``, its output is a tuple.
+        symbols: the dynamic sizes that it uses, each handed over as an int.
+        inputs: the nodes of the whole graph whose tensors it reads.
+        outputs: the nodes of the whole graph that it makes and that are used outside.
+        example: the fake values of its placeholders.
+        writes: positions in ``inputs`` of the tensors that it mutates.
+    """
+
+    gm: fx.GraphModule
+    symbols: tuple[sympy.Symbol, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    example: tuple[Any, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass
+class Compiled:
+    """What a distinct piece was compiled to. ``failure`` says why the compiler asked for was not used."""
+
+    function: Callable[..., Any]
+    failure: str | None = None
+    #: False until the first call: kernels that load or tune themselves must not do so while recording.
+    warm: bool = field(default=False)
+
+
+class _Builder:
+    """Copies a run of nodes into a graph of its own."""
+
+    def __init__(self, owner: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], nodes: Sequence[fx.Node]) -> None:
+        self.owner, self.facts, self.nodes = owner, facts, nodes
+        self.inside = set(nodes)
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.inputs: list[fx.Node] = []
+        self.symbol_nodes: dict[sympy.Symbol, fx.Node] = {}
+        self.expressions: dict[Any, fx.Node | int] = {}
+        self.attributes: dict[str, fx.Node] = {}
+
+    def build(self, regions: Mapping[fx.Node, Autocast], outputs: Sequence[fx.Node]) -> None:
+        self._placeholders(outputs)
+        current: list[tuple[tuple[Any, ...], fx.Node]] = []
+        for node in self.nodes:
+            current = self._switch(current, regions.get(node, ()))
+            copy = self.graph.node_copy(node, self._argument)
+            copy.stack_trace = node.stack_trace
+            copy.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
+            self.env[node] = copy
+        self._switch(current, ())
+        self.graph.output(tuple(self.env[node] for node in outputs))
+
+    def _placeholders(self, outputs: Sequence[fx.Node]) -> None:
+        used: list[fx.Node] = []
+        symbols: dict[sympy.Symbol, Any] = {}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                if source in self.inside or source.op == "get_attr":
+                    continue
+                value = self.facts[source].value
+                if is_scalar(value):
+                    symbols.update(dict.fromkeys(sorted(symbols_of(value), key=str)))
+                elif source not in used:
+                    used.append(source)
+        for node in (*used, *outputs):
+            symbols.update(dict.fromkeys(sorted(symbols_of(self.facts[node].value), key=str)))
+        for symbol in symbols:
+            self.symbol_nodes[symbol] = self.graph.placeholder(f"size_{len(self.symbol_nodes)}")
+        for node in used:
+            self.inputs.append(node)
+            self.env[node] = self.graph.placeholder(f"input_{len(self.inputs) - 1}")
+
+    def _argument(self, node: fx.Node) -> Any:
+        if node in self.env:
+            return self.env[node]
+        if node.op == "get_attr":
+            return self._attribute(node)
+        value = self.facts[node].value
+        return tree_map(self._scalar, plain(value))
+
+    def _attribute(self, node: fx.Node) -> fx.Node:
+        name = str(node.target)
+        if name not in self.attributes:
+            # get_attr nodes may stand anywhere before their use.
+            self.attributes[name] = self.graph.get_attr(name)
+        return self.attributes[name]
+
+    def _scalar(self, leaf: Any) -> Any:
+        if not isinstance(leaf, SymType):
+            return leaf
+        expr = expr_of(leaf)
+        if not isinstance(expr, sympy.Basic) or not expr.free_symbols:
+            return bool(leaf) if isinstance(leaf, torch.SymBool) else type(leaf.node.hint)(expr)
+        if expr not in self.expressions:
+            self.expressions[expr] = expression_nodes(self.graph, expr, self.symbol_nodes)
+        return self.expressions[expr]
+
+    def _switch(self, current: list[tuple[tuple[Any, ...], fx.Node]], wanted: Autocast) -> Any:
+        kept = 0
+        while kept < min(len(current), len(wanted)) and current[kept][0] == wanted[kept]:
+            kept += 1
+        for _, entered in reversed(current[kept:]):
+            self.graph.call_function(_EXIT, (entered,))
+        result = current[:kept]
+        for arguments in wanted[kept:]:
+            result.append((arguments, self.graph.call_function(_ENTER, arguments)))
+        return result
+
+
+def build_piece(
+    owner: fx.GraphModule,
+    facts: Mapping[fx.Node, NodeFacts],
+    nodes: Sequence[fx.Node],
+    regions: Mapping[fx.Node, Autocast],
+    symbol_values: Mapping[sympy.Symbol, Any],
+    readers: Collection[fx.Node],
+) -> Piece:
+    """A piece from a run of nodes of ``owner``.
+
+    ``symbol_values`` gives the SymInt of each symbol, ``readers`` all nodes that read tensors (a node that only
+    asks a size does not).
+    """
+    inside = set(nodes)
+    outputs = [
+        node
+        for node in nodes
+        if any(user not in inside and user in readers for user in node.users)
+        and not is_scalar(facts[node].value)
+        and isinstance(facts[node].value, torch.Tensor)
+    ]
+    builder = _Builder(owner, facts, nodes)
+    builder.build(regions, outputs)
+    attributes = {name: _get(owner, name) for name in builder.attributes}
+    gm = fx.GraphModule(attributes, builder.graph)
+    written: set[int] = set().union(*(facts[node].writes for node in nodes))
+    writes = [i for i, node in enumerate(builder.inputs) if storage_of(facts[node].value) in written]
+    symbols = tuple(builder.symbol_nodes)
+    example = (*(symbol_values[s] for s in symbols), *(facts[node].value for node in builder.inputs))
+    return Piece(gm, symbols, tuple(builder.inputs), tuple(outputs), example, tuple(writes))
+
+
+def _get(owner: Any, name: str) -> Any:
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def structure_of(piece: Piece) -> tuple[Any, ...]:
+    """A key that is equal for pieces that one compiled function can serve, with their own weights.
+
+    It covers ops, arguments, and of every input its type, shape and strides in terms of the piece's own
+    symbols, and which inputs share a storage.
+    """
+    symbol_names = {symbol: sympy.Symbol(f"size_{i}", integer=True) for i, symbol in enumerate(piece.symbols)}
+    positions = {node: i for i, node in enumerate(piece.gm.graph.nodes)}
+    storages: dict[int, int] = {}
+
+    def of_argument(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", positions[value])
+        if isinstance(value, (tuple, list)):
+            return (type(value).__name__, *map(of_argument, value))
+        if isinstance(value, dict):
+            return ("dict", *((k, of_argument(v)) for k, v in value.items()))
+        if isinstance(value, slice):
+            return ("slice", of_argument(value.start), of_argument(value.stop), of_argument(value.step))
+        # The type as well: 1, 1.0 and True are equal in Python, and so are 0.0 and -0.0.
+        return (type(value).__name__, repr(value))
+
+    def of_size(size: Any) -> Any:
+        expr = expr_of(size)
+        return str(expr.xreplace(symbol_names)) if isinstance(expr, sympy.Basic) else expr
+
+    def of_input(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return ("number", of_size(value))
+        alias = storages.setdefault(storage_of(value), len(storages))
+        return (
+            "tensor", value.dtype, str(value.device), alias,
+            tuple(map(of_size, value.shape)), tuple(map(of_size, value.stride())), of_size(value.storage_offset()),
+            value.is_conj(), value.is_neg(), type(value).__name__,
+        )  # fmt: skip
+
+    def of_node(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return ("get_attr", id(_get(piece.gm, str(node.target))))
+        target = node.target if isinstance(node.target, str) and node.op != "placeholder" else id(node.target)
+        if node.op == "placeholder":
+            target = ""
+        return (node.op, target, of_argument(node.args), of_argument(node.kwargs))
+
+    return (*map(of_input, piece.example), *map(of_node, piece.gm.graph.nodes))
+
+
+def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
+    """Compiles one distinct piece. A compiler that fails leaves the piece to eager, and says why.
+
+    ``compiler`` is "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
+    """
+    if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.gm.graph.nodes):
+        return Compiled(piece.gm.forward)
+    compile_it = compile_with_inductor if compiler == "inductor" else compiler
+    try:
+        # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
+        copy = fx.GraphModule(piece.gm, _copied(piece.gm.graph))
+        for node, value in zip(copy.graph.find_nodes(op="placeholder"), piece.example, strict=True):
+            node.meta["example_value"] = value
+        with isolated_tracing(fake_mode), torch.no_grad():
+            return Compiled(compile_it(copy, list(piece.example)))
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises, eager still answers
+        return Compiled(piece.gm.forward, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy

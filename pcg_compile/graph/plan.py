@@ -1,0 +1,298 @@
+"""The plan of a graph: its inputs, its pieces and calls in order, and what aliases what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from ..ops import SplitOp
+from ..options import Options
+from ..passes.context import StepInput
+from ..torch_internals import is_static_input
+from .contexts import Autocast, autocast_regions
+from .facts import NodeFacts, alias_of, storage_of
+from .pieces import Compiled, Piece, build_piece
+from .scalars import expr_of, symbols_of
+from .split import Segment
+from .where import place_of
+
+__all__ = ["CallSite", "InputSpec", "PieceSite", "Plan", "Site", "make_plan"]
+
+#: A user's tensor without dynamic sizes is bound by its address, not copied in, from this size on.
+_BIND_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One placeholder: a "size", a "number", a "static" tensor (parameter, buffer), a "user" one, or from the "step"."""
+
+    node: fx.Node
+    kind: Literal["size", "number", "static", "bound", "user", "step"]
+    value: Any
+    #: Position among the arguments of the call; -1 for what comes from the step.
+    position: int
+    step: StepInput | None = None
+    #: What padding rows must hold (a slot that nobody owns), or None.
+    pad_value: int | None = None
+
+
+@dataclass
+class PieceSite:
+    """A piece in its place."""
+
+    piece: Piece
+    index: int
+    compiled: Compiled
+    where: str
+    #: "trivial" sites launch no kernel: they are made once and neither recorded nor counted.
+    trivial: bool = False
+    #: None where the piece may be recorded, else why not.
+    refusal: str | None = None
+    safety: Any = None
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes whose tensors it makes for others."""
+        return self.piece.outputs
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes whose tensors it reads."""
+        return self.piece.inputs
+
+
+@dataclass
+class CallSite:
+    """A split op in its place."""
+
+    node: fx.Node
+    index: int
+    op: SplitOp
+    reason: str
+    where: str
+    mode: Literal["request", "slice"]
+    outputs: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    #: Argument nodes whose tensors the op writes.
+    writes: tuple[fx.Node, ...]
+    autocast: Autocast
+
+
+Site = PieceSite | CallSite
+
+
+@dataclass
+class Plan:
+    """Everything about a graph that does not depend on a bucket."""
+
+    gm: fx.GraphModule
+    facts: Mapping[fx.Node, NodeFacts]
+    inputs: tuple[InputSpec, ...]
+    sites: list[Site]
+    outputs: Any
+    symbols: tuple[sympy.Symbol, ...]
+    #: How to read each symbol from the arguments: (position, dim), dim -1 for an int.
+    sizes: tuple[tuple[int, int], ...]
+    #: Symbols that are a dimension of some input, so that padding can change them.
+    dims: frozenset[sympy.Symbol]
+    #: Why no step of this graph can use recordings, or None.
+    refusal: str | None = None
+    mutated: frozenset[fx.Node] = field(default_factory=frozenset)
+    slots: dict[fx.Node, int] = field(default_factory=dict)
+    last_use: dict[fx.Node, int] = field(default_factory=dict)
+
+    def value(self, node: fx.Node) -> Any:
+        """The fake value of a node."""
+        return self.facts[node].value
+
+
+def make_plan(
+    gm: fx.GraphModule,
+    facts: Mapping[fx.Node, NodeFacts],
+    segments: Sequence[Segment],
+    options: Options,
+    symbol_values: Mapping[sympy.Symbol, Any],
+) -> Plan:
+    """A plan from segments. Pieces are built, not compiled."""
+    regions = autocast_regions(gm)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    readers = {node for segment in segments for node in segment.nodes} | {output}
+    sites: list[Site] = []
+    for index, segment in enumerate(segments):
+        if segment.kind == "call":
+            sites.append(_call_site(segment, index, facts, options, regions))
+        else:
+            piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
+            place = str(place_of(segment.nodes[0]))
+            sites.append(PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial"))
+    inputs = _inputs(gm, facts, options, segments)
+    symbols = tuple(symbol_values)
+    written = frozenset().union(*(f.writes for f in facts.values()))
+    plan = Plan(
+        gm,
+        facts,
+        inputs,
+        sites,
+        output.args[0],
+        symbols,
+        tuple(_size_source(symbol, inputs) for symbol in symbols),
+        frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
+        mutated=frozenset(s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written),
+    )
+    plan.refusal = _refusal(plan)
+    _assign_slots(plan)
+    return plan
+
+
+def _call_site(
+    segment: Segment,
+    index: int,
+    facts: Mapping[fx.Node, NodeFacts],
+    options: Options,
+    regions: Mapping[fx.Node, Autocast],
+) -> CallSite:
+    assert segment.cut is not None
+    node = segment.nodes[0]
+    outputs = [n for n in segment.nodes if isinstance(facts[n].value, torch.Tensor)]
+    if segment.nodes[1:] and outputs and outputs[0] is node:
+        outputs = [node]
+    reads = [n for n in node.all_input_nodes if isinstance(facts[n].value, torch.Tensor)]
+    writes = [n for n in reads if storage_of(facts[n].value) in facts[node].writes]
+    return CallSite(
+        node,
+        index,
+        segment.cut.op,
+        segment.cut.reason,
+        str(place_of(node)),
+        _padding_mode(node, segment.cut.op, options),
+        tuple(outputs),
+        tuple(reads),
+        tuple(writes),
+        regions.get(node, ()),
+    )
+
+
+def _padding_mode(node: fx.Node, op: SplitOp, options: Options) -> Literal["request", "slice"]:
+    if op.own_metadata:
+        return "slice" if options.padding == "slice" else "request"
+    return "request" if node.meta.get("pcg_padding") == "request" else "slice"
+
+
+def _inputs(
+    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], options: Options, segments: Sequence[Segment]
+) -> tuple[InputSpec, ...]:
+    written = frozenset().union(*(f.writes for f in facts.values()))
+    specs: list[InputSpec] = []
+    position = 0
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = facts[node].value
+        step = node.meta.get("pcg_step_input")
+        if step is not None:
+            specs.append(InputSpec(node, "step", value, -1, step))
+            continue
+        kind: Any
+        if isinstance(value, torch.Tensor):
+            kind = "user"
+            if is_static_input(node):
+                kind = "static"
+            elif not symbols_of(value) and (storage_of(value) in written or _bytes(value) >= _BIND_BYTES):
+                kind = "bound"
+        else:
+            kind = "size" if isinstance(expr_of(value), sympy.Symbol) else "number"
+        specs.append(InputSpec(node, kind, value, position, pad_value=node.meta.get("pcg_pad_value")))
+        position += 1
+    return tuple(specs)
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return int(value.numel()) * value.element_size()
+
+
+def _size_source(symbol: sympy.Symbol, inputs: Sequence[InputSpec]) -> tuple[int, int]:
+    for spec in inputs:
+        if spec.kind == "size" and expr_of(spec.value) == symbol:
+            return spec.position, -1
+    for spec in inputs:
+        if isinstance(spec.value, torch.Tensor) and spec.position >= 0:
+            for dim, size in enumerate(spec.value.shape):
+                if expr_of(size) == symbol:
+                    return spec.position, dim
+    raise LookupError(f"no input tells the size {symbol}")
+
+
+def _refusal(plan: Plan) -> str | None:
+    """Why recordings, or padded copies, could give other values than eager for this graph."""
+    for spec in plan.inputs:
+        if isinstance(spec.value, torch.Tensor) and not _is_plain(spec.value):
+            return f"input {spec.node.name} is not a plain strided tensor"
+    earlier: set[int] = {storage_of(s.value) for s in plan.inputs if isinstance(s.value, torch.Tensor)}
+    order = list(plan.gm.graph.nodes)
+    rank = {node: i for i, node in enumerate(order)}
+    for site in plan.sites:
+        for node in site.outputs:
+            value = plan.value(node)
+            if not _is_plain(value):
+                return f"a tensor that is not plain and strided crosses a boundary at {site.where}"
+            storage = storage_of(value)
+            if isinstance(site, CallSite) and storage in earlier:
+                for later in order[rank[node] + 1 :]:
+                    if storage in plan.facts[later].writes if later in plan.facts else False:
+                        return f"a split op at {site.where} returns a view of memory that is written later"
+        earlier |= alias_of([plan.value(node) for node in site.outputs])
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        value.layout == torch.strided
+        and not value.is_conj()
+        and not value.is_neg()
+        and not value.is_quantized
+        and all(isinstance(s, torch.SymInt) or s >= 0 for s in value.stride())
+    )
+
+
+def _assign_slots(plan: Plan) -> None:
+    """Static memory for results: values that are never alive together share a slot."""
+    last: dict[int, int] = {}
+    for site in plan.sites:
+        for node in (*site.reads, *site.outputs):
+            last[storage_of(plan.value(node))] = site.index
+    end = len(plan.sites)
+    for node in _nodes_of(plan.outputs):
+        if isinstance(plan.value(node), torch.Tensor):
+            last[storage_of(plan.value(node))] = end
+    free: list[int] = []
+    busy: list[tuple[int, int]] = []
+    count = 0
+    for site in plan.sites:
+        for until, slot in list(busy):
+            if until < site.index:
+                busy.remove((until, slot))
+                free.append(slot)
+        for node in site.outputs:
+            until = last[storage_of(plan.value(node))]
+            slot = free.pop() if free else count
+            count = max(count, slot + 1)
+            busy.append((until, slot))
+            plan.slots[node] = slot
+            plan.last_use[node] = until
+
+
+def _nodes_of(value: Any) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return nodes
+
+
+def readers_of(plan: Plan, node: fx.Node) -> list[Site]:
+    """The sites that read a node's tensor."""
+    return [site for site in plan.sites if node in site.reads]
+
+
+

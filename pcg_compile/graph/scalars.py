@@ -1,0 +1,91 @@
+"""Sizes and ints of a graph: symbolic expressions, and their values at given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["SymType", "evaluate", "expr_of", "is_scalar", "leaves_of", "plain", "shape_at", "strides_at", "symbols_of"]
+
+SymType = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
+
+
+def plain(value: Any) -> Any:
+    """A nested value with every ``torch.Size`` turned into a tuple, which pytrees descend into."""
+    return tree_map(lambda leaf: tuple(leaf) if isinstance(leaf, torch.Size) else leaf, value)
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """The leaves of a nested value, those of a ``torch.Size`` too."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Size):
+            yield from leaf
+        else:
+            yield leaf
+
+
+def expr_of(value: Any) -> Any:
+    """The sympy expression of a symbolic number; other values as they are."""
+    return value.node.expr if isinstance(value, SymType) else value
+
+
+def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
+    """The free symbols of all tensors' shapes and numbers in a nested value."""
+    found: set[sympy.Symbol] = set()
+    for leaf in leaves_of(value):
+        if isinstance(leaf, torch.Tensor):
+            for size in (*leaf.shape, *(leaf.stride() if leaf.layout == torch.strided else ())):
+                found |= _free(size)
+            if leaf.layout == torch.strided:
+                found |= _free(leaf.storage_offset())
+        else:
+            found |= _free(leaf)
+    return frozenset(found)
+
+
+def _free(value: Any) -> set[sympy.Symbol]:
+    expr = expr_of(value)
+    return expr.free_symbols if isinstance(expr, sympy.Basic) else set()
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a nested value holds no tensor and nothing but numbers: it follows from the sizes."""
+    return all(isinstance(leaf, (*SymType, *_PLAIN)) for leaf in leaves_of(value))
+
+
+def evaluate(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """A nested value with every symbolic number replaced by its value at ``sizes``."""
+    return tree_map(lambda leaf: _evaluate_one(leaf, sizes), plain(value))
+
+
+def _evaluate_one(leaf: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    if isinstance(leaf, torch.SymInt):
+        return _number(leaf.node.expr, sizes, int)
+    if isinstance(leaf, torch.SymFloat):
+        return _number(leaf.node.expr, sizes, float)
+    if isinstance(leaf, torch.SymBool):
+        return _number(leaf.node.expr, sizes, bool)
+    return leaf
+
+
+def _number(expr: Any, sizes: Mapping[sympy.Symbol, int], kind: Callable[[Any], Any]) -> Any:
+    if isinstance(expr, sympy.Symbol):
+        return kind(sizes[expr])
+    if isinstance(expr, sympy.Basic):
+        return kind(expr.xreplace({s: sympy.Integer(sizes[s]) for s in expr.free_symbols}))
+    return kind(expr)
+
+
+def shape_at(tensor: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
+    """The shape of a fake tensor at ``sizes``."""
+    return tuple(_evaluate_one(size, sizes) if isinstance(size, SymType) else size for size in tensor.shape)
+
+
+def strides_at(tensor: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
+    """The strides of a fake tensor at ``sizes``, in elements."""
+    return tuple(_evaluate_one(stride, sizes) if isinstance(stride, SymType) else stride for stride in tensor.stride())

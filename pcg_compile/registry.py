@@ -1,0 +1,89 @@
+"""Live compiled graphs, found by what compiled them; nothing here keeps them alive."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from .report.stats import Counters, Stats, expect_increase
+from .torch_internals import wrapper_of
+
+__all__ = ["add_runtime", "expect", "owners_graphs", "reset", "reset_owner", "runtimes", "stats"]
+
+
+class _Entry:
+    """One graph: its figures, and the runtime that Dynamo's cache holds (None for a graph left to Inductor)."""
+
+    def __init__(self, owner: object, counters: Counters, runtime: Any) -> None:
+        self.owner = weakref.ref(owner)
+        self.counters = counters
+        self.runtime = weakref.ref(runtime) if runtime is not None else None
+
+
+#: Registry of live graphs, by owner.
+_GRAPHS: weakref.WeakKeyDictionary[Any, list[_Entry]] = weakref.WeakKeyDictionary()
+
+
+def add_runtime(owner: object, counters: Counters, runtime: Any) -> None:
+    """Enters one graph under its owner."""
+    _GRAPHS.setdefault(owner, []).append(_Entry(owner, counters, runtime))
+
+
+def owners_graphs(owner: object) -> int:
+    """How many graphs an owner has so far."""
+    return len(_GRAPHS.get(owner, ()))
+
+
+def _entries(compiled: Any) -> list[_Entry]:
+    if compiled is None:
+        return [entry for entries in list(_GRAPHS.values()) for entry in entries]
+    owner = getattr(compiled, "__pcg_owner__", None) or wrapper_of(compiled)
+    if owner is None:
+        raise TypeError(
+            f"{compiled!r} was not compiled by pcg: pass what torch.compile(model, backend=\"pcg\") or @pcg.piecewise gave"
+        )
+    return list(_GRAPHS.get(owner, ()))
+
+
+def runtimes(compiled: Any = None) -> list[Any]:
+    """The live runtimes of one compiled model, or of all."""
+    found = [entry.runtime() for entry in _entries(compiled) if entry.runtime is not None]
+    return [runtime for runtime in found if runtime is not None]
+
+
+def stats(compiled: Any = None) -> Stats:
+    """What one compiled model did, or all of them: a frozen snapshot.
+
+    Raises:
+        TypeError: ``compiled`` was not compiled by pcg.
+    """
+    return Stats.total([entry.counters.snapshot() for entry in _entries(compiled)])
+
+
+def expect(compiled: Any = None, **increase: int) -> Any:
+    """``with pcg.expect(pieces=3, captured=6): ...`` checks by how much counters rise inside the block.
+
+    Raises:
+        AssertionError: with both figures.
+        TypeError: a name that is no counter.
+    """
+    return expect_increase(lambda: stats(compiled), **increase)
+
+
+def reset(compiled: Any = None) -> None:
+    """Drops recordings and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``."""
+    _reset(_entries(compiled))
+
+
+def reset_owner(owner: object) -> None:
+    """The same for the graphs of one owner."""
+    _reset(list(_GRAPHS.get(owner, ())))
+
+
+def _reset(entries: list[_Entry]) -> None:
+    for entry in entries:
+        runtime = entry.runtime() if entry.runtime is not None else None
+        if runtime is not None:
+            runtime.reset()
+        else:
+            entry.counters.reset()

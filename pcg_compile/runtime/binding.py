@@ -1,0 +1,104 @@
+"""A binding: the recordings and programs made for one set of addresses."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.plan import CallSite, Plan
+from ..options import Options
+from ..report.stats import Counters
+from .buckets import BucketChooser
+from .buffers import FlatBuffers
+from .capture import Engine, Recording
+
+__all__ = ["Binding", "Shared", "wants_static"]
+
+#: Programs kept for sizes that came up lately; one holds views and closures, no memory of its own.
+_KEPT_STEPS = 512
+
+
+@dataclass
+class Shared:
+    """What all bindings of a graph have in common."""
+
+    plan: Plan
+    options: Options
+    counters: Counters
+    chooser: BucketChooser
+    engine: Engine
+    device: torch.device
+
+
+@dataclass
+class Binding:
+    """Recordings read the memory at the addresses they were made with, so each set of addresses has its own."""
+
+    shared: Shared
+    #: Addresses of the inputs bound by address, in the order of ``GraphRuntime.bound_positions``.
+    addresses: list[int]
+    #: Identity of what comes from the step: recordings belong to a cache.
+    step_key: Hashable
+    buffers: FlatBuffers
+    recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
+    steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
+    placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    #: Failed tries by (site, key): a recording is retried once.
+    failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+    #: Buckets that were given up, with the reason.
+    given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
+
+    def place(
+        self, node: Hashable, slot: Hashable, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Static memory for a value at one shape: always the same, since recordings remember it."""
+        key = (node, shape)
+        tensor = self.placed.get(key)
+        if tensor is None:
+            tensor = self.placed[key] = self.buffers.tensor(slot, shape, strides, dtype)
+        return tensor
+
+    def remember(self, sizes: tuple[int, ...], step: Any) -> None:
+        """Keeps the program of some sizes; the longest unused go."""
+        self.steps[sizes] = step
+        if len(self.steps) > _KEPT_STEPS:
+            self.steps.popitem(last=False)
+
+    def forget(self, bucket: tuple[int, ...] | None = None) -> None:
+        """Drops the recordings and programs of one bucket (all symbols' sizes), or all of them."""
+        if bucket is None:
+            self.recordings.clear()
+            self.steps.clear()
+            self.placed.clear()
+            self.buffers = FlatBuffers(self.shared.device)
+            return
+        stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
+        for sizes in stale:
+            del self.steps[sizes]
+        used = {key for step in self.steps.values() for key in step.recording_keys}
+        keys = {key for key in self.recordings if key not in used and _within(key, bucket, self.shared.plan)}
+        for key in keys:
+            del self.recordings[key]
+
+
+def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Plan) -> bool:
+    site = plan.sites[key[0]]
+    sizes = dict(zip(plan.symbols, bucket, strict=True))
+    return key[1] == tuple(sizes[s] for s in site.piece.symbols)  # type: ignore[union-attr]
+
+
+def wants_static(plan: Plan, node: fx.Node) -> bool:
+    """Whether anyone reads a call's result at the bucket's size."""
+    for site in plan.sites:
+        if node in site.reads:
+            if isinstance(site, CallSite):
+                if site.mode == "request":
+                    return True
+            elif site.refusal is None:
+                return True
+    return False

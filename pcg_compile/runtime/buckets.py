@@ -1,0 +1,100 @@
+"""Bucket tables, and the choice of a bucket for the sizes of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import sympy
+
+from ..options import Options
+
+__all__ = ["BucketChooser", "Choice", "default_table"]
+
+_DOUBLING_LIMIT = 256
+_LARGEST_STEP = 0.12
+_PADDING_LIMIT = 1.25
+#: Below this many tokens the time of a step hardly follows the tokens, so padding costs nothing.
+_PADDING_MATTERS = 256
+
+
+def default_table(max_tokens: int) -> tuple[int, ...]:
+    """2, 4, 8, ... 256, then steps of at most 12 %, up to ``max_tokens``."""
+    sizes: list[int] = []
+    size = 2
+    while size < max_tokens:
+        sizes.append(size)
+        size = size * 2 if size < _DOUBLING_LIMIT else int(size * (1 + _LARGEST_STEP)) // 8 * 8
+    return (*sizes, max_tokens)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The bucket of each dynamic size, or None and the reason why a step runs at its exact sizes."""
+
+    sizes: Mapping[sympy.Symbol, int] | None
+    reason: str = ""
+
+
+@dataclass
+class BucketChooser:
+    """Chooses buckets that the graph's guards allow.
+
+    Attributes:
+        options: the table and its limits.
+        conditions: sympy relations on the symbols, all of which a bucket must satisfy: a graph that was traced for
+            2 <= n <= 15 is wrong at 16, and says nothing.
+        products: for each tensor with dynamic sizes, the symbols that it carries.
+    """
+
+    options: Options
+    conditions: Sequence[sympy.Basic]
+    products: Iterable[tuple[sympy.Symbol, ...]]
+    table: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = self.options.buckets or default_table(self.options.max_tokens)
+        self.products = tuple(set(self.products))
+
+    def choose(self, sizes: Mapping[sympy.Symbol, int], bucketed: Iterable[sympy.Symbol]) -> Choice:
+        """The smallest allowed bucket >= its size for every symbol in ``bucketed``; others stay exact."""
+        chosen = dict(sizes)
+        for symbol in bucketed:
+            n = sizes[symbol]
+            if n < 1:
+                return Choice(None, f"a dynamic size is {n}")
+            reason = f"no bucket >= {n}; the largest is {self.table[-1]}"
+            for bucket in self.table:
+                if bucket < n:
+                    continue
+                if self._allows({**chosen, symbol: bucket}):
+                    chosen[symbol] = bucket
+                    break
+                reason = f"no bucket >= {n} lies in the range that the graph's guards allow"
+            else:
+                return Choice(None, reason)
+        for symbols in self.products:
+            real, padded = (prod(of[s] for s in symbols) for of in (sizes, chosen))
+            if padded > self.options.max_tokens and self.options.buckets is None:
+                return Choice(None, f"{padded} padded tokens exceed max_tokens={self.options.max_tokens}")
+            if real > _PADDING_MATTERS and padded > self.max_padding * real:
+                return Choice(None, f"bucket {padded} is over max_padding={self.max_padding} times {real} tokens")
+        return Choice(chosen)
+
+    @property
+    def max_padding(self) -> float:
+        """The largest allowed bucket over tokens ratio."""
+        if self.options.max_padding is not None:
+            return self.options.max_padding
+        return _PADDING_LIMIT if self.options.buckets is None else float("inf")
+
+    def _allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+        for condition in self.conditions:
+            result = condition.xreplace(values)
+            if result == sympy.false:
+                return False
+            if result != sympy.true and not result.free_symbols and not bool(result):
+                return False
+        return True

@@ -1,0 +1,138 @@
+"""Engines that record one piece at one bucket: a CUDA graph, or a static replay on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["CudaGraphs", "Engine", "Recording", "StaticReplay", "gc_frozen"]
+
+
+@dataclass
+class Recording:
+    """One piece at one bucket: results at fixed addresses, and what makes them anew from the static inputs."""
+
+    outputs: list[torch.Tensor]
+    replay: Callable[[], None]
+    nbytes: int = 0
+
+
+class Engine(ABC):
+    """Records pieces. ``record`` also runs the piece once, so that the step in which it happens goes on."""
+
+    @abstractmethod
+    def record(
+        self,
+        run: Callable[[], Sequence[torch.Tensor]],
+        place: Callable[[int, torch.Tensor], torch.Tensor],
+        warm_up: Callable[[], None] | None,
+    ) -> Recording:
+        """Records ``run``, which reads static inputs only.
+
+        Args:
+            run: the compiled piece with its static inputs bound.
+            place: static memory for result ``i``, of its shape and strides.
+            warm_up: runs the piece once without effects, where that has not happened yet.
+        """
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Around all recordings of one step."""
+        yield
+
+
+class StaticReplay(Engine):
+    """The same address discipline on a CPU: a replay runs the piece again, and its results land in place."""
+
+    def record(
+        self,
+        run: Callable[[], Sequence[torch.Tensor]],
+        place: Callable[[int, torch.Tensor], torch.Tensor],
+        warm_up: Callable[[], None] | None,
+    ) -> Recording:
+        outputs: list[torch.Tensor] = []
+        copies: list[int] = []
+        results = run()
+        for i, result in enumerate(results):
+            target = place(i, result)
+            if target is not result:
+                target.copy_(result)
+                copies.append(i)
+            outputs.append(target)
+
+        def replay() -> None:
+            again = run()
+            for i in copies:
+                outputs[i].copy_(again[i])
+
+        size = sum(outputs[i].untyped_storage().nbytes() for i in copies)
+        return Recording(outputs, replay, size)
+
+
+class CudaGraphs(Engine):
+    """CUDA graphs that share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def record(
+        self,
+        run: Callable[[], Sequence[torch.Tensor]],
+        place: Callable[[int, torch.Tensor], torch.Tensor],
+        warm_up: Callable[[], None] | None,
+    ) -> Recording:
+        current = torch.cuda.current_stream(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            if warm_up is not None:
+                warm_up()
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": another thread's allocation must not break this capture.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                outputs = list(run())
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self.stream)
+        graph.replay()
+        return Recording(outputs, graph.replay, torch.cuda.memory_reserved(self.device) - before)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Collects garbage once before, and not while recording: a collection walks all of a model's objects."""
+        with gc_frozen():
+            yield
+
+
+@contextlib.contextmanager
+def gc_frozen() -> Iterator[None]:
+    """No garbage collection inside: it would slow recording, and may free CUDA memory in the middle of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def engine_for(device: torch.device) -> Engine:
+    """The engine of a recording device."""
+    return CudaGraphs(device) if device.type == "cuda" else StaticReplay()
+
+
+def nbytes(tensors: Sequence[Any]) -> int:
+    """Bytes of the tensors' own elements."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -1,0 +1,361 @@
+"""The callable that Dynamo gets for one graph: picks the program of a step, and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from ..batch import current_step, require_step, scratch_step
+from ..graph.plan import CallSite, PieceSite, Plan
+from ..graph.scalars import evaluate
+from ..torch_internals import data_ptrs_equal
+from .binding import Binding, Shared
+from .buffers import FlatBuffers
+from .program import Program, build_and_run
+from .views import real_rows
+
+__all__ = ["GraphRuntime", "WarmUp", "warming_up"]
+
+#: Sets of addresses that one graph keeps recordings for, before it stops binding users' tensors by address.
+_BOUND_CHANGES = 8
+
+
+@dataclass
+class WarmUp:
+    """A request to record buckets, while it is in force: calls then leave no effects.
+
+    Attributes:
+        buckets: what to record, one size or a tuple for each dynamic size; None: the table.
+        report: called before each recording with (done, total, name of the bucket).
+    """
+
+    buckets: Sequence[int | tuple[int, ...]] | None = None
+    report: Callable[[int, int, Any], None] = lambda done, total, name: None
+
+
+_WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
+
+
+@contextlib.contextmanager
+def warming_up(request: WarmUp) -> Iterator[None]:
+    """Calls of compiled graphs inside record instead of serving."""
+    token = _WARM_UP.set(request)
+    try:
+        yield
+    finally:
+        _WARM_UP.reset(token)
+
+
+@dataclass(eq=False)
+class GraphRuntime:
+    """One compiled graph. Calls from several threads are served one after the other."""
+
+    plan: Plan
+    shared: Shared
+    #: Whether a call of it ends a step: the last of the graphs that one forward was broken into.
+    ends_step: bool
+    bindings: list[Binding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._current: Binding | None = None
+        self._stream: Any = None
+        self._bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self._needs_step = any(isinstance(s, CallSite) and s.op.own_metadata for s in self.plan.sites) or any(
+            s.kind == "step" for s in self.plan.inputs
+        )
+        self._takes_tokens = any(
+            isinstance(s, CallSite) and s.op.name.startswith("pcg::prepare_batch") for s in self.plan.sites
+        )
+        self._first_call = True
+        self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
+        self._bucketed = self._bucketed_symbols()
+
+    def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
+        used: dict[sympy.Symbol, None] = {}
+        for site in self.plan.sites:
+            if isinstance(site, PieceSite):
+                if site.refusal is None and not site.trivial:
+                    used.update(dict.fromkeys(site.piece.symbols))
+        return tuple(s for s in self.plan.symbols if s in used and s in self.plan.dims)
+
+    # -- a step -----------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        with self._lock:
+            if self._first_call and self.shared.options.capture == "first_call":
+                self._first_call = False
+                with warming_up(WarmUp()):
+                    self._warm_up(args, WarmUp())
+            request = _WARM_UP.get()
+            if request is not None:
+                return self._warm_up(args, request)
+            self._order_streams()
+            sizes = tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
+            step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
+            binding = self._binding(args, step)
+            program = binding.steps.get(sizes)
+            counters = self.shared.counters
+            if program is None or (self._may_alias and self._overlap(args)):
+                result, program = self._first_of(binding, sizes, args, step)
+            else:
+                if self._takes_tokens:
+                    step.check_tokens(self._tokens(sizes))  # type: ignore[union-attr]
+                result = program.run(args)
+                counters.replays += program.replays
+            for reason, where in program.fallbacks:
+                counters.fall_back(reason, where)
+            if self.ends_step:
+                counters.steps += 1
+            if program.bucket is not None:
+                self._count(sizes, program)
+            return result
+
+    def _tokens(self, sizes: tuple[int, ...]) -> int:
+        for site in self.plan.sites:
+            if isinstance(site, CallSite) and site.op.bucket_args:
+                argument = site.node.args[0]
+                value = self.plan.value(argument) if not isinstance(argument, int) else argument
+                return int(evaluate(value, dict(zip(self.plan.symbols, sizes, strict=True))))
+        return 0
+
+    def _count(self, sizes: tuple[int, ...], program: Program) -> None:
+        real, padded, name = 1, 1, []
+        assert program.bucket is not None
+        for symbol, n, b in zip(self.plan.symbols, sizes, program.bucket, strict=True):
+            if symbol in self.plan.dims:
+                real, padded = real * n, padded * b
+                name.append(b)
+        use = self.shared.counters.bucket(name[0] if len(name) == 1 else tuple(name))
+        use.hits += 1
+        use.tokens += real if name else 0
+        use.padded_tokens += padded if name else 0
+
+    def _first_of(
+        self, binding: Binding, sizes: tuple[int, ...], args: Sequence[Any], step: Any
+    ) -> tuple[Any, Program]:
+        """The first step of some sizes, for one set of addresses."""
+        named = dict(zip(self.plan.symbols, sizes, strict=True))
+        if self._takes_tokens:
+            step.check_tokens(self._tokens(sizes))
+        if self._may_alias and self._overlap(args):
+            program, result = build_and_run(binding, named, None, args, step, compiled=False)
+            self.shared.counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
+            return result, program
+        bucket, reason = self._choose(binding, named)
+        program, result = build_and_run(binding, named, bucket, args, step)
+        self.shared.counters.replays += program.replays
+        if reason:
+            program.fallbacks.append((reason, ""))
+        if program.complete:
+            binding.remember(sizes, program)
+            self._respect_budget(binding, program)
+        return result, program
+
+    def _choose(
+        self, binding: Binding, sizes: Mapping[sympy.Symbol, int]
+    ) -> tuple[Mapping[sympy.Symbol, int] | None, str]:
+        if self.plan.refusal is not None:
+            return None, self.plan.refusal
+        if not any(isinstance(s, PieceSite) and s.refusal is None and not s.trivial for s in self.plan.sites):
+            reasons = [s for s in self.plan.sites if isinstance(s, PieceSite) and s.refusal]
+            return None, f"no piece can be recorded: {reasons[0].refusal} (at {reasons[0].where})" if reasons else ""
+        choice = self.shared.chooser.choose(sizes, self._bucketed)
+        if choice.sizes is None:
+            return None, choice.reason
+        given_up = binding.given_up.get(tuple(choice.sizes[s] for s in self.plan.symbols))
+        return (None, given_up) if given_up else (choice.sizes, "")
+
+    def _overlap(self, args: Sequence[Any]) -> bool:
+        """Whether a tensor that the graph writes shares memory with another argument."""
+        storages: dict[int, int] = {}
+        for spec in self.plan.inputs:
+            if spec.position >= 0 and isinstance(spec.value, torch.Tensor):
+                pointer = args[spec.position].untyped_storage().data_ptr()
+                storages[pointer] = storages.get(pointer, 0) + 1
+        return any(
+            storages[args[s.position].untyped_storage().data_ptr()] > 1
+            for s in self.plan.inputs
+            if s.node in self.plan.mutated and s.kind != "static" and s.value.numel() != 0
+        )
+
+    def _order_streams(self) -> None:
+        if self.shared.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.shared.device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    # -- bindings ---------------------------------------------------------------------------------------------
+
+    def _binding(self, args: Sequence[Any], step: Any) -> Binding:
+        """The recordings made with the addresses of this call, checked in every step."""
+        key = step.key if step is not None else None
+        current = self._current
+        if (
+            current is not None
+            and current.step_key == key
+            and data_ptrs_equal(list(args), current.addresses, self._bound)
+        ):
+            return current
+        addresses = [args[i].data_ptr() for i in self._bound]
+        for binding in self.bindings:
+            if binding.addresses == addresses and binding.step_key == key:
+                self._current = binding
+                return binding
+        self._current = self._new_binding(addresses, key)
+        return self._current
+
+    def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
+        if self.bindings:
+            self._unbind_what_changes(addresses)
+        binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
+        self.bindings.append(binding)
+        return binding
+
+    def _unbind_what_changes(self, addresses: list[int]) -> None:
+        """A user's tensor that comes at a new address each time is copied in from then on."""
+        if len(self.bindings) < _BOUND_CHANGES:
+            return
+        last = self.bindings[-1].addresses
+        specs = {s.position: i for i, s in enumerate(self.plan.inputs) if s.kind == "bound"}
+        changing = [p for p, old, new in zip(self._bound, last, addresses, strict=True) if old != new and p in specs]
+        if not changing:
+            return
+        inputs = list(self.plan.inputs)
+        for position in changing:
+            inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
+        self.plan.inputs = tuple(inputs)
+        self._bound = [s.position for s in inputs if s.kind in ("static", "bound")]
+        self.bindings.clear()
+        addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
+
+    def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
+        positions = sorted([*self._bound, *changed])
+        return (p not in changed for p in positions)
+
+    def _respect_budget(self, binding: Binding, newest: Program) -> None:
+        budget = self.shared.options.memory_budget
+        if budget is None or newest.bucket is None:
+            return
+        while self.nbytes() > budget:
+            buckets = {p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)}
+            if not buckets:
+                binding.forget(newest.bucket)
+                binding.given_up[newest.bucket] = f"bucket {newest.bucket} exceeds memory_budget={budget}"
+                return
+            uses = self.shared.counters.buckets
+            least = min(buckets, key=lambda b: uses[self._name(b)].hits if self._name(b) in uses else 0)  # type: ignore[arg-type]
+            for other in self.bindings:
+                other.forget(least)
+            self.shared.counters.fall_back(f"bucket {self._name(least)} dropped: recordings exceed memory_budget={budget}")
+
+    def _name(self, bucket: Any) -> Any:
+        sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+    def nbytes(self) -> int:
+        """Bytes that recordings and their static memory hold."""
+        return sum(sum(r.nbytes for r in b.recordings.values()) + b.buffers.nbytes() for b in self.bindings)
+
+    def reset(self) -> None:
+        """Drops all recordings and zeroes the figures."""
+        with self._lock:
+            self.bindings.clear()
+            self._current = None
+            self._first_call = True
+            self.shared.counters.reset()
+
+    # -- warm-up ----------------------------------------------------------------------------------------------
+
+    def _warm_up(self, args: Sequence[Any], request: WarmUp) -> Any:
+        """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
+        self._order_streams()
+        sizes = {s: args[p] if dim < 0 else args[p].shape[dim] for s, (p, dim) in zip(self.plan.symbols, self.plan.sizes, strict=True)}  # fmt: skip
+        step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
+        wanted = self._wanted(request, sizes)
+        for done, bucket in enumerate(wanted):
+            request.report(done, len(wanted), self._name(tuple(bucket[s] for s in self.plan.symbols)))
+            real = {s: min(n, bucket[s]) for s, n in sizes.items()}
+            self._record_bucket(self._shrunk(args, real), real, bucket)
+        request.report(len(wanted), len(wanted), None)
+        with self._no_effects(args):
+            if step is None:
+                binding = self._binding(args, None)
+                _, result = build_and_run(binding, sizes, None, args, None)
+                return result
+            with scratch_step(self._tokens(tuple(sizes.values())), step.cache) as scratch:
+                binding = self._binding(args, scratch)
+                _, result = build_and_run(binding, sizes, None, args, scratch)
+                return result
+
+    def _wanted(self, request: WarmUp, sizes: Mapping[sympy.Symbol, int]) -> list[dict[sympy.Symbol, int]]:
+        if self.plan.refusal is not None:
+            return []
+        if not self._bucketed:
+            return [dict(sizes)]
+        if request.buckets is None and len(self._bucketed) > 1:
+            raise ValueError(
+                f"the model has {len(self._bucketed)} dynamic sizes: pass buckets=[(b, ...), ...] to pcg.warmup(), "
+                "one tuple a bucket"
+            )
+        table = request.buckets if request.buckets is not None else self.shared.chooser.table
+        wanted: list[dict[sympy.Symbol, int]] = []
+        for entry in table:
+            entries = entry if isinstance(entry, tuple) else (entry,) * len(self._bucketed)
+            if len(entries) != len(self._bucketed):
+                raise ValueError(f"bucket {entry} has {len(entries)} sizes, the model has {len(self._bucketed)} dynamic ones")
+            choice = self.shared.chooser.choose({**sizes, **dict(zip(self._bucketed, entries, strict=True))}, self._bucketed)
+            if choice.sizes is None:
+                self.shared.counters.fall_back(f"bucket {entry} was not recorded: {choice.reason}")
+            elif dict(choice.sizes) not in wanted:
+                wanted.append(dict(choice.sizes))
+        # Largest first: smaller buckets then fit into the memory of larger ones.
+        return sorted(wanted, key=lambda bucket: tuple(bucket[s] for s in self._bucketed), reverse=True)
+
+    def _shrunk(self, args: Sequence[Any], real: Mapping[sympy.Symbol, int]) -> list[Any]:
+        result = list(args)
+        for spec in self.plan.inputs:
+            if spec.position < 0:
+                continue
+            if isinstance(spec.value, torch.Tensor):
+                if spec.kind == "user":
+                    result[spec.position] = real_rows(args[spec.position], spec.value, real)
+            elif spec.kind == "size":
+                result[spec.position] = evaluate(spec.value, real)
+        return result
+
+    def _record_bucket(
+        self, args: Sequence[Any], real: Mapping[sympy.Symbol, int], bucket: Mapping[sympy.Symbol, int]
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._no_effects(args))
+            step = current_step() if self._needs_step else None
+            if step is not None:
+                tokens = self._tokens(tuple(bucket[s] for s in self.plan.symbols))
+                step = stack.enter_context(scratch_step(tokens, step.cache))
+            binding = self._binding(args, step)
+            program, _ = build_and_run(binding, real, bucket, args, step)
+            if program.complete:
+                self._respect_budget(binding, program)
+
+    @contextlib.contextmanager
+    def _no_effects(self, args: Sequence[Any]) -> Iterator[None]:
+        """Puts back what the graph mutates, and the state of the random number generators."""
+        written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
+        before = [t.clone() for t in written]
+        devices = [self.shared.device] if self.shared.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+        with torch.no_grad():
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
+

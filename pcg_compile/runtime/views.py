@@ -1,0 +1,104 @@
+"""Real rows, padding rows, and copies that look exactly as eager's tensors would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from ..graph.scalars import SymType, shape_at, strides_at
+from .buffers import extent
+
+__all__ = ["copier", "looks_like", "real_rows", "tails"]
+
+Sizes = Mapping[sympy.Symbol, int]
+
+
+def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """The view of a bucket-sized tensor that holds the real rows, along every dynamic dimension."""
+    view = static
+    with torch.inference_mode(False), torch.no_grad():
+        for dim, size in enumerate(shape_at(fake, sizes)):
+            if view.shape[dim] != size:
+                view = view.narrow(dim, 0, size)
+    return view
+
+
+def tails(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
+    """Views that together cover the padding rows of a bucket-sized tensor."""
+    result: list[torch.Tensor] = []
+    rest = static
+    with torch.inference_mode(False), torch.no_grad():
+        for dim, size in enumerate(shape_at(fake, sizes)):
+            if rest.shape[dim] != size:
+                result.append(rest.narrow(dim, size, rest.shape[dim] - size))
+                rest = rest.narrow(dim, 0, size)
+    return result
+
+
+def looks_like(tensor: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> bool:
+    """Whether a tensor has the shape and the strides that eager's would have at ``sizes``."""
+    shape = shape_at(fake, sizes)
+    if tuple(tensor.shape) != shape:
+        return False
+    wanted = strides_at(fake, sizes)
+    return all(size <= 1 or have == want for size, have, want in zip(shape, tensor.stride(), wanted, strict=True))
+
+
+def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> Callable[[], list[torch.Tensor]]:
+    """A function that copies results out of static memory.
+
+    ``views`` are (view of the real rows, fake value) of results that share one storage in eager, so that the
+    copies share one as well; each has eager's shape and strides.
+    """
+    if len(views) == 1:
+        view, fake = views[0]
+        shape, strides = shape_at(fake, sizes), strides_at(fake, sizes)
+        if _clone_keeps(view, fake, sizes):
+            return lambda: [view.clone()]
+
+        def copy_one() -> list[torch.Tensor]:
+            result = torch.empty_strided(shape, strides, dtype=view.dtype, device=view.device)
+            return [result.copy_(view)]
+
+        if _overlaps(shape, strides):
+            # An expanded result: eager's rows share memory, which copying element by element may not.
+            def copy_expanded() -> list[torch.Tensor]:
+                base = view.as_strided([1 if st == 0 else n for n, st in zip(shape, strides, strict=True)], view.stride())
+                return [base.clone().expand(shape)]
+
+            return copy_expanded
+        return copy_one
+
+    layouts = [(shape_at(f, sizes), strides_at(f, sizes), _offset(f, sizes)) for _, f in views]
+    first = min(offset for _, _, offset in layouts)
+    total = max(offset + extent(shape, strides) for shape, strides, offset in layouts) - first
+
+    def copy_group() -> list[torch.Tensor]:
+        base = torch.empty(total, dtype=views[0][0].dtype, device=views[0][0].device)
+        results = []
+        for (view, _), (shape, strides, offset) in zip(views, layouts, strict=True):
+            result = base.as_strided(shape, strides, offset - first)
+            result.copy_(view)
+            results.append(result)
+        return results
+
+    return copy_group
+
+
+def _offset(fake: torch.Tensor, sizes: Sizes) -> int:
+    offset: Any = fake.storage_offset()
+    if isinstance(offset, SymType):
+        offset = offset.node.expr.xreplace({s: sympy.Integer(n) for s, n in sizes.items()})
+    return int(offset)
+
+
+def _clone_keeps(view: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> bool:
+    probe = torch.empty_strided(tuple(view.shape), view.stride(), dtype=view.dtype, device="meta")
+    return looks_like(probe.clone(), fake, sizes)
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True))
