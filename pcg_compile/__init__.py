@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from . import builtin_ops as _builtin_ops
+from .backend import pcg as _backend
 from .decorator import piecewise
 from .ops import register_split_op, split_op
 from .registry import expect, reset, stats
 from .report.stats import BucketStats, Fallback, Stats
+from .torch_internals import ensure_backend as _ensure_backend
 
 __all__ = [
     "BucketStats",
@@ -19,3 +21,6 @@ __all__ = [
     "split_op",
     "stats",
 ]
+
+# An installed package is found by its entry point; this serves a checkout on the path.
+_ensure_backend("pcg", _backend)

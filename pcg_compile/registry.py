@@ -17,37 +17,48 @@ class _Entry:
     def __init__(self, owner: object, counters: Counters, runtime: Any) -> None:
         self.owner = weakref.ref(owner)
         self.counters = counters
-        self.runtime = weakref.ref(runtime) if runtime is not None else None
+        self.runtime: weakref.ref[Any] = weakref.ref(runtime if runtime is not None else owner)
+        self.records = runtime is not None
+
+    def alive(self) -> bool:
+        """Whether anyone can still call the graph or ask for its figures."""
+        return self.owner() is not None or self.runtime() is not None
 
 
-#: Registry of live graphs, by owner.
-_GRAPHS: weakref.WeakKeyDictionary[Any, list[_Entry]] = weakref.WeakKeyDictionary()
+#: Registry of live graphs.
+_GRAPHS: list[_Entry] = []
 
 
 def add_runtime(owner: object, counters: Counters, runtime: Any) -> None:
     """Enters one graph under its owner."""
-    _GRAPHS.setdefault(owner, []).append(_Entry(owner, counters, runtime))
+    _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
+    _GRAPHS.append(_Entry(owner, counters, runtime))
+
+
+def _of(owner: object) -> list[_Entry]:
+    # By identity: torch's own wrappers are equal where their backend and options are.
+    return [entry for entry in list(_GRAPHS) if entry.owner() is owner]
 
 
 def owners_graphs(owner: object) -> int:
     """How many graphs an owner has so far."""
-    return len(_GRAPHS.get(owner, ()))
+    return len(_of(owner))
 
 
 def _entries(compiled: Any) -> list[_Entry]:
     if compiled is None:
-        return [entry for entries in list(_GRAPHS.values()) for entry in entries]
+        return [entry for entry in list(_GRAPHS) if entry.alive()]
     owner = getattr(compiled, "__pcg_owner__", None) or wrapper_of(compiled)
     if owner is None:
         raise TypeError(
             f"{compiled!r} was not compiled by pcg: pass what torch.compile(model, backend=\"pcg\") or @pcg.piecewise gave"
         )
-    return list(_GRAPHS.get(owner, ()))
+    return _of(owner)
 
 
 def runtimes(compiled: Any = None) -> list[Any]:
     """The live runtimes of one compiled model, or of all."""
-    found = [entry.runtime() for entry in _entries(compiled) if entry.runtime is not None]
+    found = [entry.runtime() for entry in _entries(compiled) if entry.records]
     return [runtime for runtime in found if runtime is not None]
 
 
@@ -77,12 +88,12 @@ def reset(compiled: Any = None) -> None:
 
 def reset_owner(owner: object) -> None:
     """The same for the graphs of one owner."""
-    _reset(list(_GRAPHS.get(owner, ())))
+    _reset(_of(owner))
 
 
 def _reset(entries: list[_Entry]) -> None:
     for entry in entries:
-        runtime = entry.runtime() if entry.runtime is not None else None
+        runtime = entry.runtime() if entry.records else None
         if runtime is not None:
             runtime.reset()
         else:

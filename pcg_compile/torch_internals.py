@@ -215,3 +215,9 @@ def inputs_only(entries: Sequence[Any]) -> list[bool]:
         plain = "._modules" not in name and "._parameters" not in name and "._buffers" not in name
         keep.append(name == "" or (own and plain) or name.endswith(".training"))
     return keep
+
+
+def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
+    """Registers a backend unless an entry point does (2.11 to 2.13)."""
+    if name not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(backend, name=name)
