@@ -9,6 +9,7 @@ from .ops import register_split_op, split_op
 from .registry import expect, reset, stats
 from .report.stats import BucketStats, Fallback, Stats
 from .torch_internals import ensure_backend as _ensure_backend
+from .warmup import warmup
 
 __all__ = [
     "BucketStats",
@@ -20,6 +21,7 @@ __all__ = [
     "reset",
     "split_op",
     "stats",
+    "warmup",
 ]
 
 # An installed package is found by its entry point; this serves a checkout on the path.

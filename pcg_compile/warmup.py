@@ -1,0 +1,85 @@
+"""Recording ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from .batch import current_step
+from .registry import runtimes
+from .runtime.graph import WarmUp, warming_up
+from .torch_internals import compile_for_all_sizes, mark_dynamic
+
+__all__ = ["warmup"]
+
+Buckets = Sequence[int | tuple[int, ...]]
+
+
+def warmup(compiled: Any, *example_args: Any, buckets: Buckets | None = None, progress: bool = True, **kwargs: Any) -> Any:
+    """Records a compiled model's buckets now, largest first, and changes nothing else.
+
+    Parameters, buffers, caches, the arguments and the random number generators are left as they were; inside
+    ``pcg.step()`` only page 0 of the cache is written. A model that was not called before is compiled for all sizes.
+
+    Args:
+        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave.
+        example_args, kwargs: arguments of one call; their sizes do not matter, their values must be valid.
+        buckets: sizes to record; tuples where the model has several dynamic sizes; None: the options' table.
+        progress: show a progress bar with the bucket, the time left and the memory held.
+
+    Returns:
+        The model's outputs for the example arguments.
+
+    Raises:
+        ValueError: ``buckets`` do not fit the model's dynamic sizes.
+        BatchError: a model with paged attention outside ``pcg.step()``.
+    """
+    bar = _Bar(compiled) if progress else None
+    request = WarmUp(buckets, bar.report if bar else lambda done, total, name: None)
+    try:
+        with warming_up(request), compile_for_all_sizes(lambda: _mark(example_args, kwargs, buckets)):
+            return compiled(*example_args, **kwargs)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _mark(args: Any, kwargs: Any, buckets: Buckets | None) -> None:
+    """Marks the sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 0]
+    if any(getattr(t, "_dynamo_dynamic_indices", None) for t in tensors):
+        return
+    step = current_step()
+    several = max((len(b) for b in buckets or () if isinstance(b, tuple)), default=1)
+    for tensor in tensors:
+        if step is not None:
+            dims = [d for d, size in enumerate(tensor.shape) if size == step.batch.num_tokens]
+        else:
+            dims = list(range(min(several, tensor.dim())))
+        if dims:
+            mark_dynamic(tensor, dims)
+
+
+class _Bar:
+    """A tqdm bar over buckets."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.bar: Any = None
+
+    def report(self, done: int, total: int, name: Any) -> None:
+        if self.bar is None or self.bar.total != total or done < self.bar.n:
+            self.close()
+            self.bar = tqdm(total=total, unit="bucket", desc="recording")
+        self.bar.update(done - self.bar.n)
+        mebibytes = sum(runtime.nbytes() for runtime in runtimes(self.compiled)) / 2**20
+        self.bar.set_postfix_str(f"{'' if name is None else f'bucket {name}, '}{mebibytes:.1f} MiB")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

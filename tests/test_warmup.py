@@ -1,0 +1,71 @@
+"""Recording ahead of time has no effects and covers every bucket."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ToyLlama
+from torch import nn
+
+import pcg_compile as pcg
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def test_all_buckets_are_recorded_and_then_only_replayed():
+    model = ToyLlama(layers=2).eval()
+    compiled = torch.compile(model, backend="pcg", options={"buckets": [2, 4, 8], "compiler": "eager"})
+    with pcg.expect(graphs=1, pieces=3, captured=9, steps=0):
+        pcg.warmup(compiled, torch.randint(0, 128, (3,)), progress=False)
+    with pcg.expect(compiled, captured=0, graphs=0, replays=4 * 3):
+        for n in (8, 3, 2, 1):
+            ids = torch.randint(0, 128, (n,))
+            torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_no_effects(capsys):
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x):
+            self.seen.add_(x[0])
+            x.mul_(2)
+            y = torch.ops.silly.fresh(x)
+            return y + 1
+
+    model = Stateful()
+    run = pcg.piecewise(dynamic={"x": 0}, buckets=[2, 4], compiler="eager")(model.forward)
+    x = torch.randn(3, 4)
+    before, state = x.clone(), torch.get_rng_state()
+    pcg.warmup(run, x)
+    assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.seen, torch.zeros(4))
+    assert "bucket" in capsys.readouterr().err
+    with pcg.expect(run, captured=0):
+        run(x)
+    assert torch.equal(x, before * 2) and torch.equal(model.seen, before[0])
+
+
+def test_only_some_buckets():
+    run = pcg.piecewise(dynamic={"x": 0}, buckets=[2, 4, 8], compiler="eager")(lambda x: torch.ops.silly.fresh(x) + 1)
+    with pcg.expect(captured=1):
+        pcg.warmup(run, torch.randn(2, 2), buckets=[4], progress=False)
+    with pytest.raises(ValueError, match="sizes"):
+        pcg.warmup(run, torch.randn(2, 2), buckets=[(4, 4)], progress=False)
+
+
+def test_first_call_records_all():
+    run = pcg.piecewise(dynamic={"x": 0}, buckets=[2, 4, 8], compiler="eager", capture="first_call")(
+        lambda x: torch.ops.silly.fresh(x) + 1
+    )
+    with pcg.expect(captured=3, steps=1):
+        x = torch.randn(3, 2)
+        torch.testing.assert_close(run(x), x * 2 + 2)
