@@ -25,13 +25,12 @@ class _Entry:
         return self.owner() is not None or self.runtime() is not None
 
 
-#: Registry of live graphs.
+#: Registry of graphs; it keeps their figures, not the graphs.
 _GRAPHS: list[_Entry] = []
 
 
 def add_runtime(owner: object, counters: Counters, runtime: Any) -> None:
     """Enters one graph under its owner."""
-    _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
     _GRAPHS.append(_Entry(owner, counters, runtime))
 
 
@@ -47,7 +46,7 @@ def owners_graphs(owner: object) -> int:
 
 def _entries(compiled: Any) -> list[_Entry]:
     if compiled is None:
-        return [entry for entry in list(_GRAPHS) if entry.alive()]
+        return list(_GRAPHS)
     owner = getattr(compiled, "__pcg_owner__", None) or wrapper_of(compiled)
     if owner is None:
         raise TypeError(
@@ -84,6 +83,8 @@ def expect(compiled: Any = None, **increase: int) -> Any:
 def reset(compiled: Any = None) -> None:
     """Drops recordings and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``."""
     _reset(_entries(compiled))
+    # Until here also the figures of graphs that are gone belong to the totals.
+    _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
 
 
 def reset_owner(owner: object) -> None:
