@@ -69,10 +69,9 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
         gm = run_passes(gm, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, counters, owner)
         _judge(plan, counters)
-    counters.pieces = sum(isinstance(s, PieceSite) and not s.trivial for s in plan.sites)
-    counters.capturable = sum(
-        isinstance(s, PieceSite) and not s.trivial and s.refusal is None for s in plan.sites
-    ) * (plan.refusal is None)
+    pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
+    counters.pieces = len(pieces)
+    counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan))
     shared = Shared(plan, options, counters, chooser, engine_for(device), device)
@@ -157,7 +156,7 @@ def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, ow
             for size in value.shape:
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     values.setdefault(size.node.expr, size)
-    plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values)
+    plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, Compiled] = {}
     safety: dict[Any, Any] = {}
@@ -166,11 +165,11 @@ def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, ow
         if not isinstance(site, PieceSite):
             continue
         key = structure_of(site.piece)
-        if key not in safety:
+        if site.split_reason is None and key not in safety:
             offset = len(site.piece.symbols)
             marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
             safety[key] = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
-        site.safety = safety[key]
+        site.safety = safety.get(key)
         if site.trivial:
             continue
         if key not in distinct:
@@ -185,15 +184,18 @@ def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, ow
 def _judge(plan: Plan, counters: Counters) -> None:
     """Refuses recordings of pieces whose real rows may depend on padding, or that depend on a plain number."""
     for site in plan.sites:
-        if not isinstance(site, PieceSite):
+        if not isinstance(site, PieceSite) or site.split_reason is not None:
             continue
+        foreign = [n for n in site.reads if plan.value(n).device != plan.device]
         numbers = [s for s in site.piece.symbols if s not in plan.dims]
         if numbers:
             site.refusal = f"a piece depends on the number {numbers[0]}, which is no tensor's size"
+        elif foreign:
+            site.refusal = f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
         elif site.piece.symbols and site.safety.kind == "mixing":
             site.refusal = f"mixing: {site.safety.reason}"
             site.where = site.safety.where or site.where
-        if site.refusal is not None and not site.trivial and counters.strict:
+        if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
 
 

@@ -54,6 +54,13 @@ class PieceSite:
     #: None where the piece may be recorded, else why not.
     refusal: str | None = None
     safety: Any = None
+    #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
+    split_reason: str | None = None
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether it counts as a piece."""
+        return not self.trivial and self.split_reason is None
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
@@ -98,6 +105,8 @@ class Plan:
     symbols: tuple[sympy.Symbol, ...]
     #: How to read each symbol from the arguments: (position, dim), dim -1 for an int.
     sizes: tuple[tuple[int, int], ...]
+    #: The recording device: nothing on another one is static.
+    device: torch.device
     #: Symbols that are a dimension of some input, so that padding can change them.
     dims: frozenset[sympy.Symbol]
     #: Why no step of this graph can use recordings, or None.
@@ -117,6 +126,7 @@ def make_plan(
     segments: Sequence[Segment],
     options: Options,
     symbol_values: Mapping[sympy.Symbol, Any],
+    device: torch.device,
 ) -> Plan:
     """A plan from segments. Pieces are built, not compiled."""
     regions = autocast_regions(gm)
@@ -124,12 +134,15 @@ def make_plan(
     readers = {node for segment in segments for node in segment.nodes} | {output}
     sites: list[Site] = []
     for index, segment in enumerate(segments):
-        if segment.kind == "call":
+        if segment.kind == "call" and not (segment.cut and segment.cut.op.compiled and options.compiler != "eager"):
             sites.append(_call_site(segment, index, facts, options, regions))
         else:
             piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
             place = str(place_of(segment.nodes[0]))
-            sites.append(PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial"))
+            site = PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial")
+            if segment.cut is not None:
+                site.split_reason = site.refusal = segment.cut.reason
+            sites.append(site)
     inputs = _inputs(gm, facts, options, segments)
     symbols = tuple(symbol_values)
     written = frozenset().union(*(f.writes for f in facts.values()))
@@ -141,6 +154,7 @@ def make_plan(
         output.args[0],
         symbols,
         tuple(_size_source(symbol, inputs) for symbol in symbols),
+        device,
         frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
         mutated=frozenset(s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written),
     )

@@ -93,7 +93,9 @@ def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Pla
 
 
 def wants_static(plan: Plan, node: fx.Node) -> bool:
-    """Whether anyone reads a call's result at the bucket's size."""
+    """Whether anyone reads a value at the bucket's size, from static memory."""
+    if plan.value(node).device != plan.device:
+        return False
     for site in plan.sites:
         if node in site.reads:
             if isinstance(site, CallSite):

@@ -164,8 +164,8 @@ class GraphRuntime:
     ) -> tuple[Mapping[sympy.Symbol, int] | None, str]:
         if self.plan.refusal is not None:
             return None, self.plan.refusal
-        if not any(isinstance(s, PieceSite) and s.refusal is None and not s.trivial for s in self.plan.sites):
-            reasons = [s for s in self.plan.sites if isinstance(s, PieceSite) and s.refusal]
+        if not any(isinstance(s, PieceSite) and s.refusal is None and s.is_piece for s in self.plan.sites):
+            reasons = [s for s in self.plan.sites if isinstance(s, PieceSite) and s.is_piece and s.refusal]
             return None, f"no piece can be recorded: {reasons[0].refusal} (at {reasons[0].where})" if reasons else ""
         choice = self.shared.chooser.choose(sizes, self._bucketed)
         if choice.sizes is None:

@@ -21,12 +21,16 @@ from ..graph.plan import CallSite, InputSpec, PieceSite, Site
 from ..graph.scalars import evaluate, is_scalar, shape_at, strides_at
 from ..torch_internals import foreach_copy, unowned_alias
 from .binding import Binding, wants_static
+from .buffers import extent
 from .capture import StaticReplay
 from .views import copier, looks_like, real_rows, tails
 
 __all__ = ["Program", "build_and_run"]
 
 Op = Callable[[], Any]
+
+#: A recording keeps its results: logits of 4,096 tokens would hold a gigabyte.
+_RESULT_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class _Builder:
             elif not isinstance(spec.value, torch.Tensor):
                 continue
             elif self.bucket is None or (spec.kind == "user" and not wants_static(self.plan, spec.node)):
+                # Read where it lies; what lies on another device than the recordings does so always.
                 self.program.late_inputs.append((self._late(spec.node), spec.position))
             elif spec.kind in ("static", "bound"):
                 self.static[spec.node] = self.args[spec.position]
@@ -208,9 +213,15 @@ class _Builder:
         """Runs a piece from a recording, making it where there is none. False: it must run at its exact size."""
         assert self.bucket is not None
         if site.refusal is not None:
-            self.program.fallbacks.append((site.refusal, site.where))
+            if site.is_piece:
+                self.program.fallbacks.append((site.refusal, site.where))
             return False
         if any(node not in self.static for node in site.reads):
+            return False
+        weight = self._result_bytes(site)
+        if weight > self._result_limit():
+            reason = f"the results of a piece would hold {weight >> 20} MiB; it runs without a recording"
+            self.program.fallbacks.append((reason, site.where))
             return False
         key = (site.index, tuple(self.bucket[s] for s in site.piece.symbols))
         if self.binding.failures.get(key, 0) > 1:
@@ -229,6 +240,14 @@ class _Builder:
             self.program.recording_keys.append(key)
             self.program.replays += 1
         return True
+
+    def _result_bytes(self, site: PieceSite) -> int:
+        fakes = [self.plan.value(node) for node in site.outputs]
+        return sum(extent(shape_at(f, self.at), strides_at(f, self.at)) * f.element_size() for f in fakes)
+
+    def _result_limit(self) -> int:
+        budget = self.shared.options.memory_budget
+        return _RESULT_LIMIT if budget is None else budget // 8
 
     def _record(self, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> Any:
         piece, compiled = site.piece, site.compiled

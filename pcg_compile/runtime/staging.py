@@ -25,10 +25,11 @@ class StagingBuffer:
         host: uint8 CPU tensor, pinned where the device is CUDA. array: the same memory as a numpy array.
     """
 
-    __slots__ = ("_event", "_recorded", "array", "host")
+    __slots__ = ("_device", "_event", "_recorded", "array", "host")
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
+        self._device = device
         with torch.inference_mode(False):
             self.host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda)
         self.array: npt.NDArray[np.uint8] = self.host.numpy()
@@ -48,7 +49,7 @@ class StagingBuffer:
     def sent(self) -> None:
         """To be called once the copy out of it is enqueued on the current stream of its device."""
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
             self._recorded = True
 
 

@@ -1,0 +1,231 @@
+"""The paged KV cache, and the static device memory that a step's metadata go to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ..errors import BatchError, OptionsError, message
+from ..metadata import PaddedBatch
+from ..runtime.staging import StagingRing
+from .base import AttentionImpl, AttentionShape
+from .choose import choose_impl
+
+__all__ = ["PagedKVCache", "Prepared"]
+
+_LOG = logging.getLogger("pcg_compile")
+
+
+class Prepared:
+    """The metadata of one batch, padded, on the host and on the device. Valid while ``cache.current`` is this object.
+
+    Attributes:
+        bucket: tokens that ``slots`` covers. padded: the host side; ``padded.bucket`` rows of q are attended.
+        slots: ``[bucket]`` int64, static.
+        qo_indptr, kv_indptr, last_page_len, kv_lens, kv_indices: int32 on the cache's device.
+        plans: what each attention shape planned.
+    """
+
+    __slots__ = ("_device", "bucket", "padded", "plans", "rows", "slots")
+
+    def __init__(self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, device: torch.Tensor) -> None:
+        self.padded, self.bucket, self.slots, self._device = padded, bucket, slots, device
+        self.rows = padded.bucket
+        self.plans: dict[str, Any] = {}
+
+    def array(self, index: int) -> torch.Tensor:
+        """On the device, what ``padded.array(index)`` is on the host."""
+        return self._device.narrow(0, self.padded.starts[index], self.padded.sizes[index])
+
+
+class PagedKVCache:
+    """Keys and values of all layers, in pages.
+
+    Page 0 is reserved: padding tokens are written there, and no request may use it. A cache serves one step at a
+    time.
+
+    Attributes:
+        k, v: one ``[num_pages, page_size, num_kv_heads, head_dim]`` tensor a layer. Their addresses never change.
+
+    Recordings read, beside keys and values, only the slot mapping, which has one storage for each power of two of
+    tokens that lives as long as the cache. The rest of the metadata are read by attention, between recordings: where
+    a batch has more than ``max_requests`` requests (or more page entries than the cache has pages), they go to a
+    buffer that doubles, and nothing need be recorded again.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int = 16,
+        max_requests: int = 256,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            num_layers: attention layers. num_pages: pages a layer, page 0 included. page_size: tokens a page.
+            max_requests: requests that the static buffers hold, beside the padding request.
+            num_kv_heads, head_dim: key heads, and elements of one.
+            dtype, device: of keys and values; torch's defaults where None.
+
+        Raises:
+            OptionsError: a size below 1, fewer than 2 pages.
+        """
+        sizes = dict(
+            num_layers=num_layers, num_pages=num_pages, page_size=page_size, max_requests=max_requests,
+            num_kv_heads=num_kv_heads, head_dim=head_dim,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            least = 2 if name == "num_pages" else 1
+            if isinstance(size, bool) or not isinstance(size, int) or size < least:
+                why = "Page 0 is reserved for padding tokens." if name == "num_pages" else None
+                raise OptionsError(message(f"PagedKVCache({name}={size!r}): it is a whole number from {least} on", why=why))
+        self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
+        self.max_requests, self.num_kv_heads, self.head_dim = max_requests, num_kv_heads, head_dim
+        self.dtype = dtype if dtype is not None else torch.get_default_dtype()
+        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        with torch.inference_mode(False):
+            self.k = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(num_layers)]
+            self.v = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(num_layers)]
+            self.flat_k = [k.view(num_pages * page_size, num_kv_heads, head_dim) for k in self.k]
+            self.flat_v = [v.view(num_pages * page_size, num_kv_heads, head_dim) for v in self.v]
+        self.device = self.k[0].device
+        self.staging = StagingRing(self.device)
+        #: Identity of the static memory: what is recorded with one cache serves no other.
+        self.key = object()
+        self.current: Prepared | None = None
+        self.in_step = False
+        self._areas: dict[int, torch.Tensor] = {}
+        self._overflow: torch.Tensor | None = None
+        self._impls: dict[str, AttentionImpl] = {}
+        #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
+        self.reasons: dict[str, str] = {}
+        #: Memory that implementations share on this cache's device, by name.
+        self.workspaces: dict[str, Any] = {}
+        self._free = list(range(num_pages - 1, 0, -1))
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
+            f"{self.num_kv_heads} x {self.head_dim}, {self.dtype}, {self.device})"
+        )
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes ``count`` free pages.
+
+        Raises:
+            BatchError: fewer are free.
+        """
+        if count < 0 or count > len(self._free):
+            raise BatchError(f"{count} pages wanted, {len(self._free)} of {self.num_pages - 1} are free")
+        return [self._free.pop() for _ in range(count)]
+
+    def free(self, pages: list[int]) -> None:
+        """Gives pages back.
+
+        Raises:
+            BatchError: a page that is not in use.
+        """
+        free = set(self._free)
+        for page in pages:
+            if page in free or not 0 < page < self.num_pages:
+                raise BatchError(f"page {page} is not in use, so that it cannot be freed")
+            free.add(page)
+        self._free.extend(pages)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that :meth:`allocate` has left."""
+        return len(self._free)
+
+    def check(self, layer: int, shape: AttentionShape, device: torch.device) -> None:
+        """Raises :class:`BatchError` where a module does not fit the cache."""
+        if not 0 <= layer < self.num_layers:
+            raise BatchError(
+                message(
+                    f"attention layer {layer} has no place in a cache of {self.num_layers} layers",
+                    cure=f"Make the cache with PagedKVCache(num_layers={layer + 1}, ...) or more",
+                )
+            )
+        theirs = (shape.num_kv_heads, shape.head_dim, shape.dtype, device)
+        ours = (self.num_kv_heads, self.head_dim, self.dtype, self.device)
+        if theirs == ours:
+            return
+        names = ("num_kv_heads", "head_dim", "dtype", "device")
+        wrong = [i for i in range(4) if theirs[i] != ours[i]]
+        raise BatchError(
+            message(
+                f"attention layer {layer} and the cache differ: "
+                + ", ".join(f"{names[i]} is {theirs[i]} in the layer, {ours[i]} in the cache" for i in wrong),
+                cure="Make the cache with " + ", ".join(f"{names[i]}={theirs[i]}" for i in wrong),
+            )
+        )
+
+    def impl(self, text: str) -> AttentionImpl:
+        """The implementation for an encoded attention shape."""
+        impl = self._impls.get(text)
+        if impl is None:
+            shape = AttentionShape.decode(text)
+            kind, reason = choose_impl(shape, self.device)
+            if reason is not None:
+                self.reasons[text] = reason
+                _LOG.warning("attention %s runs in plain PyTorch on %s: %s", text, self.device, reason)
+            impl = self._impls[text] = kind(shape, self)
+        return impl
+
+    def slot_mapping(self, bucket: int) -> torch.Tensor:
+        """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
+        return self._area(bucket)[: 2 * _capacity(bucket)].view(torch.int64)[:bucket]
+
+    def _area(self, bucket: int) -> torch.Tensor:
+        capacity = _capacity(bucket)
+        area = self._areas.get(capacity)
+        if area is None:
+            requests = min(capacity, self.max_requests) + 1
+            words = 2 * capacity + 4 * (requests + 4) + self.num_pages - (-capacity // self.page_size)
+            with torch.inference_mode(False):
+                area = self._areas[capacity] = torch.zeros(words, dtype=torch.int32, device=self.device)
+        return area
+
+    def write(self, padded: PaddedBatch, bucket: int) -> Prepared:
+        """Brings a batch's metadata to the device, in one copy where they fit. What was prepared before is invalid.
+
+        Args:
+            padded: the batch at the number of rows that attention sees. bucket: tokens that pieces see, which get
+                slot 0 from the real tokens on.
+        """
+        area, slot_words, flat = self._area(bucket), 2 * _capacity(bucket), padded.flat
+        words = slot_words + len(flat)
+        buffer = self.staging.take(4 * words)
+        host = buffer.array[: 4 * words]
+        slots = host[: 4 * slot_words].view("int64")
+        slots[: padded.tokens] = padded.slots
+        slots[padded.tokens :] = 0
+        host[4 * slot_words :].view("int32")[:] = flat
+        source = buffer.host[: 4 * words].view(torch.int32)
+        with torch.inference_mode(False), torch.no_grad():
+            if words <= area.numel():
+                area[:words].copy_(source, non_blocking=True)
+                device = area[slot_words:words]
+            else:
+                if self._overflow is None or self._overflow.numel() < len(flat):
+                    size = 1 << (len(flat) - 1).bit_length()
+                    self._overflow = torch.zeros(size, dtype=torch.int32, device=self.device)
+                area[:slot_words].copy_(source[:slot_words], non_blocking=True)
+                device = self._overflow[: len(flat)]
+                device.copy_(source[slot_words:], non_blocking=True)
+            buffer.sent()
+            prepared = Prepared(padded, bucket, area[:slot_words].view(torch.int64)[:bucket], device)
+        self.current = prepared
+        return prepared
+
+
+def _capacity(bucket: int) -> int:
+    """Tokens that the storage for a bucket's slots holds: a power of two."""
+    return max(16, 1 << (bucket - 1).bit_length())

@@ -1,0 +1,155 @@
+"""Paged attention in plain PyTorch, for any device and dtype.
+
+Requests are grouped by the powers of two that their lengths lie below, and each group is computed at once, padded
+to its longest request; there is no loop over tokens. The padding request is a group of its own, so that the real
+rows are the same numbers with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..metadata import Ints
+from .base import AttentionImpl
+
+if TYPE_CHECKING:
+    from .cache import Prepared
+
+__all__ = ["ReferenceAttention"]
+
+#: Most scores that are in memory at once.
+_MOST_SCORES = 1 << 25
+
+
+@dataclass
+class _Group:
+    """Requests computed at once: g of them, Q query rows and K keys each.
+
+    Attributes:
+        rows: ``[g * Q]`` rows of q; rows past a request's end repeat its last.
+        slots: ``[g * K]`` slots of its keys; those past its end repeat its last.
+        mask: ``[g, 1, 1, Q, K]`` bool, True where a query sees a key; no row is all False.
+        take: ``[results]`` which of the g * Q results are rows of their own; None for all.
+        targets: ``[results]`` the rows of ``out`` that they go to; None where they are all of them in order.
+    """
+
+    size: tuple[int, int, int]
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor
+    take: torch.Tensor | None
+    targets: torch.Tensor | None
+
+
+class ReferenceAttention(AttentionImpl):
+    """Correct everywhere, fast nowhere: keys and values are gathered in every layer."""
+
+    def plan(self, prepared: Prepared) -> list[_Group]:
+        padded = prepared.padded
+        qo = padded.array(0).astype(np.int64)
+        kv_lens = padded.array(3).astype(np.int64)
+        pages, first_page = padded.array(4), padded.array(1)[:-1].astype(np.int64)
+        lengths = np.diff(qo)
+        order = np.arange(len(lengths))
+        is_padding = order == (len(lengths) - 1 if padded.bucket > padded.tokens else -1)
+        keys = np.stack([is_padding, _power(lengths), _power(kv_lens)])
+        groups: list[_Group] = []
+        for key in np.unique(keys, axis=1).T:
+            members = order[(keys == key[:, None]).all(0)]
+            longest_q, longest_k = int(lengths[members].max()), int(kv_lens[members].max())
+            scores = self.shape.num_heads * longest_k
+            q_chunk = max(1, min(longest_q, _MOST_SCORES // scores))
+            g_chunk = max(1, _MOST_SCORES // (scores * q_chunk))
+            for g in range(0, len(members), g_chunk):
+                some = members[g : g + g_chunk]
+                for q in range(0, longest_q, q_chunk):
+                    end = min(q + q_chunk, longest_q)
+                    group = self._group(some, q, end, qo, lengths, kv_lens, pages, first_page)
+                    if group is not None:
+                        groups.append(group)
+        return groups
+
+    def _group(
+        self, members: Ints, begin: int, end: int, qo: Ints, lengths: Ints, kv_lens: Ints, pages: Ints, first_page: Ints
+    ) -> _Group | None:
+        """The query rows ``begin`` to ``end`` of the members."""
+        members = members[lengths[members] > begin]
+        if not len(members):
+            return None
+        qo_lens, lens = lengths[members], kv_lens[members]
+        i = np.minimum(np.arange(begin, end), (qo_lens - 1)[:, None])
+        real = np.arange(begin, end) < qo_lens[:, None]
+        positions = (lens - qo_lens)[:, None] + i
+        rows = qo[members][:, None] + i
+        j = np.minimum(np.arange(int(lens.max())), (lens - 1)[:, None])
+        slots = pages[first_page[members][:, None] + j // self.page_size].astype(np.int64) * self.page_size
+        slots += j % self.page_size
+        targets = rows[real]
+        in_order = len(targets) == qo[-1] and bool((targets == np.arange(qo[-1])).all())
+        last = self._device(positions)[:, None, None, :, None]
+        key = torch.arange(slots.shape[1], device=self.device)
+        mask = key <= last
+        if self.shape.window is not None:
+            mask &= key > last - self.shape.window
+        return _Group(
+            (len(members), end - begin, slots.shape[1]),
+            self._device(rows.ravel()),
+            self._device(slots.ravel()),
+            mask,
+            None if real.all() else self._device(np.flatnonzero(real.ravel())),
+            None if in_order else self._device(targets),
+        )
+
+    def _device(self, values: Ints) -> torch.Tensor:
+        values = np.ascontiguousarray(values)
+        if self.device.type == "cpu":
+            return torch.from_numpy(values)
+        target = torch.empty(values.shape, dtype=torch.int64, device=self.device)
+        self.staging.send(values, target)
+        return target
+
+    def bind(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+    ) -> Callable[[list[_Group]], None]:
+        keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+
+        def run(plan: list[_Group]) -> None:
+            with torch.no_grad():
+                for group in plan:
+                    self._attend(group, q, keys, values, out)
+
+        return run
+
+    def _attend(
+        self, group: _Group, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        shape = self.shape
+        (g, queries, length), kv_heads, repeat = group.size, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+        dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
+        k = keys.index_select(0, group.slots).to(dtype).view(g, length, kv_heads, shape.head_dim)
+        v = values.index_select(0, group.slots).to(dtype).view(g, length, kv_heads, shape.head_dim)
+        rows = q.index_select(0, group.rows).to(dtype).view(g, queries, kv_heads, repeat, shape.head_dim)
+        rows = rows.permute(0, 2, 3, 1, 4).reshape(g, kv_heads, repeat * queries, shape.head_dim)
+        scores = torch.matmul(rows, k.permute(0, 2, 3, 1)) * shape.scale
+        if shape.softcap is not None:
+            scores = torch.tanh(scores / shape.softcap) * shape.softcap
+        scores = scores.view(g, kv_heads, repeat, queries, length).masked_fill(~group.mask, -torch.inf)
+        weights = torch.softmax(scores, -1).view(g, kv_heads, repeat * queries, length)
+        result = torch.matmul(weights, v.transpose(1, 2)).view(g, kv_heads, repeat, queries, shape.head_dim)
+        result = result.permute(0, 3, 1, 2, 4).reshape(g * queries, shape.num_heads, shape.head_dim).to(out.dtype)
+        if group.take is not None:
+            result = result.index_select(0, group.take)
+        if group.targets is None:
+            out.copy_(result)
+        else:
+            out.index_copy_(0, group.targets, result)
+
+
+def _power(lengths: Ints) -> Ints:
+    """The exponent of the power of two that each length is at most."""
+    return np.ceil(np.log2(lengths)).astype(np.int64)
