@@ -186,6 +186,8 @@ def _judge(plan: Plan, counters: Counters) -> None:
     for site in plan.sites:
         if not isinstance(site, PieceSite) or site.split_reason is not None:
             continue
+        if site.refusal is not None:
+            continue
         foreign = [n for n in site.reads if plan.value(n).device != plan.device]
         numbers = [s for s in site.piece.symbols if s not in plan.dims]
         if numbers:

@@ -17,7 +17,7 @@ from ..torch_internals import is_static_input
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
 from .pieces import Compiled, Piece, build_piece
-from .scalars import expr_of, symbols_of
+from .scalars import SymType, expr_of, leaves_of, symbols_of
 from .split import Segment
 from .where import place_of
 
@@ -130,6 +130,8 @@ def make_plan(
 ) -> Plan:
     """A plan from segments. Pieces are built, not compiled."""
     regions = autocast_regions(gm)
+    backed = set(symbol_values)
+    symbol_values = {**symbol_values, **_unbacked(facts)}
     output = next(iter(gm.graph.find_nodes(op="output")))
     readers = {node for segment in segments for node in segment.nodes} | {output}
     sites: list[Site] = []
@@ -140,11 +142,15 @@ def make_plan(
             piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
             place = str(place_of(segment.nodes[0]))
             site = PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial")
+            if segment.inside_transform:
+                site.refusal = "it holds a split op inside a function transform, where no cut is possible"
+            if any(s not in backed for s in piece.symbols):
+                site.refusal = "its sizes depend on data"
             if segment.cut is not None:
                 site.split_reason = site.refusal = segment.cut.reason
             sites.append(site)
     inputs = _inputs(gm, facts, options, segments)
-    symbols = tuple(symbol_values)
+    symbols = tuple(s for s in symbol_values if s in backed)
     written = frozenset().union(*(f.writes for f in facts.values()))
     plan = Plan(
         gm,
@@ -163,6 +169,18 @@ def make_plan(
     return plan
 
 
+def _unbacked(facts: Mapping[fx.Node, NodeFacts]) -> dict[sympy.Symbol, Any]:
+    """Symbols, those too that stand for what only the data tell: the values that first show them."""
+    found: dict[sympy.Symbol, Any] = {}
+    for fact in facts.values():
+        for leaf in leaves_of(fact.value):
+            for number in (*leaf.shape,) if isinstance(leaf, torch.Tensor) else (leaf,):
+                expr = expr_of(number)
+                if isinstance(number, SymType) and isinstance(expr, sympy.Symbol):
+                    found.setdefault(expr, number)
+    return found
+
+
 def _call_site(
     segment: Segment,
     index: int,
@@ -172,9 +190,7 @@ def _call_site(
 ) -> CallSite:
     assert segment.cut is not None
     node = segment.nodes[0]
-    outputs = [n for n in segment.nodes if isinstance(facts[n].value, torch.Tensor)]
-    if segment.nodes[1:] and outputs and outputs[0] is node:
-        outputs = [node]
+    outputs = [n for n in segment.nodes if isinstance(facts[n].value, (torch.Tensor, *SymType))]
     reads = [n for n in node.all_input_nodes if isinstance(facts[n].value, torch.Tensor)]
     writes = [n for n in reads if storage_of(facts[n].value) in facts[node].writes]
     return CallSite(
@@ -250,6 +266,8 @@ def _refusal(plan: Plan) -> str | None:
     for site in plan.sites:
         for node in site.outputs:
             value = plan.value(node)
+            if not isinstance(value, torch.Tensor):
+                continue
             if not _is_plain(value):
                 return f"a tensor that is not plain and strided crosses a boundary at {site.where}"
             storage = storage_of(value)
@@ -276,7 +294,8 @@ def _assign_slots(plan: Plan) -> None:
     last: dict[int, int] = {}
     for site in plan.sites:
         for node in (*site.reads, *site.outputs):
-            last[storage_of(plan.value(node))] = site.index
+            if isinstance(plan.value(node), torch.Tensor):
+                last[storage_of(plan.value(node))] = site.index
     end = len(plan.sites)
     for node in _nodes_of(plan.outputs):
         if isinstance(plan.value(node), torch.Tensor):
@@ -290,6 +309,8 @@ def _assign_slots(plan: Plan) -> None:
                 busy.remove((until, slot))
                 free.append(slot)
         for node in site.outputs:
+            if not isinstance(plan.value(node), torch.Tensor):
+                continue
             until = last[storage_of(plan.value(node))]
             slot = free.pop() if free else count
             count = max(count, slot + 1)

@@ -42,6 +42,8 @@ class Segment:
     kind: Literal["piece", "call", "trivial"]
     nodes: list[fx.Node] = field(default_factory=list)
     cut: Cut | None = None
+    #: A split op lies inside a function transform (vmap, ...), which cannot be cut.
+    inside_transform: bool = False
 
 
 def op_names(node: fx.Node, facts: NodeFacts | None) -> set[str]:
@@ -98,6 +100,8 @@ def find_cuts(
         if matches:
             origin = "named in the options" if matches[0] in wanted else "registered"
             cuts[node] = Cut(known[matches[0]], f"split op {matches[0]}, {origin}")
+        elif sets_state(node, facts.get(node)):
+            cuts[node] = Cut(SplitOp(_plain_name(node)), "it changes a state outside the graph, which a replay would not")
         elif node in isolated:
             cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), isolated[node])
         else:
@@ -125,6 +129,14 @@ def _unsafe_tag(facts: NodeFacts | None) -> str | None:
             if tag in tags:
                 return f"{call.op} is tagged {tag}"
     return None
+
+
+def sets_state(node: fx.Node, facts: NodeFacts | None) -> bool:
+    """Whether a node takes and gives no tensor and is no arithmetic: it can only be there for an effect."""
+    if facts is None or node.op != "call_function" or facts.value is not None or facts.ops:
+        return False
+    module = getattr(node.target, "__module__", None) or ""
+    return not _is_transform(node) and not _is_assertion(node) and module.startswith("torch")
 
 
 def _plain_name(node: fx.Node) -> str:
@@ -177,16 +189,17 @@ def segments_of(
     segments: list[Segment] = []
     home: dict[fx.Node, Segment] = {}
     current: Segment | None = None
+    depth = 0
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or is_mode_switch(node):
             continue
-        if node not in cuts and is_scalar(facts[node].value) and not facts[node].writes:
-            if not _has_effect(node, facts[node]):
-                continue
+        depth += _transform_depth(node)
+        if node not in cuts and is_scalar(facts[node].value) and not _has_effect(node, facts[node]):
+            continue
         source = node.args[0] if _is_getitem(node) else None
         if isinstance(source, fx.Node) and source in home and isinstance(facts[source].value, (tuple, list)):
             segment = home[source]
-        elif node in cuts:
+        elif node in cuts and depth == 0:
             segment = Segment("call", cut=cuts[node])
             segments.append(segment)
             current = None
@@ -195,6 +208,8 @@ def segments_of(
                 current = Segment("piece")
                 segments.append(current)
             segment = current
+        if node in cuts and depth > 0:
+            segment.inside_transform = True
         segment.nodes.append(node)
         home[node] = segment
     for segment in segments:
@@ -204,12 +219,32 @@ def segments_of(
 
 
 def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
-    """Whether a node without a tensor result must still run: an op on tensors that is not only asked a size."""
+    """Whether a node without a tensor result must still run, because it does more than ask for sizes or compute with them."""
+    if facts.writes or _is_transform(node):
+        return True
+    if node.op == "call_function" and _is_assertion(node):
+        return False
     return any(
         next(tensors_in((call.args, dict(call.kwargs))), None) is not None
         for call in facts.ops
         if not _is_size_query(call.op)
     )
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    """Assertions on sizes held when the graph was traced, and are guards since."""
+    return getattr(node.target, "__name__", "").startswith(("_check", "sym_constrain", "_assert_scalar"))
+
+
+def _is_transform(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a function transform such as vmap, whose state spans the nodes between."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and "functorch" in module
+
+
+def _transform_depth(node: fx.Node) -> int:
+    name = getattr(node.target, "__name__", "") if _is_transform(node) else ""
+    return name.endswith("increment_nesting") - name.endswith("decrement_nesting")
 
 
 def _is_size_query(op: Any) -> bool:

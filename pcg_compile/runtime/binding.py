@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..graph.plan import CallSite, Plan
+from ..graph.scalars import symbols_of
 from ..options import Options
 from ..report.stats import Counters
 from .buckets import BucketChooser
@@ -94,7 +95,8 @@ def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Pla
 
 def wants_static(plan: Plan, node: fx.Node) -> bool:
     """Whether anyone reads a value at the bucket's size, from static memory."""
-    if plan.value(node).device != plan.device:
+    value = plan.value(node)
+    if value.device != plan.device or not symbols_of(value) <= set(plan.symbols):
         return False
     for site in plan.sites:
         if node in site.reads:

@@ -18,7 +18,7 @@ from ..errors import PCGError
 from ..graph.contexts import Autocast
 from ..graph.facts import storage_of
 from ..graph.plan import CallSite, InputSpec, PieceSite, Site
-from ..graph.scalars import evaluate, is_scalar, shape_at, strides_at
+from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
 from ..torch_internals import foreach_copy, unowned_alias
 from .binding import Binding, wants_static
 from .buffers import extent
@@ -38,6 +38,13 @@ class _Late:
     """An argument that is only known when the step runs: a position in the frame."""
 
     slot: int
+
+
+@dataclass(frozen=True)
+class _LateNumber:
+    """A number that depends on data of the step."""
+
+    value: Any
 
 
 @dataclass
@@ -60,6 +67,8 @@ class Program:
     sources: list[int] = field(default_factory=list)
     late_inputs: list[tuple[int, int]] = field(default_factory=list)
     frame: list[Any] = field(default_factory=list)
+    #: Sizes, and sizes that only the data tell, as the step goes on.
+    sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
     emit: Callable[[Sequence[Any]], Any] = lambda args: ()
     replays: int = 0
     recording_keys: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
@@ -133,6 +142,7 @@ class _Builder:
         self.sizes, self.bucket, self.args, self.step, self.compiled = sizes, bucket, args, step, compiled
         self.at = bucket if bucket is not None else sizes
         self.program = Program(None if bucket is None else tuple(bucket[s] for s in self.plan.symbols))
+        self.program.sizes.update(sizes)
         self.static: dict[fx.Node, torch.Tensor] = {}
         self.slots: dict[fx.Node, int] = {}
         self.new: list[tuple[int, tuple[int, ...]]] = []
@@ -351,7 +361,7 @@ class _Builder:
 
     def _run_exact(self, site: PieceSite) -> None:
         piece = site.piece
-        numbers = [self.sizes[s] for s in piece.symbols]
+        numbers = [self.sizes.get(s, _LateNumber(v)) for s, v in zip(piece.symbols, piece.example, strict=False)]
         function = site.compiled.function if self.compiled else piece.gm.forward
         if site.compiled.failure is None and self.compiled:
             site.compiled.warm = True
@@ -377,7 +387,7 @@ class _Builder:
                 return _attribute(self.plan.gm, str(node.target))
             value = self.plan.value(node)
             if is_scalar(value):
-                return evaluate(value, sizes)
+                return evaluate(value, sizes) if symbols_of(value) <= sizes.keys() else _LateNumber(value)
             if node not in done:
                 if request and node in self.static:
                     done[node] = self.static[node]
@@ -424,14 +434,17 @@ class _Builder:
     def _caller(self, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> Op:
         flat, spec = tree_flatten((tuple(arguments), dict(keywords)))
         late = [(i, leaf.slot) for i, leaf in enumerate(flat) if isinstance(leaf, _Late)]
-        if not late:
+        numbers = [(i, leaf.value) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
+        if not late and not numbers:
             return partial(function, *arguments, **keywords)
-        frame = self.program.frame
+        frame, sizes = self.program.frame, self.program.sizes
 
         def call() -> Any:
             leaves = list(flat)
             for i, slot in late:
                 leaves[i] = frame[slot]
+            for i, value in numbers:
+                leaves[i] = evaluate(value, sizes)
             args, kwargs = tree_unflatten(leaves, spec)
             return function(*args, **kwargs)
 
@@ -439,7 +452,7 @@ class _Builder:
 
     def _binder(self, bind: Callable[..., Op], arguments: Any, keywords: Mapping[str, Any]) -> Op:
         flat, _ = tree_flatten((tuple(arguments), dict(keywords)))
-        if any(isinstance(leaf, _Late) for leaf in flat):
+        if any(isinstance(leaf, (_Late, _LateNumber)) for leaf in flat):
             late = self._caller(bind, arguments, keywords)
             return lambda: late()()
         return bind(*arguments, **keywords)
@@ -479,11 +492,15 @@ class _Builder:
         self, node: fx.Node, path: tuple[int, ...], request: bool, late: bool, after: list[Op]
     ) -> Callable[[Any], None]:
         fake = self.plan.value(node)
+        learn = self._learner(fake)
+        if not isinstance(fake, torch.Tensor):
+            return lambda result: learn(_follow(result, path))
         if self.bucket is None or late or not (request or wants_static(self.plan, node)):
             slot, frame = self._late(node), self.program.frame
 
             def keep(result: Any) -> None:
-                frame[slot] = _follow(result, path)
+                frame[slot] = value = _follow(result, path)
+                learn(value)
 
             return keep
         shape, strides = shape_at(fake, self.at), strides_at(fake, self.at)
@@ -495,6 +512,27 @@ class _Builder:
         if not path:
             return target.copy_
         return lambda result: target.copy_(_follow(result, path))  # type: ignore[func-returns-value]
+
+    def _learner(self, fake: Any) -> Callable[[Any], None]:
+        """Notes the sizes that only a result tells."""
+        sizes = self.program.sizes
+        if not isinstance(fake, torch.Tensor):
+            symbol = expr_of(fake)
+
+            def note(value: Any) -> None:
+                sizes[symbol] = value
+
+            return note
+        dims = [(d, expr_of(n)) for d, n in enumerate(fake.shape) if not symbols_of(n) <= self.sizes.keys()]
+        if not dims:
+            return lambda value: None
+
+        def note_shape(value: Any) -> None:
+            for dim, symbol in dims:
+                if isinstance(symbol, sympy.Symbol):
+                    sizes[symbol] = value.shape[dim]
+
+        return note_shape
 
     # -- outputs ----------------------------------------------------------------------------------------------
 
@@ -515,7 +553,10 @@ class _Builder:
             if leaf in positions and isinstance(value, torch.Tensor):
                 makers.append((i, lambda args, p=positions[leaf]: args[p]))
             elif is_scalar(value):
-                constants[i] = evaluate(value, self.sizes)
+                if symbols_of(value) <= self.sizes.keys():
+                    constants[i] = evaluate(value, self.sizes)
+                else:
+                    makers.append((i, lambda args, v=value, known=self.program.sizes: evaluate(v, known)))
             elif storage_of(value) in bases:
                 makers.append((i, self._view_of_argument(value, bases[storage_of(value)])))
             elif leaf in self.static:
