@@ -104,7 +104,7 @@ class FlashInferAttention(AttentionImpl):
     def plan(self, prepared: Prepared) -> _Plan:
         padded = prepared.padded
         while True:
-            floats = self._workspaces.setdefault("float", None)
+            floats = self._workspaces.get("float")
             if floats is None:
                 with torch.inference_mode(False):
                     floats = torch.empty(_FLOAT_WORKSPACE, dtype=torch.uint8, device=self.device)
