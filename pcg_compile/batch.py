@@ -160,7 +160,6 @@ class StepState:
         self.prepared: Prepared | None = None
         self._memo: dict[Hashable, Any] = {}
         self._user: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._staging: StagingRing | None = cache.staging if cache is not None else None
 
     def once(self, key: Hashable, fn: Callable[[], T]) -> T:
         """``fn()``, called once a step for a key."""
@@ -211,35 +210,32 @@ class StepState:
         Raises:
             BatchError: no cache, a bucket below the number of tokens.
         """
-        cache = self.require_cache()
         rows = bucket if mode == "request" or self.scratch else self.batch.num_tokens
+        prepared = self._written(bucket, rows)
+        for shape in shapes:
+            self._planned(prepared, shape)
+        return prepared
+
+    def plan(self, shape: str, rows: int) -> Any:
+        """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it."""
         prepared = self.prepared
+        if prepared is None or prepared.rows != rows or prepared is not self.require_cache().current:
+            prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
+        return self._planned(prepared, shape)
+
+    def _written(self, bucket: int, rows: int) -> Prepared:
+        cache, prepared = self.require_cache(), self.prepared
         if prepared is None or prepared is not cache.current or prepared.bucket != bucket or prepared.rows != rows:
             if bucket < rows:
                 raise BatchError(f"the batch has {rows} tokens, the bucket {bucket}")
             prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size), bucket)
-        for shape in shapes:
-            if shape not in prepared.plans:
-                prepared.plans[shape] = cache.impl(shape).plan(prepared)
         return prepared
 
-    def plan(self, shape: str, rows: int) -> Any:
-        """The plan of an attention shape for a number of rows: those that were prepared, nearly always."""
-        prepared = self.prepared
-        if prepared is None or prepared.rows != rows or prepared is not self.require_cache().current:
-            bucket = prepared.bucket if prepared is not None and prepared.bucket >= rows else rows
-            if rows != self.batch.num_tokens and not self.scratch:
-                bucket = rows
-            prepared = self._prepare_rows(bucket, rows)
+    def _planned(self, prepared: Prepared, shape: str) -> Any:
         plan = prepared.plans.get(shape)
         if plan is None:
             plan = prepared.plans[shape] = self.require_cache().impl(shape).plan(prepared)
         return plan
-
-    def _prepare_rows(self, bucket: int, rows: int) -> Prepared:
-        cache = self.require_cache()
-        self.prepared = cache.write(self.batch.padded(rows, cache.page_size), bucket)
-        return self.prepared
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64 at an address that is the cache's for ever; filled by :meth:`prepare`."""

@@ -98,7 +98,8 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 for value in _tensors(arguments.get(name))
             ]
         for value, dims in wanted:
-            mark_dynamic(value, [dim % value.dim() for dim in dims])
+            # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
+            mark_dynamic(value, [dim % value.dim() for dim in dims], strict=dynamic is not None)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -201,9 +201,9 @@ def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
         _MARK.reset(token)
 
 
-def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int]) -> None:
-    """Marks dimensions as dynamic for Dynamo (2.11 to 2.13)."""
-    torch._dynamo.mark_dynamic(tensor, list(dims))
+def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int], strict: bool = True) -> None:
+    """Marks dimensions as dynamic for Dynamo; not ``strict``: unless the code fixes them (2.11 to 2.13)."""
+    (torch._dynamo.mark_dynamic if strict else torch._dynamo.maybe_mark_dynamic)(tensor, list(dims))
 
 
 def inputs_only(entries: Sequence[Any]) -> list[bool]:

@@ -61,7 +61,7 @@ def _mark(args: Any, kwargs: Any, buckets: Buckets | None) -> None:
         else:
             dims = list(range(min(several, tensor.dim())))
         if dims:
-            mark_dynamic(tensor, dims)
+            mark_dynamic(tensor, dims, strict=False)
 
 
 class _Bar:

@@ -1,0 +1,128 @@
+"""The attention ops: what a module calls, and what the graph pass makes of it.
+
+A module calls ``pcg::paged_attention``, one node whatever attention does inside. Run eagerly it stores keys and
+values and attends. In a compiled graph the pass ``prepare_batch`` makes of it ``pcg::store_kv``, which the compiler
+fuses into the piece, and ``pcg::attend``, which runs between pieces on what ``pcg::prepare_batch`` planned once for
+all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from ..batch import require_step
+from ..errors import BatchError, message
+from .base import AttentionShape
+
+__all__ = ["bind_attend", "bind_prepare_batch", "join_shapes", "paged_attention"]
+
+_WHAT = "paged attention"
+_LIBRARY = torch.library.Library("pcg", "FRAGMENT")
+#: Recorded by a compiler's own graphs, they would keep the plan of the first batch.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+_LIBRARY.define("paged_attention(Tensor q, Tensor k, Tensor v, int layer, str shape) -> Tensor", tags=_TAGS)
+_LIBRARY.define("store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()")
+_LIBRARY.define("prepare_batch(SymInt tokens, str shapes) -> ()", tags=_TAGS)
+_LIBRARY.define("attend(Tensor q, Tensor(a!) out, int layer, str shape) -> ()", tags=_TAGS)
+
+
+def join_shapes(shapes: list[str]) -> str:
+    """Encoded attention shapes as the one text that ``pcg::prepare_batch`` takes."""
+    return ";".join(shapes)
+
+
+def paged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str) -> torch.Tensor:
+    """Stores k, v and attends, in the running step.
+
+    Args:
+        q: ``[tokens, num_heads, head_dim]``. k, v: ``[tokens, num_kv_heads, head_dim]``.
+        layer: its place in the cache. shape: an encoded :class:`AttentionShape`.
+
+    Raises:
+        BatchError: no step or no cache, another number of tokens than the batch's, a module that the cache does not fit.
+    """
+    state = require_step(_WHAT)
+    cache, tokens = state.require_cache(), q.shape[0]
+    cache.check(layer, AttentionShape.decode(shape), q.device)
+    state.check_tokens(tokens)
+    slots = state.prepare(tokens, "slice").slots
+    store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out)(state.plan(shape, tokens))
+    return out
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Writes the tokens' keys and values ``[tokens, num_kv_heads, head_dim]`` to their slots.
+
+    Args:
+        k_cache, v_cache: ``[slots, num_kv_heads, head_dim]``. slot_mapping: ``[tokens]`` int64.
+    """
+    k_cache.index_copy_(0, slot_mapping, k)
+    v_cache.index_copy_(0, slot_mapping, v)
+
+
+def bind_prepare_batch(
+    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice"
+) -> Callable[[], None]:
+    """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called."""
+    names = tuple(shapes.split(";")) if shapes else ()
+
+    def prepare() -> None:
+        require_step(_WHAT).prepare(tokens, mode, names)
+
+    return prepare
+
+
+def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> Callable[[], None]:
+    """``pcg::attend`` with its tensors bound, and the cache of the step that is running now.
+
+    The callable serves every step with that cache, at ``q.shape[0]`` tokens, padding included.
+    """
+    cache = require_step(_WHAT).require_cache()
+    cache.check(layer, AttentionShape.decode(shape), q.device)
+    run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out)
+    rows = q.shape[0]
+
+    def attend() -> None:
+        state = require_step(_WHAT)
+        if state.cache is not cache:
+            raise BatchError(
+                message("attention was bound to another cache than the step's", why="Recordings belong to one cache.")
+            )
+        run(state.plan(shape, rows))
+
+    return attend
+
+
+def _prepare_batch(tokens: int, shapes: str) -> None:
+    bind_prepare_batch(tokens, shapes)()
+
+
+def _attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> None:
+    bind_attend(q, out, layer, shape)()
+
+
+def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+for _name, _function, _fake in (
+    ("paged_attention", paged_attention, _fake_attention),
+    ("prepare_batch", _prepare_batch, _fake_nothing),
+    ("attend", _attend, _fake_nothing),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pcg::{_name}", _fake, lib=_LIBRARY)
+_LIBRARY.impl("store_kv", store_kv, "CompositeImplicitAutograd")
+torch.fx.node.has_side_effect(torch.ops.pcg.prepare_batch.default)
