@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from . import builtin_ops as _builtin_ops
+from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
+from .batch import Batch, step
 from .decorator import piecewise
 from .ops import register_split_op, split_op
 from .registry import expect, reset, stats
@@ -12,8 +14,11 @@ from .torch_internals import ensure_backend as _ensure_backend
 from .warmup import warmup
 
 __all__ = [
+    "Batch",
     "BucketStats",
     "Fallback",
+    "PagedAttention",
+    "PagedKVCache",
     "Stats",
     "expect",
     "piecewise",
@@ -21,6 +26,7 @@ __all__ = [
     "reset",
     "split_op",
     "stats",
+    "step",
     "warmup",
 ]
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from .errors import PCGError, SplitOpNotFound, UnsafePadding
 from .graph.facts import NodeFacts, trace_facts
-from .graph.pieces import Compiled, compile_piece, structure_of
+from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
 from .graph.split import find_cuts, name_tuple_elements, segments_of
@@ -64,10 +64,13 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
         )
         add_runtime(owner, counters, None)
         return compile_whole_with_inductor(gm, real_inputs)
+    ends_step = not ends_in_graph_break(gm)
+    # Dynamo goes on using its own graph.
+    rewritable = copy_graph(gm)
     with torch.no_grad():
-        context = PassContext(options, device, trace_facts(gm, example_inputs), _token_symint(example_inputs))
-        gm = run_passes(gm, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, counters, owner)
+        context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
+        gm = run_passes(rewritable, example_inputs, context)
+        plan, compiled = plan_pieces(gm, context, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
     pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
     counters.pieces = len(pieces)
@@ -75,7 +78,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     counters.compiled = compiled
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan))
     shared = Shared(plan, options, counters, chooser, engine_for(device), device)
-    runtime = GraphRuntime(plan, shared, ends_step=not ends_in_graph_break(gm))
+    runtime = GraphRuntime(plan, shared, ends_step)
     runtime.context = context
     add_runtime(owner, counters, runtime)
     return runtime
@@ -135,11 +138,14 @@ def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Pa
     return trace_facts(gm, [*example_inputs, *added])
 
 
-def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, owner: object) -> tuple[Plan, int]:
-    """Cuts the graph and compiles each distinct piece once; returns the plan and their number."""
+def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, only_graph: bool) -> tuple[Plan, int]:
+    """Cuts the graph and compiles each distinct piece once; returns the plan and their number.
+
+    ``only_graph``: a split op that is not here is nowhere.
+    """
 
     def missing(error: SplitOpNotFound) -> None:
-        if not ends_in_graph_break(gm) and not owners_graphs(owner):
+        if only_graph:
             raise error
         counters.fall_back(str(error).splitlines()[0] + " here; the model has several graphs")
 

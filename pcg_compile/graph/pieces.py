@@ -16,7 +16,7 @@ from .contexts import Autocast
 from .facts import NodeFacts, storage_of
 from .scalars import SymType, expr_of, is_scalar, plain, symbols_of
 
-__all__ = ["Compiled", "Piece", "build_piece", "compile_piece", "structure_of"]
+__all__ = ["Compiled", "Piece", "build_piece", "compile_piece", "copy_graph", "structure_of"]
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
@@ -230,7 +230,7 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
     compile_it = compile_with_inductor if compiler == "inductor" else compiler
     try:
         # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
-        copy = fx.GraphModule(piece.gm, _copied(piece.gm.graph))
+        copy = copy_graph(piece.gm)
         for node, value in zip(copy.graph.find_nodes(op="placeholder"), piece.example, strict=True):
             node.meta["example_value"] = value
         with isolated_tracing(fake_mode), torch.no_grad():
@@ -239,7 +239,8 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
         return Compiled(piece.gm.forward, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in nodes of its own, over the same parameters."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)

@@ -119,6 +119,15 @@ class Plan:
         """The fake value of a node."""
         return self.facts[node].value
 
+    @property
+    def tokens(self) -> Any:
+        """The number of tokens that the step's metadata are prepared for, an int or a SymInt; None without any."""
+        for site in self.sites:
+            if isinstance(site, CallSite) and site.op.own_metadata and site.op.bucket_args:
+                argument = site.node.args[site.op.bucket_args[0]]
+                return self.value(argument) if isinstance(argument, fx.Node) else argument
+        return None
+
 
 def make_plan(
     gm: fx.GraphModule,

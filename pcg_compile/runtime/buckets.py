@@ -56,6 +56,13 @@ class BucketChooser:
     def __post_init__(self) -> None:
         self.table = self.options.buckets or default_table(self.options.max_tokens)
         self.products = tuple(set(self.products))
+        self._pinned = {
+            side
+            for condition in self.conditions
+            if isinstance(condition, sympy.Eq)
+            for side, other in (condition.args, condition.args[::-1])
+            if isinstance(side, sympy.Symbol) and isinstance(other, sympy.Integer)
+        }
 
     def choose(self, sizes: Mapping[sympy.Symbol, int], bucketed: Iterable[sympy.Symbol]) -> Choice:
         """The smallest allowed bucket >= its size for every symbol in ``bucketed``; others stay exact."""
@@ -64,6 +71,9 @@ class BucketChooser:
             n = sizes[symbol]
             if n < 1:
                 return Choice(None, f"a dynamic size is {n}")
+            if symbol in self._pinned:
+                # A graph for one size only, such as Dynamo makes for 1: recorded at that size.
+                continue
             reason = f"no bucket >= {n}; the largest is {self.table[-1]}"
             for bucket in self.table:
                 if bucket < n:

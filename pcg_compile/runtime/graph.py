@@ -71,9 +71,7 @@ class GraphRuntime:
         self._needs_step = any(isinstance(s, CallSite) and s.op.own_metadata for s in self.plan.sites) or any(
             s.kind == "step" for s in self.plan.inputs
         )
-        self._takes_tokens = any(
-            isinstance(s, CallSite) and s.op.name.startswith("pcg::prepare_batch") for s in self.plan.sites
-        )
+        self._takes_tokens = self.plan.tokens is not None
         self._first_call = True
         self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
         self._bucketed = self._bucketed_symbols()
@@ -119,12 +117,8 @@ class GraphRuntime:
             return result
 
     def _tokens(self, sizes: tuple[int, ...]) -> int:
-        for site in self.plan.sites:
-            if isinstance(site, CallSite) and site.op.bucket_args:
-                argument = site.node.args[0]
-                value = self.plan.value(argument) if not isinstance(argument, int) else argument
-                return int(evaluate(value, dict(zip(self.plan.symbols, sizes, strict=True))))
-        return 0
+        tokens = self.plan.tokens
+        return int(evaluate(tokens, dict(zip(self.plan.symbols, sizes, strict=True)))) if tokens is not None else 0
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
         real, padded, name = 1, 1, []

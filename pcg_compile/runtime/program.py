@@ -180,7 +180,7 @@ class _Builder:
         for spec in self.plan.inputs:
             if spec.kind == "step":
                 assert spec.step is not None
-                self.static[spec.node] = spec.step.get(self.step, self._tokens())
+                self._bind_step_input(spec)
             elif not isinstance(spec.value, torch.Tensor):
                 continue
             elif self.bucket is None or (spec.kind == "user" and not wants_static(self.plan, spec.node)):
@@ -191,14 +191,14 @@ class _Builder:
             else:
                 self._copy_in(spec)
 
-    def _tokens(self) -> int:
-        """The size of the token symbol: of the sizes that the step's metadata are prepared for."""
-        for site in self.plan.sites:
-            if isinstance(site, CallSite) and site.op.bucket_args:
-                return int(evaluate(self.plan.value(site.node.args[0]), self.at)) if isinstance(
-                    site.node.args[0], fx.Node
-                ) else int(site.node.args[0])  # type: ignore[arg-type]
-        return 0
+    def _bind_step_input(self, spec: InputSpec) -> None:
+        assert spec.step is not None
+        tensor = spec.step.get(self.step, int(evaluate(self.plan.tokens, self.at)))
+        if not looks_like(tensor, spec.value, self.at):
+            # Another cache than the one that the pieces were compiled with: their code may hold its sizes.
+            self.compiled = False
+            self.program.fallbacks.append((f"{spec.step.name} has other sizes than when compiled: pieces run eagerly", ""))
+        self.static[spec.node] = tensor
 
     def _copy_in(self, spec: InputSpec) -> None:
         shape, strides = shape_at(spec.value, self.at), strides_at(spec.value, self.at)
@@ -261,13 +261,14 @@ class _Builder:
 
     def _record(self, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> Any:
         piece, compiled = site.piece, site.compiled
+        function = compiled.function if self.compiled else piece.gm.forward
         inputs = [self.static[node] for node in piece.inputs]
         numbers = [self.at[s] for s in piece.symbols]
         conform = self._conformer(piece)
         engine = StaticReplay() if site.trivial else self.shared.engine
 
         def run() -> Sequence[torch.Tensor]:
-            return conform(compiled.function(*numbers, *inputs))
+            return conform(function(*numbers, *inputs))
 
         written = [inputs[i] for i in piece.writes]
         before = [t.clone() for t in written]

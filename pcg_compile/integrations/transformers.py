@@ -1,0 +1,167 @@
+"""Registers the attention implementation ``"pcg"`` with transformers.
+
+    import pcg_compile.integrations.transformers
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg")
+    with pcg.step(batch, cache):
+        logits = model(input_ids[None], position_ids=batch.positions[None]).logits
+
+``input_ids`` and ``position_ids`` are ``[1, tokens]``, the requests of the batch one after the other; the model's own
+code is unchanged. No mask is made, the paged cache tells what a token sees. ``use_cache`` is switched off in the
+config of every model that is made with, or set to, this implementation, since the paged cache takes the place of
+transformers' own; transformers has no hook for that, so its check of the implementation's name is wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from transformers.modeling_utils import PreTrainedModel
+
+from ..attention import PagedKVCache
+from ..attention.base import encode_shape
+from ..attention.layer import check_qkv
+from ..errors import BatchError, message
+
+__all__ = ["NAME", "attention", "cache_for"]
+
+#: What to pass as ``attn_implementation``.
+NAME = "pcg"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Paged attention as transformers calls it.
+
+    Args:
+        query: ``[1, heads, tokens, head_dim]``. key, value: ``[1, kv_heads, tokens, head_dim]``, the new tokens only.
+
+    Returns:
+        ``[1, tokens, heads, head_dim]``, and no weights.
+
+    Raises:
+        BatchError: requests in rows instead of packed, a mask, a cache of transformers', dropout, sinks, attention that
+            is not causal or not over the tokens themselves.
+    """
+    reason = _unsupported(module, query, key, value, attention_mask, dropout, kwargs)
+    if reason is not None:
+        raise BatchError(reason)
+    heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    check_qkv(q, k, v, heads, kv_heads, head_dim)
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
+    shape = encode_shape(
+        heads, kv_heads, head_dim, sliding_window, None if softcap is None else float(softcap), scale, q.dtype
+    )
+    return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape).unsqueeze(0), None
+
+
+def _unsupported(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> str | None:
+    name = type(module).__name__
+    if query.shape[0] != 1:
+        return message(
+            f"{name} got {query.shape[0]} rows of tokens",
+            why="Requests are packed into one row, whatever their lengths.",
+            cure="Pass input_ids[None] and position_ids=batch.positions[None], both [1, tokens]",
+        )
+    if key.shape[2] != query.shape[2]:
+        return message(
+            f"{name} got {key.shape[2]} keys for {query.shape[2]} tokens",
+            why="The step's cache holds the earlier keys, or the attention is not over the tokens themselves.",
+            cure="Pass neither past_key_values nor use_cache=True.",
+        )
+    if attention_mask is not None:
+        return message(f"{name} got an attention mask", why="What a token sees follows from the step's batch alone.")
+    if dropout:
+        return message(f"{name} has a dropout of {dropout}", why="Serving has none.", cure="Write: model.eval()")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        return f"{name} is not causal; paged attention is"
+    for extra in ("s_aux", "position_bias"):
+        if kwargs.get(extra) is not None:
+            return f"{name} passes {extra}, which paged attention does not have"
+    if value.shape[3] != query.shape[3]:
+        return f"{name} has keys of {query.shape[3]} and values of {value.shape[3]} elements a head; they must agree"
+    if getattr(module, "layer_idx", None) is None:
+        return f"{name} has no layer_idx, so that its place in the cache is unknown"
+    return None
+
+
+def cache_for(
+    model: Any,
+    num_pages: int,
+    page_size: int = 16,
+    max_requests: int = 256,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> PagedKVCache:
+    """A cache that fits a model, or the model of a config.
+
+    Args:
+        model: a transformers model or config. num_pages: pages a layer, page 0 included.
+        page_size, max_requests: as :class:`PagedKVCache` takes them.
+        dtype, device: the model's where None; for a config its dtype, and torch's defaults.
+
+    Raises:
+        OptionsError: a size out of range.
+    """
+    config = getattr(model, "config", model).get_text_config()
+    if isinstance(model, torch.nn.Module):
+        parameter = next(model.parameters())
+        dtype, device = dtype or parameter.dtype, device if device is not None else parameter.device
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return PagedKVCache(
+        config.num_hidden_layers,
+        num_pages,
+        page_size,
+        max_requests,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        dtype=dtype or getattr(config, "dtype", None),
+        device=device,
+    )
+
+
+def _switch_cache_off(check: Any) -> Any:
+    """Wraps the method that every model passes the name of its attention through, when made and when it is set."""
+
+    @functools.wraps(check)
+    def checked(self: PreTrainedModel, requested: str | None, *args: Any, **kwargs: Any) -> str:
+        name = check(self, requested, *args, **kwargs)
+        if name == NAME:
+            self.config.use_cache = False
+        return name
+
+    checked.__pcg__ = True  # type: ignore[attr-defined]
+    return checked
+
+
+def _register() -> None:
+    transformers.AttentionInterface.register(NAME, attention)
+    check = PreTrainedModel.get_correct_attn_implementation
+    if not getattr(check, "__pcg__", False):
+        PreTrainedModel.get_correct_attn_implementation = _switch_cache_off(check)
+
+
+_register()
