@@ -18,7 +18,7 @@ from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
 from .pieces import Compiled, Piece, build_piece
 from .scalars import SymType, expr_of, leaves_of, symbols_of
-from .split import Segment
+from .split import Segment, fills
 from .where import place_of
 
 __all__ = ["CallSite", "InputSpec", "PieceSite", "Plan", "Site", "make_plan"]
@@ -51,6 +51,8 @@ class PieceSite:
     where: str
     #: "trivial" sites launch no kernel: they are made once and neither recorded nor counted.
     trivial: bool = False
+    #: Views and uninitialized memory alone: once made, there is nothing to do in a step.
+    idle: bool = False
     #: None where the piece may be recorded, else why not.
     refusal: str | None = None
     safety: Any = None
@@ -151,6 +153,7 @@ def make_plan(
             piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
             place = str(place_of(segment.nodes[0]))
             site = PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial")
+            site.idle = site.trivial and not any(fills(facts[node]) for node in segment.nodes)
             if segment.inside_transform:
                 site.refusal = "it holds a split op inside a function transform, where no cut is possible"
             if any(s not in backed for s in piece.symbols):

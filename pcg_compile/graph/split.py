@@ -17,7 +17,7 @@ from .contexts import is_mode_switch
 from .facts import NodeFacts, tensors_in
 from .scalars import is_scalar
 
-__all__ = ["Cut", "Segment", "find_cuts", "name_tuple_elements", "op_names", "segments_of"]
+__all__ = ["Cut", "Segment", "fills", "find_cuts", "name_tuple_elements", "op_names", "segments_of"]
 
 _ALLOCATIONS = frozenset(
     f"aten::{name}"
@@ -263,3 +263,9 @@ def _makes_nothing(facts: NodeFacts) -> bool:
         if not is_view:
             return False
     return True
+
+
+def fills(facts: NodeFacts) -> bool:
+    """Whether a node puts values into memory: of the ops of a trivial segment, those that allocate and fill."""
+    names = {_packet(call.op.name()) for call in facts.ops if isinstance(call.op, torch._ops.OpOverload)}
+    return any(name in _ALLOCATIONS and "empty" not in name for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Engine(ABC):
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
+        pool: Hashable = None,
     ) -> Recording:
         """Records ``run``, which reads static inputs only.
 
@@ -39,6 +40,8 @@ class Engine(ABC):
             run: the compiled piece with its static inputs bound.
             place: static memory for result ``i``, of its shape and strides.
             warm_up: runs the piece once without effects, where that has not happened yet.
+            pool: recordings with the same value reuse each other's freed memory. They must always be replayed in the
+                order in which they were recorded, see Note [pools].
         """
 
     @contextlib.contextmanager
@@ -55,6 +58,7 @@ class StaticReplay(Engine):
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
+        pool: Hashable = None,
     ) -> Recording:
         outputs: list[torch.Tensor] = []
         copies: list[int] = []
@@ -76,11 +80,18 @@ class StaticReplay(Engine):
 
 
 class CudaGraphs(Engine):
-    """CUDA graphs that share one memory pool."""
+    """CUDA graphs that share memory pools.
+
+    Note [pools]. A recording's temporaries lie in memory that later recordings may take for their results. That is
+    right as long as all recordings of a pool which one step replays were recorded together, in the same order. Pieces
+    that use the same dynamic sizes are: they share a key, so a bucket records all of them or none. Pieces with other
+    sizes are recorded in other steps (a tail keyed by tokens and kept rows, say, beside layers keyed by tokens alone),
+    and have a pool of their own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pools: dict[Hashable, Any] = {}
         self.stream = torch.cuda.Stream(device)
 
     def record(
@@ -88,6 +99,7 @@ class CudaGraphs(Engine):
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
+        pool: Hashable = None,
     ) -> Recording:
         current = torch.cuda.current_stream(self.device)
         before = torch.cuda.memory_reserved(self.device)
@@ -97,7 +109,8 @@ class CudaGraphs(Engine):
                 warm_up()
             graph = torch.cuda.CUDAGraph()
             # "thread_local": another thread's allocation must not break this capture.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            handle = self.pools.setdefault(pool, torch.cuda.graph_pool_handle())
+            graph.capture_begin(pool=handle, capture_error_mode="thread_local")
             try:
                 outputs = list(run())
             except BaseException:

@@ -245,7 +245,8 @@ class _Builder:
             if recording is None:
                 return False
         self.static.update(zip(site.outputs, recording.outputs, strict=True))
-        self.program.ops.append(recording.replay)
+        if not site.idle:
+            self.program.ops.append(recording.replay)
         if not site.trivial:
             self.program.recording_keys.append(key)
             self.program.replays += 1
@@ -285,7 +286,12 @@ class _Builder:
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-                recording = engine.record(run, self._placer(site, inputs), None if compiled.warm else warm_up)
+                recording = engine.record(
+                    run,
+                    self._placer(site, inputs),
+                    None if compiled.warm else warm_up,
+                    frozenset(piece.symbols),
+                )
         except PCGError:
             raise
         except Exception as error:  # noqa: BLE001 - the step must answer whatever a recording runs into
