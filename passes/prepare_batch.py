@@ -130,7 +130,7 @@ class _Rewriter:
         expr = expr_of(self.tokens)
         if not isinstance(expr, sympy.Basic) or not expr.free_symbols:
             return int(expr)
-        sources = {}
+        sources: dict[Any, fx.Node] = {}
         for node in self.placeholders:
             value = self.facts[node].value
             if isinstance(value, torch.SymInt):

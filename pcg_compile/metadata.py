@@ -1,4 +1,4 @@
-"""The arithmetic of a ragged batch, on the host: positions, pages, slots, and the padding request."""
+"""The arithmetic of a ragged batch, on the host: lengths, positions, pages, slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from .errors import BatchError, message
 
-__all__ = ["PageTable", "PaddedBatch", "Tables", "make_tables", "pad_tables", "positions_of", "read_lengths"]
+__all__ = ["PageTable", "Tables", "check_names", "make_tables", "positions_of", "read_lengths"]
 
 Ints = npt.NDArray[Any]
 
@@ -28,7 +28,7 @@ def read_lengths(name: str, values: Any) -> Ints:
     array = _integers(name, values)
     if array.ndim != 1:
         raise BatchError(message(f"{name} has {array.ndim} dimensions", why="It is one number a request."))
-    if array.size and int(array.min()) < 1:
+    if len(array) and (array < 1).any():
         request = int(np.argmin(array))
         raise BatchError(
             message(
@@ -60,9 +60,10 @@ class PageTable:
     Attributes:
         flat: ``[entries]`` int32.
         starts, counts: ``[requests]`` int64, where each request's pages begin and how many are given.
+        roomy: whether unused entries may hold anything, so that only those in use can be checked.
     """
 
-    __slots__ = ("counts", "flat", "starts")
+    __slots__ = ("counts", "flat", "roomy", "starts")
 
     def __init__(self, table: Any, requests: int) -> None:
         """``table``: a sequence of pages for each request, or an int array ``[requests, most pages]`` whose unused
@@ -71,7 +72,8 @@ class PageTable:
         Raises:
             BatchError: another number of rows than requests, a page below 1 in a sequence.
         """
-        if isinstance(table, (np.ndarray, torch.Tensor)):
+        self.roomy = isinstance(table, (np.ndarray, torch.Tensor))
+        if self.roomy:
             array = _integers("page_table", table)
             if array.ndim != 2:
                 raise BatchError(message(f"page_table has {array.ndim} dimensions", why="It is [requests, most pages]."))
@@ -88,13 +90,13 @@ class PageTable:
         if len(self.counts) != requests:
             raise BatchError(f"page_table has {len(self.counts)} rows for {requests} requests")
         self.starts = _exclusive(self.counts)
-        if not isinstance(table, (np.ndarray, torch.Tensor)):
+        if not self.roomy:
             _check_pages(self.flat, self.counts, None)
 
 
 def _exclusive(counts: Ints) -> Ints:
-    sums = np.zeros_like(counts)
-    np.cumsum(counts[:-1], out=sums[1:])
+    sums = counts.cumsum()
+    sums -= counts
     return sums
 
 
@@ -102,7 +104,7 @@ def _check_pages(pages: Ints, counts: Ints, limit: int | None) -> None:
     """Every page is at least 1 and below ``limit``; ``pages`` are ``counts[i]`` of each request i."""
     if not pages.size:
         return
-    if int(pages.min()) < 1:
+    if (pages < 1).any():
         at = int(np.argmin(pages))
         why = "Page 0 is the scratch page: padding tokens are written there." if pages[at] == 0 else None
         raise BatchError(
@@ -128,11 +130,11 @@ def _owner(at: int, counts: Ints) -> int:
 
 def positions_of(qo: Ints, kv: Ints) -> Ints:
     """``[tokens]`` int64: the position of every token in its request."""
-    ends = np.cumsum(qo)
+    ends = qo.cumsum()
     tokens = int(ends[-1]) if len(ends) else 0
     if tokens == len(qo):
         return kv - 1
-    return np.arange(tokens) + np.repeat(kv - ends, qo)
+    return np.arange(tokens) + (kv - ends).repeat(qo)
 
 
 @dataclass(frozen=True)
@@ -190,24 +192,25 @@ def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> 
                 cure="Extend its row of page_table: row += cache.allocate(1)",
             )
         )
-    if np.array_equal(counts, pages.counts):
+    if (counts == pages.counts).all():
         used = pages.flat
     else:
         total = int(counts.sum())
-        used = pages.flat[np.arange(total) + np.repeat(pages.starts - _exclusive(counts), counts)]
-    _check_pages(used, counts, None)
-    row_starts = pages.starts if len(positions) == len(qo) else np.repeat(pages.starts, qo)
-    token_pages = pages.flat[row_starts + positions // page_size].astype(np.int64)
-    offsets = positions % page_size
+        used = pages.flat[np.arange(total) + (pages.starts - _exclusive(counts)).repeat(counts)]
+    if pages.roomy:
+        _check_pages(used, counts, None)
+    row_starts = pages.starts if len(positions) == len(qo) else pages.starts.repeat(qo)
+    in_row = positions // page_size
+    token_pages = pages.flat[row_starts + in_row].astype(np.int64)
     _check_writes(used, counts, token_pages, qo)
-    return Tables(page_size, qo, kv, counts, used, positions, token_pages * page_size + offsets)
+    slots = (token_pages - in_row) * page_size + positions
+    return Tables(page_size, qo, kv, counts, used, positions, slots)
 
 
 def _check_writes(used: Ints, counts: Ints, token_pages: Ints, qo: Ints) -> None:
     """A page may be shared by requests that only read it (a common prefix), never where one writes."""
-    order = np.sort(used)
-    shared = order[1:][order[1:] == order[:-1]]
-    if not shared.size:
+    shared = _repeated(used)
+    if not len(shared):
         return
     written = np.isin(token_pages, shared)
     if written.any():
@@ -225,100 +228,12 @@ def _check_writes(used: Ints, counts: Ints, token_pages: Ints, qo: Ints) -> None
         )
 
 
-class PaddedBatch:
-    """A batch padded to a bucket by one more request, as int32 arrays on the host.
-
-    For ``pad = bucket - tokens > 0`` the last request has query length ``pad`` and KV length ``pad``, all its
-    pages are page 0, and its tokens have slot 0. With r requests, the padding request included:
-
-    Attributes:
-        bucket, page_size, requests: numbers; ``requests`` counts the padding request.
-        flat: int32, all arrays below but the slots one after the other.
-        qo_indptr, kv_indptr: ``[r + 1]`` int32 tensors. last_page_len, kv_lens: ``[r]``.
-        kv_indices: ``[kv_indptr[-1]]``, None for a batch without a page table.
-        slot_mapping: ``[bucket]``, None for a batch without a page table.
-    """
-
-    def __init__(self, tables: Tables, bucket: int) -> None:
-        tokens, page_size, real = len(tables.positions), tables.page_size, len(tables.qo)
-        pad = bucket - tokens
-        if pad < 0:
-            raise BatchError(
-                message(f"the batch has {tokens} tokens, the bucket {bucket}", why="A bucket is at least the tokens.")
-            )
-        requests = real + (pad > 0)
-        pad_pages = -(-pad // page_size)
-        indices = 0 if tables.kv_indices is None else len(tables.kv_indices) + pad_pages
-        self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
-        self._tables = tables
-        # Every array begins at a multiple of 16 bytes.
-        self.starts = starts = [0, 0, 0, 0, 0]
-        sizes = (requests + 1, requests + 1, requests, requests)
-        for i, size in enumerate(sizes):
-            starts[i + 1] = starts[i] + (size + 3) // 4 * 4
-        self.sizes = (*sizes, indices)
-        flat = self.flat = np.zeros(starts[4] + indices, dtype=np.int32)
-        qo, kv, last, lens = (flat[start : start + size] for start, size in zip(starts, sizes, strict=False))
-        np.cumsum(tables.qo, out=qo[1 : real + 1])
-        np.cumsum(tables.counts, out=kv[1 : real + 1])
-        lens[:real] = tables.kv
-        last[:real] = tables.kv - (tables.counts - 1) * page_size
-        if pad:
-            qo[requests] = bucket
-            kv[requests] = kv[real] + pad_pages
-            lens[real] = pad
-            last[real] = (pad - 1) % page_size + 1
-        if tables.kv_indices is not None:
-            flat[starts[4] : starts[4] + len(tables.kv_indices)] = tables.kv_indices
-        if int(qo[requests]) != bucket:
-            raise BatchError(f"the padded query lengths add up to {qo[requests]}, not to the bucket {bucket}")
-
-    def array(self, index: int) -> Ints:
-        """One of the arrays of ``flat``: 0 qo_indptr, 1 kv_indptr, 2 last_page_len, 3 kv_lens, 4 kv_indices."""
-        return self.flat[self.starts[index] : self.starts[index] + self.sizes[index]]
-
-    @property
-    def slots(self) -> Ints:
-        """``[tokens]`` int64: the slots of the real tokens."""
-        assert self._tables.slots is not None
-        return self._tables.slots
-
-    @cached_property
-    def qo_indptr(self) -> torch.Tensor:
-        return torch.from_numpy(self.array(0))
-
-    @cached_property
-    def kv_indptr(self) -> torch.Tensor:
-        return torch.from_numpy(self.array(1))
-
-    @cached_property
-    def last_page_len(self) -> torch.Tensor:
-        return torch.from_numpy(self.array(2))
-
-    @cached_property
-    def kv_lens(self) -> torch.Tensor:
-        return torch.from_numpy(self.array(3))
-
-    @cached_property
-    def kv_indices(self) -> torch.Tensor | None:
-        return None if self._tables.kv_indices is None else torch.from_numpy(self.array(4))
-
-    @cached_property
-    def slot_mapping(self) -> torch.Tensor | None:
-        if self._tables.slots is None:
-            return None
-        slots = np.zeros(self.bucket, dtype=np.int32)
-        slots[: self.tokens] = self._tables.slots
-        return torch.from_numpy(slots)
-
-
-def pad_tables(tables: Tables, bucket: int) -> PaddedBatch:
-    """The tables with the padding request.
-
-    Raises:
-        BatchError: ``bucket`` is smaller than the number of tokens.
-    """
-    return PaddedBatch(tables, bucket)
+def _repeated(pages: Ints) -> Ints:
+    """The pages that occur more than once."""
+    if len(pages) > 512 and int(pages.max()) < 64 * len(pages):
+        return np.flatnonzero(np.bincount(pages) > 1)
+    order = np.sort(pages)
+    return order[1:][order[1:] == order[:-1]]
 
 
 def check_names(names: Sequence[Any] | None, requests: int) -> tuple[str | None, ...] | None:

@@ -97,9 +97,9 @@ def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
         for relation, bound in ((sympy.Ge, bounds.lower), (sympy.Le, bounds.upper)):
             if isinstance(bound, (int, sympy.Integer)) or getattr(bound, "is_Integer", False):
                 conditions.append(relation(symbol, bound))
-    for symbol, value in env.replacements.items():
-        conditions.append(sympy.Eq(symbol, value))
-    return conditions
+    # A symbol that was found equal to another is no longer anybody's size; one that was found to be a number still is.
+    fixed = [sympy.Eq(symbol, value) for symbol, value in env.replacements.items() if value.is_number]
+    return [*(env.replace(condition) for condition in conditions), *fixed]
 
 
 def is_static_input(node: fx.Node) -> bool:

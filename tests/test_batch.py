@@ -151,6 +151,15 @@ def test_a_common_prefix_may_be_shared():
     Batch([1, 1], [5, 6], [[8, 9], [8, 10]]).tables(4)
 
 
+@pytest.mark.parametrize("spread", [1, 1_000_000])
+def test_a_shared_page_is_found_among_many(spread):
+    table = [[(2 * r + i + 1) * spread for i in range(2)] for r in range(600)]
+    Batch([1] * 600, [8] * 600, table).tables(4)
+    table[599][0] = table[7][1]
+    with pytest.raises(BatchError, match=f"request 7 writes page {16 * spread}, which request 599 uses too"):
+        Batch([1] * 600, [8] * 600, table).tables(4)
+
+
 def test_bucket_below_the_tokens():
     with pytest.raises(BatchError, match="has 5 tokens, the bucket 4"):
         Batch([5]).padded(4, 16)

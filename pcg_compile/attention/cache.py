@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BatchError, OptionsError, message
-from ..metadata import PaddedBatch
+from ..padded import PaddedBatch
 from ..runtime.staging import StagingRing
 from .base import AttentionImpl, AttentionShape
 from .choose import choose_impl
@@ -101,7 +102,9 @@ class PagedKVCache:
         self.key = object()
         self.current: Prepared | None = None
         self.in_step = False
+        #: By capacity in tokens: the slots as int64, behind them the other metadata; and views of the slots.
         self._areas: dict[int, torch.Tensor] = {}
+        self._slots: dict[int, torch.Tensor] = {}
         self._overflow: torch.Tensor | None = None
         self._impls: dict[str, AttentionImpl] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
@@ -181,7 +184,8 @@ class PagedKVCache:
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
-        return self._area(bucket)[: 2 * _capacity(bucket)].view(torch.int64)[:bucket]
+        self._area(bucket)
+        return self._slots[_capacity(bucket)].narrow(0, 0, bucket)
 
     def _area(self, bucket: int) -> torch.Tensor:
         capacity = _capacity(bucket)
@@ -191,6 +195,7 @@ class PagedKVCache:
             words = 2 * capacity + 4 * (requests + 4) + self.num_pages - (-capacity // self.page_size)
             with torch.inference_mode(False):
                 area = self._areas[capacity] = torch.zeros(words, dtype=torch.int32, device=self.device)
+                self._slots[capacity] = area.narrow(0, 0, 2 * capacity).view(torch.int64)
         return area
 
     def write(self, padded: PaddedBatch, bucket: int) -> Prepared:
@@ -203,27 +208,28 @@ class PagedKVCache:
         area, slot_words, flat = self._area(bucket), 2 * _capacity(bucket), padded.flat
         words = slot_words + len(flat)
         buffer = self.staging.take(4 * words)
-        host = buffer.array[: 4 * words]
-        slots = host[: 4 * slot_words].view("int64")
+        host = buffer.word_array
+        slots = host[:slot_words].view(np.int64)
         slots[: padded.tokens] = padded.slots
         slots[padded.tokens :] = 0
-        host[4 * slot_words :].view("int32")[:] = flat
-        source = buffer.host[: 4 * words].view(torch.int32)
-        with torch.inference_mode(False), torch.no_grad():
-            if words <= area.numel():
-                area[:words].copy_(source, non_blocking=True)
-                device = area[slot_words:words]
-            else:
-                if self._overflow is None or self._overflow.numel() < len(flat):
-                    size = 1 << (len(flat) - 1).bit_length()
-                    self._overflow = torch.zeros(size, dtype=torch.int32, device=self.device)
-                area[:slot_words].copy_(source[:slot_words], non_blocking=True)
-                device = self._overflow[: len(flat)]
-                device.copy_(source[slot_words:], non_blocking=True)
-            buffer.sent()
-            prepared = Prepared(padded, bucket, area[:slot_words].view(torch.int64)[:bucket], device)
+        host[slot_words:words] = flat
+        if words <= area.numel():
+            area.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
+            device = area.narrow(0, slot_words, len(flat))
+        else:
+            area.narrow(0, 0, slot_words).copy_(buffer.words.narrow(0, 0, slot_words), non_blocking=True)
+            device = self._overflow_of(len(flat))
+            device.copy_(buffer.words.narrow(0, slot_words, len(flat)), non_blocking=True)
+        buffer.sent()
+        prepared = Prepared(padded, bucket, self.slot_mapping(bucket), device)
         self.current = prepared
         return prepared
+
+    def _overflow_of(self, words: int) -> torch.Tensor:
+        if self._overflow is None or self._overflow.numel() < words:
+            with torch.inference_mode(False):
+                self._overflow = torch.zeros(1 << (words - 1).bit_length(), dtype=torch.int32, device=self.device)
+        return self._overflow.narrow(0, 0, words)
 
 
 def _capacity(bucket: int) -> int:

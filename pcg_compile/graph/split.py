@@ -24,6 +24,7 @@ _ALLOCATIONS = frozenset(
     for base in ("empty", "zeros", "ones", "full")
     for name in (base, f"{base}_like", f"new_{base}", f"{base}_strided", f"new_{base}_strided")
 )
+_NO_EFFECT = frozenset({"_log_api_usage_once", "_log_api_usage_metadata"})
 _UNSAFE_TAGS = ("cudagraph_unsafe", "dynamic_output_shape", "data_dependent_output")
 
 
@@ -136,7 +137,8 @@ def sets_state(node: fx.Node, facts: NodeFacts | None) -> bool:
     if facts is None or node.op != "call_function" or facts.value is not None or facts.ops:
         return False
     module = getattr(node.target, "__module__", None) or ""
-    return not _is_transform(node) and not _is_assertion(node) and module.startswith("torch")
+    name = getattr(node.target, "__name__", "")
+    return not (_is_transform(node) or _is_assertion(node) or name in _NO_EFFECT) and module.startswith("torch")
 
 
 def _plain_name(node: fx.Node) -> str:

@@ -22,17 +22,20 @@ class StagingBuffer:
     """Host memory, and the event after which it may be written again.
 
     Attributes:
-        host: uint8 CPU tensor, pinned where the device is CUDA. array: the same memory as a numpy array.
+        host: uint8 CPU tensor, pinned where the device is CUDA. words: the same memory as int32.
+        array, word_array: the same as numpy arrays.
     """
 
-    __slots__ = ("_device", "_event", "_recorded", "array", "host")
+    __slots__ = ("_device", "_event", "_recorded", "array", "host", "word_array", "words")
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self._device = device
         with torch.inference_mode(False):
-            self.host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda)
+            self.host = torch.zeros((nbytes + 7) // 8 * 8, dtype=torch.uint8, pin_memory=cuda)
+            self.words = self.host.view(torch.int32)
         self.array: npt.NDArray[np.uint8] = self.host.numpy()
+        self.word_array: npt.NDArray[np.int32] = self.words.numpy()
         self._event: Any = torch.cuda.Event() if cuda else None
         self._recorded = False
 

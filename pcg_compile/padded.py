@@ -1,0 +1,104 @@
+"""The padding request: a batch with one more request that fills it up to a bucket."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .errors import BatchError, message
+from .metadata import Ints, Tables
+
+__all__ = ["PaddedBatch"]
+
+
+class PaddedBatch:
+    """A batch padded to a bucket by one more request, as int32 arrays on the host.
+
+    For ``pad = bucket - tokens > 0`` the last request has query length ``pad`` and KV length ``pad``, all its
+    pages are page 0, and its tokens have slot 0. With r requests, the padding request included:
+
+    Attributes:
+        bucket, tokens, page_size, requests: numbers; ``requests`` counts the padding request.
+        flat: int32, all arrays below but the slots one after the other.
+        qo_indptr, kv_indptr: ``[r + 1]`` int32 tensors. last_page_len, kv_lens: ``[r]``.
+        kv_indices: ``[kv_indptr[-1]]``, None for a batch without a page table.
+        slot_mapping: ``[bucket]``, None for a batch without a page table.
+    """
+
+    def __init__(self, tables: Tables, bucket: int) -> None:
+        """
+        Raises:
+            BatchError: ``bucket`` is smaller than the number of tokens.
+        """
+        tokens, page_size, real = len(tables.positions), tables.page_size, len(tables.qo)
+        pad = bucket - tokens
+        if pad < 0:
+            raise BatchError(
+                message(f"the batch has {tokens} tokens, the bucket {bucket}", why="A bucket is at least the tokens.")
+            )
+        requests = real + (pad > 0)
+        pad_pages = -(-pad // page_size)
+        indices = 0 if tables.kv_indices is None else len(tables.kv_indices) + pad_pages
+        self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
+        self._tables = tables
+        # Every array begins at a multiple of 16 bytes.
+        self.starts = starts = [0, 0, 0, 0, 0]
+        sizes = (requests + 1, requests + 1, requests, requests)
+        for i, size in enumerate(sizes):
+            starts[i + 1] = starts[i] + (size + 3) // 4 * 4
+        self.sizes = (*sizes, indices)
+        flat = self.flat = np.zeros(starts[4] + indices, dtype=np.int32)
+        qo, kv, last, lens = (flat[start : start + size] for start, size in zip(starts, sizes, strict=False))
+        tables.qo.cumsum(out=qo[1 : real + 1])
+        tables.counts.cumsum(out=kv[1 : real + 1])
+        lens[:real] = tables.kv
+        last[:real] = tables.kv - (tables.counts - 1) * page_size
+        if pad:
+            qo[requests] = bucket
+            kv[requests] = kv[real] + pad_pages
+            lens[real] = pad
+            last[real] = (pad - 1) % page_size + 1
+        if tables.kv_indices is not None:
+            flat[starts[4] : starts[4] + len(tables.kv_indices)] = tables.kv_indices
+        if int(qo[requests]) != bucket:
+            raise BatchError(f"the padded query lengths add up to {qo[requests]}, not to the bucket {bucket}")
+
+    def array(self, index: int) -> Ints:
+        """One of the arrays of ``flat``: 0 qo_indptr, 1 kv_indptr, 2 last_page_len, 3 kv_lens, 4 kv_indices."""
+        return self.flat[self.starts[index] : self.starts[index] + self.sizes[index]]
+
+    @property
+    def slots(self) -> Ints:
+        """``[tokens]`` int64: the slots of the real tokens."""
+        assert self._tables.slots is not None
+        return self._tables.slots
+
+    @cached_property
+    def qo_indptr(self) -> torch.Tensor:
+        return torch.from_numpy(self.array(0))
+
+    @cached_property
+    def kv_indptr(self) -> torch.Tensor:
+        return torch.from_numpy(self.array(1))
+
+    @cached_property
+    def last_page_len(self) -> torch.Tensor:
+        return torch.from_numpy(self.array(2))
+
+    @cached_property
+    def kv_lens(self) -> torch.Tensor:
+        return torch.from_numpy(self.array(3))
+
+    @cached_property
+    def kv_indices(self) -> torch.Tensor | None:
+        return None if self._tables.kv_indices is None else torch.from_numpy(self.array(4))
+
+    @cached_property
+    def slot_mapping(self) -> torch.Tensor | None:
+        if self._tables.slots is None:
+            return None
+        slots = np.zeros(self.bucket, dtype=np.int32)
+        slots[: self.tokens] = self._tables.slots
+        return torch.from_numpy(slots)

@@ -1,0 +1,167 @@
+"""A running step: its batch, its cache, and what has been prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from .errors import BatchError, message
+from .runtime.staging import StagingRing
+
+if TYPE_CHECKING:
+    from .attention.cache import PagedKVCache, Prepared
+    from .batch import Batch
+
+__all__ = ["RUNNING", "StepState", "current_step", "require_step"]
+
+T = TypeVar("T")
+
+
+class StepState:
+    """A running step: its batch, its cache, and what has been prepared for it.
+
+    Attributes:
+        batch, cache: as given to :func:`step`.
+        key: identity of the static memory that recordings read; None without a cache. It is the cache's for its
+            whole life: nothing that a recording reads ever moves.
+        prepared: the metadata now on the device, or None.
+        scratch: True where all tokens are padding.
+    """
+
+    def __init__(self, batch: Batch, cache: PagedKVCache | None, outer: StepState | None, scratch: bool = False) -> None:
+        self.batch, self.cache, self.outer, self.scratch = batch, cache, outer, scratch
+        self.key: Hashable = cache.key if cache is not None else None
+        self.prepared: Prepared | None = None
+        self._memo: dict[Hashable, Any] = {}
+        self._user: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def once(self, key: Hashable, fn: Callable[[], T]) -> T:
+        """``fn()``, called once a step for a key."""
+        if key not in self._memo:
+            self._memo[key] = fn()
+        return self._memo[key]
+
+    def staging(self, device: torch.device) -> StagingRing:
+        """Pinned memory for copies to a device in this step."""
+        if self.cache is not None and self.cache.device == device:
+            return self.cache.staging
+        return self.once(("staging", device), lambda: StagingRing(device))
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises :class:`BatchError` where a call has another number of tokens than the batch."""
+        if tokens != self.batch.num_tokens and not self.scratch:
+            raise BatchError(
+                message(
+                    f"the model was called with {tokens} tokens, the batch of the step has {self.batch.num_tokens}",
+                    why=f"Its {self.batch.num_requests} requests have {_few(self.batch.qo_lens)} new tokens.",
+                    cure="Pass the new tokens of all requests, one request after the other.",
+                )
+            )
+
+    def require_cache(self) -> PagedKVCache:
+        """The step's cache.
+
+        Raises:
+            BatchError: the step has none.
+        """
+        if self.cache is None:
+            raise BatchError(
+                message(
+                    "paged attention needs a cache, and the step has none",
+                    cure="Enter the step as: with pcg.step(batch, cache):",
+                )
+            )
+        return self.cache
+
+    def prepare(self, bucket: int, mode: Literal["request", "slice"], shapes: Sequence[str] = ()) -> Prepared:
+        """Brings the metadata for a bucket to the device and plans attention, unless that is already done.
+
+        Args:
+            bucket: tokens that pieces see. mode: "request": attention sees them too, the padding being a request;
+                "slice": attention sees the real tokens.
+            shapes: encoded attention shapes to plan.
+
+        Raises:
+            BatchError: no cache, a bucket below the number of tokens.
+        """
+        rows = bucket if mode == "request" or self.scratch else self.batch.num_tokens
+        prepared = self._written(bucket, rows)
+        for shape in shapes:
+            self._planned(prepared, shape)
+        return prepared
+
+    def plan(self, shape: str, rows: int) -> Any:
+        """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it."""
+        prepared = self.prepared
+        if prepared is None or prepared.rows != rows or prepared is not self.require_cache().current:
+            prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
+        return self._planned(prepared, shape)
+
+    def _written(self, bucket: int, rows: int) -> Prepared:
+        cache, prepared = self.require_cache(), self.prepared
+        if prepared is None or prepared is not cache.current or prepared.bucket != bucket or prepared.rows != rows:
+            if bucket < rows:
+                raise BatchError(f"the batch has {rows} tokens, the bucket {bucket}")
+            prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size), bucket)
+        return prepared
+
+    def _planned(self, prepared: Prepared, shape: str) -> Any:
+        plan = prepared.plans.get(shape)
+        if plan is None:
+            plan = prepared.plans[shape] = self.require_cache().impl(shape).plan(prepared)
+        return plan
+
+    def slot_mapping(self, bucket: int) -> torch.Tensor:
+        """``[bucket]`` int64 at an address that is the cache's for ever; filled by :meth:`prepare`."""
+        return self.require_cache().slot_mapping(bucket)
+
+    def user_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Positions and slots ``[tokens]`` int64, fresh: a caller may keep them."""
+        if self._user is None:
+            cache, batch = self.cache, self.batch
+            device = cache.device if cache is not None else torch.get_default_device()
+            tables = batch.tables(cache.page_size if cache is not None else 1)
+            slots = tables.slots if cache is not None else None
+            both = tables.positions if slots is None else np.concatenate([tables.positions, slots])
+            with torch.inference_mode(False), torch.no_grad():
+                target = torch.empty(len(both), dtype=torch.int64, device=device)
+                self.staging(target.device).send(both, target)
+                n = len(tables.positions)
+                self._user = (target[:n], None if slots is None else target[n:])
+        return self._user
+
+
+def _few(lengths: Sequence[int]) -> str:
+    shown = ", ".join(map(str, lengths[:8]))
+    return f"{shown}, ..." if len(lengths) > 8 else shown
+
+
+#: The running step of this thread or task.
+RUNNING: ContextVar[StepState | None] = ContextVar("pcg_step", default=None)
+
+
+def current_step() -> StepState | None:
+    """The running step of this thread or task, or None."""
+    return RUNNING.get()
+
+
+def require_step(what: str) -> StepState:
+    """The running step.
+
+    Raises:
+        BatchError: none is running; ``what`` needs it.
+    """
+    state = RUNNING.get()
+    if state is None:
+        raise BatchError(
+            message(
+                f"{what} needs to know the batch, and no step is running",
+                why="Lengths, pages and adapters of the requests come from the step, not from the call.",
+                cure="Call it inside: with pcg.step(batch, cache):",
+            )
+        )
+    return state
