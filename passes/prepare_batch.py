@@ -165,7 +165,9 @@ class _Rewriter:
             self.inputs[name] = node
         return self.inputs[name]
 
-    def _add(self, like: fx.Node, target: Any, args: tuple[Any, ...], fake: Callable[[], torch.Tensor] | None) -> fx.Node:
+    def _add(
+        self, like: fx.Node, target: Any, args: tuple[Any, ...], fake: Callable[[], torch.Tensor] | None
+    ) -> fx.Node:
         if target is torch.Tensor.contiguous:
             node = self.graph.call_method("contiguous", args)
         else:

@@ -136,7 +136,9 @@ class Batch:
             state = state.outer
         if state is None:
             raise BatchError(
-                message(f"batch.{name} exists inside the batch's step only", cure="Enter it: with pcg.step(batch, cache):")
+                message(
+                    f"batch.{name} exists inside the batch's step only", cure="Enter it: with pcg.step(batch, cache):"
+                )
             )
         return state
 

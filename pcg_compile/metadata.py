@@ -49,7 +49,9 @@ def _integers(name: str, values: Any) -> Ints:
         ) from None
     if array.size and array.dtype.kind not in "iu":
         raise BatchError(
-            message(f"{name} holds {array.dtype} values", why="It holds whole numbers.", cure=f"Write: {name}=[1, 1, 57]")
+            message(
+                f"{name} holds {array.dtype} values", why="It holds whole numbers.", cure=f"Write: {name}=[1, 1, 57]"
+            )
         )
     return array
 
@@ -76,7 +78,9 @@ class PageTable:
         if self.roomy:
             array = _integers("page_table", table)
             if array.ndim != 2:
-                raise BatchError(message(f"page_table has {array.ndim} dimensions", why="It is [requests, most pages]."))
+                raise BatchError(
+                    message(f"page_table has {array.ndim} dimensions", why="It is [requests, most pages].")
+                )
             self.flat = np.ascontiguousarray(array, dtype=np.int32).ravel()
             self.counts = np.full(array.shape[0], array.shape[1], dtype=np.int64)
         else:

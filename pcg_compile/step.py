@@ -32,7 +32,9 @@ class StepState:
         scratch: True where all tokens are padding.
     """
 
-    def __init__(self, batch: Batch, cache: PagedKVCache | None, outer: StepState | None, scratch: bool = False) -> None:
+    def __init__(
+        self, batch: Batch, cache: PagedKVCache | None, outer: StepState | None, scratch: bool = False
+    ) -> None:
         self.batch, self.cache, self.outer, self.scratch = batch, cache, outer, scratch
         self.key: Hashable = cache.key if cache is not None else None
         self.prepared: Prepared | None = None

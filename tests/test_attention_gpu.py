@@ -7,10 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl
+from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops
 from pcg_compile.attention.flashinfer import FlashInferAttention
 from pcg_compile.attention.reference import ReferenceAttention
-from pcg_compile.attention import ops
 from pcg_compile.batch import Batch, current_step, scratch_step, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -56,8 +55,9 @@ STEPS = ([70, 1, 300, 17, 33], [1, 1, 1, 1, 1], [1, 128, 1, 2, 64], [1, 1, 1, 1,
 @pytest.mark.parametrize(
     "variant",
     [
-        dict(), dict(window=40), dict(window=1), dict(softcap=20.0), dict(window=64, softcap=15.0),
-        dict(head_dim=64, heads=32, kv_heads=8), dict(head_dim=256, heads=4, kv_heads=1), dict(dtype=torch.float16),
+        {}, {"window": 40}, {"window": 1}, {"softcap": 20.0}, {"window": 64, "softcap": 15.0},
+        {"head_dim": 64, "heads": 32, "kv_heads": 8}, {"head_dim": 256, "heads": 4, "kv_heads": 1},
+        {"dtype": torch.float16},
     ],
 )  # fmt: skip
 def test_flashinfer_equals_the_reference(variant, page_size):
@@ -72,7 +72,7 @@ def test_flashinfer_equals_the_reference(variant, page_size):
 
 
 @pytest.mark.parametrize("mode", ["request", "slice"])
-@pytest.mark.parametrize("variant", [dict(), dict(window=20), dict(dtype=torch.float32, head_dim=32)])
+@pytest.mark.parametrize("variant", [{}, {"window": 20}, {"dtype": torch.float32, "head_dim": 32}])
 def test_padding_changes_no_real_row(mode, variant):
     """As a program does it: one static q and out, whatever n is; pad rows finite, other pages untouched."""
     cache, attention = setup(**variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -44,7 +45,11 @@ def small_cache(num_pages=64, page_size=4, max_requests=256):
 @pytest.mark.parametrize("paged", [True, False])
 def test_padding_request(qo, kv, page, bucket, qo_indptr, kv_indptr, last, paged):
     padded = Batch(qo, kv, pages_for(kv, page) if paged else None).padded(bucket, page)
-    for tensor, expected in ((padded.qo_indptr, qo_indptr), (padded.kv_indptr, kv_indptr), (padded.last_page_len, last)):
+    for tensor, expected in (
+        (padded.qo_indptr, qo_indptr),
+        (padded.kv_indptr, kv_indptr),
+        (padded.last_page_len, last),
+    ):
         assert tensor.dtype == torch.int32 and tensor.device.type == "cpu" and tensor.tolist() == expected
     if paged:
         real = [p for row in pages_for(kv, page) for p in row]
@@ -68,8 +73,8 @@ def test_padding_of_any_batch(requests, page, pad, full):
     batch, bucket = Batch(qo, kv, table), sum(qo) + pad
     padded, exact = batch.padded(bucket, page), batch.padded(sum(qo), page)
     n, indptr, pages = len(qo), padded.qo_indptr.tolist(), padded.kv_indptr.tolist()
-    assert indptr[-1] == bucket and all(a < b for a, b in zip(indptr, indptr[1:], strict=False))
-    assert all(a < b for a, b in zip(pages, pages[1:], strict=False)) and len(padded.kv_indices) == pages[-1]
+    assert indptr[-1] == bucket and all(a < b for a, b in itertools.pairwise(indptr))
+    assert all(a < b for a, b in itertools.pairwise(pages)) and len(padded.kv_indices) == pages[-1]
     assert len(indptr) == len(pages) == n + 1 + (pad > 0) and len(padded.last_page_len) == n + (pad > 0)
     whole = [
         (b - a - 1) * page + last for a, b, last in zip(pages, pages[1:], padded.last_page_len.tolist(), strict=False)
@@ -82,9 +87,10 @@ def test_padding_of_any_batch(requests, page, pad, full):
     slots = padded.slot_mapping.tolist()
     positions = [k - q + i for q, k in zip(qo, kv, strict=True) for i in range(q)]
     owners = [r for r, q in enumerate(qo) for _ in range(q)]
-    assert slots[: sum(qo)] == [
-        table[r][p // page] * page + p % page for r, p in zip(owners, positions, strict=True)
-    ] and slots[sum(qo) :] == [0] * pad
+    assert (
+        slots[: sum(qo)] == [table[r][p // page] * page + p % page for r, p in zip(owners, positions, strict=True)]
+        and slots[sum(qo) :] == [0] * pad
+    )
 
     cache = PagedKVCache(1, 1 + sum(map(len, table)), page, max_requests=20, num_kv_heads=1, head_dim=1)
     address = cache.slot_mapping(bucket).data_ptr()
@@ -101,27 +107,31 @@ def test_more_pages_than_needed_and_arrays_are_read_alike():
     exact = Batch(qo, kv, [[3, 4], [5, 6], [9, 2, 1]]).padded(16, 4)
     roomy = Batch(qo, kv, [[3, 4, 7], [5, 6], [9, 2, 1, 8, 10]]).padded(16, 4)
     table = np.array([[3, 4, -1, 0], [5, 6, 0, 0], [9, 2, 1, 0]])
-    for other in (roomy, Batch(qo, kv, table).padded(16, 4), Batch(torch.tensor(qo), kv, torch.tensor(table)).padded(16, 4)):
+    for other in (
+        roomy,
+        Batch(qo, kv, table).padded(16, 4),
+        Batch(torch.tensor(qo), kv, torch.tensor(table)).padded(16, 4),
+    ):
         assert np.array_equal(exact.flat, other.flat) and exact.slot_mapping.tolist() == other.slot_mapping.tolist()
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (dict(qo_lens=[]), "no requests"),
-        (dict(qo_lens=[1, 0, 2]), r"request 1 has qo_lens\[1\] = 0"),
-        (dict(qo_lens=[1, 2, -3]), r"request 2 has qo_lens\[2\] = -3"),
-        (dict(qo_lens=[1.5]), "float64"),
-        (dict(qo_lens=[[1]]), "2 dimensions"),
-        (dict(qo_lens=["a"]), "whole numbers"),
-        (dict(qo_lens=[1, 1], kv_lens=[4]), "kv_lens has 1 entries for 2 requests"),
-        (dict(qo_lens=[1, 5], kv_lens=[1, 4]), "request 1 has a KV length of 4 and 5 new tokens"),
-        (dict(qo_lens=[1, 1], page_table=[[1]]), "page_table has 1 rows for 2 requests"),
-        (dict(qo_lens=[1, 1], page_table=[[1], [2, 0]]), "request 1 uses page 0(.|\n)*scratch page"),
-        (dict(qo_lens=[1, 1], page_table=[[1], [-2]]), "request 1 uses page -2"),
-        (dict(qo_lens=[1], page_table=[3]), "no list of lists"),
-        (dict(qo_lens=[1, 1], adapters=["a"]), "adapters has 1 entries for 2 requests"),
-        (dict(qo_lens=[1, 1], adapters=["a", 3]), "request 1 has the adapter 3"),
+        ({"qo_lens": []}, "no requests"),
+        ({"qo_lens": [1, 0, 2]}, r"request 1 has qo_lens\[1\] = 0"),
+        ({"qo_lens": [1, 2, -3]}, r"request 2 has qo_lens\[2\] = -3"),
+        ({"qo_lens": [1.5]}, "float64"),
+        ({"qo_lens": [[1]]}, "2 dimensions"),
+        ({"qo_lens": ["a"]}, "whole numbers"),
+        ({"qo_lens": [1, 1], "kv_lens": [4]}, "kv_lens has 1 entries for 2 requests"),
+        ({"qo_lens": [1, 5], "kv_lens": [1, 4]}, "request 1 has a KV length of 4 and 5 new tokens"),
+        ({"qo_lens": [1, 1], "page_table": [[1]]}, "page_table has 1 rows for 2 requests"),
+        ({"qo_lens": [1, 1], "page_table": [[1], [2, 0]]}, "request 1 uses page 0(.|\n)*scratch page"),
+        ({"qo_lens": [1, 1], "page_table": [[1], [-2]]}, "request 1 uses page -2"),
+        ({"qo_lens": [1], "page_table": [3]}, "no list of lists"),
+        ({"qo_lens": [1, 1], "adapters": ["a"]}, "adapters has 1 entries for 2 requests"),
+        ({"qo_lens": [1, 1], "adapters": ["a", 3]}, "request 1 has the adapter 3"),
     ],
 )
 def test_bad_batches(arguments, text):
@@ -299,9 +309,9 @@ def test_allocating_pages():
     assert cache.allocate(1) == pages[:1]
 
 
-@pytest.mark.parametrize("sizes", [dict(num_pages=1), dict(page_size=0), dict(num_layers=1.5), dict(max_requests=0)])
+@pytest.mark.parametrize("sizes", [{"num_pages": 1}, {"page_size": 0}, {"num_layers": 1.5}, {"max_requests": 0}])
 def test_bad_caches(sizes):
-    arguments = dict(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=4)
+    arguments = {"num_layers": 1, "num_pages": 4, "page_size": 4, "num_kv_heads": 1, "head_dim": 4}
     with pytest.raises(OptionsError, match=next(iter(sizes))):
         PagedKVCache(**{**arguments, **sizes})
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl
-from pcg_compile.attention import ops, reference
+from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops, reference
 from pcg_compile.batch import Batch, current_step, scratch_step, step
 from pcg_compile.errors import BatchError, OptionsError
 from pcg_compile.graph.facts import trace_facts
@@ -63,7 +62,9 @@ class Requests:
         return torch.stack(rows).to(q.dtype)
 
 
-def make(window=None, softcap=None, heads=4, kv_heads=2, head_dim=8, page_size=4, dtype=torch.float32, scale=None, pages=200):
+def make(
+    window=None, softcap=None, heads=4, kv_heads=2, head_dim=8, page_size=4, dtype=torch.float32, scale=None, pages=200
+):
     cache = PagedKVCache(2, pages, page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     return cache, PagedAttention(1, heads, kv_heads, head_dim, window, softcap, scale)
 
@@ -75,8 +76,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize(
     "variant",
     [
-        dict(), dict(window=3), dict(window=1), dict(softcap=2.0), dict(window=6, softcap=1.5), dict(scale=0.1),
-        dict(heads=4, kv_heads=4), dict(heads=6, kv_heads=1), dict(page_size=1), dict(page_size=64),
+        {}, {"window": 3}, {"window": 1}, {"softcap": 2.0}, {"window": 6, "softcap": 1.5}, {"scale": 0.1},
+        {"heads": 4, "kv_heads": 4}, {"heads": 6, "kv_heads": 1}, {"page_size": 1}, {"page_size": 64},
     ],
 )  # fmt: skip
 def test_prefill_decode_and_mixed_steps(variant, dtype):
@@ -171,7 +172,9 @@ def test_scratch_writes_page_0_alone():
         with scratch_step(16, cache) as scratch:
             assert scratch.batch.num_requests == 0
             for rows in (16, 5):
-                assert attention(torch.ones(rows, 4, 8), torch.ones(rows, 2, 8), torch.ones(rows, 2, 8)).isfinite().all()
+                assert (
+                    attention(torch.ones(rows, 4, 8), torch.ones(rows, 2, 8), torch.ones(rows, 2, 8)).isfinite().all()
+                )
         for tensor, old in zip((*cache.k, *cache.v), before, strict=True):
             assert torch.equal(tensor[1:], old[1:])
         assert torch.equal(attention(q, k, v), expected)
@@ -193,7 +196,11 @@ def test_inference_mode_and_later_steps():
         (PagedAttention(2, 4, 2, 8), torch.float32, "layer 2 has no place in a cache of 2 layers"),
         (PagedAttention(0, 4, 4, 8), torch.float32, "num_kv_heads is 4 in the layer, 2 in the cache"),
         (PagedAttention(0, 4, 2, 16), torch.float32, "head_dim is 16 in the layer, 8 in the cache"),
-        (PagedAttention(0, 4, 2, 8), torch.bfloat16, "dtype is torch.bfloat16 in the layer, torch.float32 in the cache"),
+        (
+            PagedAttention(0, 4, 2, 8),
+            torch.bfloat16,
+            "dtype is torch.bfloat16 in the layer, torch.float32 in the cache",
+        ),
     ],
 )
 def test_modules_that_do_not_fit_the_cache(layer, cast, text):
@@ -216,7 +223,7 @@ def test_calls_that_do_not_fit_the_step():
             attention(q, k, k)
         with pytest.raises(BatchError, match="k has 2 tokens, q has 3"):
             attention(q, k[:2], k[:2])
-        with pytest.raises(BatchError, match="v is torch.float64, q is torch.float32"):
+        with pytest.raises(BatchError, match=r"v is torch\.float64, q is torch\.float32"):
             attention(q, k, k.double())
         with pytest.raises(BatchError, match="3 dimensions"):
             attention(q[None], k[None], k[None])
@@ -237,7 +244,10 @@ def test_bad_modules(arguments):
 
 
 def test_shapes_survive_their_text():
-    for window, softcap, scale, dtype in ((None, None, 1 / math.sqrt(96), torch.bfloat16), (5, 30.0, 1.0, torch.float64)):
+    for window, softcap, scale, dtype in (
+        (None, None, 1 / math.sqrt(96), torch.bfloat16),
+        (5, 30.0, 1.0, torch.float64),
+    ):
         shape = AttentionShape(32, 8, 96, window, softcap, scale, dtype)
         assert AttentionShape.decode(shape.encode()) == shape
         assert AttentionShape.decode(shape.encode()) is AttentionShape.decode(shape.encode())

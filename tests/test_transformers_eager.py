@@ -9,12 +9,21 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+
 import pcg_compile.integrations.transformers as integration  # noqa: E402
 from pcg_compile.batch import Batch, step  # noqa: E402
 from pcg_compile.errors import BatchError  # noqa: E402
 
-COMMON = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
-LLAMA = dict(**COMMON, intermediate_size=48, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA = dict(
+    **COMMON, intermediate_size=48, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0
+)
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "qwen3": lambda: transformers.Qwen3Config(**LLAMA, head_dim=16),
@@ -66,7 +75,7 @@ def test_prefill_and_decode_of_ragged_requests_equal_generate(name):
             table += cache.allocate(-(-len(text) // 4) - len(table))
         batch = Batch([len(n) for n in news], [len(t) for t in texts], tables)
         with step(batch, cache):
-            result = ours(torch.tensor([sum(news, [])]), position_ids=batch.positions[None])
+            result = ours(torch.tensor([[token for new in news for token in new]]), position_ids=batch.positions[None])
         assert result.get("past_key_values") is None
         last = torch.tensor(batch.qo_lens).cumsum(0) - 1
         news = [[token] for token in result.logits[0, last].argmax(-1).tolist()]

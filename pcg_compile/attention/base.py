@@ -89,7 +89,7 @@ class AttentionImpl(ABC):
 
     @abstractmethod
     def plan(self, prepared: Prepared) -> Any:
-        """What :meth:`bind`'s callables need for one batch, from its host arrays and device metadata, without a sync."""
+        """What :meth:`bind`'s callables need for one batch: from host arrays and device metadata, without a sync."""
 
     @abstractmethod
     def bind(

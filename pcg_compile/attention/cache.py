@@ -78,15 +78,17 @@ class PagedKVCache:
         Raises:
             OptionsError: a size below 1, fewer than 2 pages.
         """
-        sizes = dict(
-            num_layers=num_layers, num_pages=num_pages, page_size=page_size, max_requests=max_requests,
-            num_kv_heads=num_kv_heads, head_dim=head_dim,
-        )  # fmt: skip
+        sizes = {
+            "num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "max_requests": max_requests,
+            "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+        }  # fmt: skip
         for name, size in sizes.items():
             least = 2 if name == "num_pages" else 1
             if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 why = "Page 0 is reserved for padding tokens." if name == "num_pages" else None
-                raise OptionsError(message(f"PagedKVCache({name}={size!r}): it is a whole number from {least} on", why=why))
+                raise OptionsError(
+                    message(f"PagedKVCache({name}={size!r}): it is a whole number from {least} on", why=why)
+                )
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.max_requests, self.num_kv_heads, self.head_dim = max_requests, num_kv_heads, head_dim
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()

@@ -40,7 +40,7 @@ def _installed() -> tuple[Any, str | None]:
     try:
         import flashinfer
         import flashinfer.prefill
-    except Exception as error:  # noqa: BLE001 - a broken installation must not break the model
+    except Exception as error:
         return None, f"FlashInfer cannot be imported: {type(error).__name__}: {error}"
     version = flashinfer.__version__.split("+")[0]
     if version not in _READ_IN:
@@ -97,8 +97,8 @@ class FlashInferAttention(AttentionImpl):
         #: positions, longest item, soft cap, scale, scales of q, k and v, rope scale and theta, item length, workspace.
         self._tail = (
             None, MaskMode.CAUSAL.value, TensorLayout["NHD"].value, self._window_left, device_support_pdl(self.device),
-            None, None, None, None, None, None, float(softcap or 0.0), float(shape.scale), None, None, None, 1.0, 1e4, 0,
-            0,
+            None, None, None, None, None, None, float(softcap or 0.0), float(shape.scale), None, None, None, 1.0, 1e4,
+            0, 0,
         )  # fmt: skip
 
     def plan(self, prepared: Prepared) -> _Plan:

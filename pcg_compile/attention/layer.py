@@ -41,7 +41,7 @@ class PagedAttention(nn.Module):
             OptionsError: numbers out of range, or key heads that do not divide the query heads.
         """
         super().__init__()
-        whole = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        whole = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         if window is not None:
             whole["window"] = window
         for name, value in (("layer", layer), *whole.items()):

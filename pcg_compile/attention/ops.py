@@ -43,7 +43,7 @@ def paged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: in
         layer: its place in the cache. shape: an encoded :class:`AttentionShape`.
 
     Raises:
-        BatchError: no step or no cache, another number of tokens than the batch's, a module that the cache does not fit.
+        BatchError: no step or no cache, another number of tokens than the batch's, a cache that does not fit.
     """
     state = require_step(_WHAT)
     cache, tokens = state.require_cache(), q.shape[0]
@@ -68,9 +68,7 @@ def store_kv(
     v_cache.index_copy_(0, slot_mapping, v)
 
 
-def bind_prepare_batch(
-    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice"
-) -> Callable[[], None]:
+def bind_prepare_batch(tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice") -> Callable[[], None]:
     """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called."""
     names = tuple(shapes.split(";")) if shapes else ()
 
