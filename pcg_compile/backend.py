@@ -33,6 +33,7 @@ from .torch_internals import (
     fake_inputs,
     fake_mode_of,
     shape_guards,
+    specialize_floats,
 )
 
 __all__ = ["compile_graph", "pcg"]
@@ -53,6 +54,7 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
     """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
+    specialize_floats(gm)
     example_inputs = fake_inputs(real_inputs)
     device = recording_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)

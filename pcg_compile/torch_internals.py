@@ -221,3 +221,22 @@ def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
     """Registers a backend unless an entry point does (2.11 to 2.13)."""
     if name not in torch._dynamo.list_backends():
         torch._dynamo.register_backend(backend, name=name)
+
+
+def specialize_floats(gm: fx.GraphModule) -> None:
+    """Has Dynamo trace again with Python floats as constants, under guards, where it made tensors of them (2.11 to 2.13).
+
+    A recording holds a float's value anyway, and a float that is a tensor on the CPU would be read at every step.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    restart = False
+    for node in gm.graph.find_nodes(op="placeholder"):
+        number = getattr(node.meta.get("example_value"), "item_memo", None)
+        name = getattr(getattr(getattr(number, "node", None), "_expr", None), "name", None)
+        if name and all(user.target == "item" for user in node.users) and not TensorifyState.should_specialize(name):
+            TensorifyState.specialize(name)
+            restart = True
+    if restart:
+        raise TensorifyScalarRestartAnalysis

@@ -271,7 +271,9 @@ class _Builder:
         def run() -> Sequence[torch.Tensor]:
             return conform(function(*numbers, *inputs))
 
-        written = [inputs[i] for i in piece.writes]
+        # What comes from the step is written at the step's slots, so that writing twice is writing once.
+        step_inputs = {s.node for s in self.plan.inputs if s.kind == "step"}
+        written = [inputs[i] for i in piece.writes if piece.inputs[i] not in step_inputs]
         before = [t.clone() for t in written]
 
         def restore() -> None:

@@ -32,7 +32,7 @@ class StagingBuffer:
         cuda = device.type == "cuda"
         self._device = device
         with torch.inference_mode(False):
-            self.host = torch.zeros((nbytes + 7) // 8 * 8, dtype=torch.uint8, pin_memory=cuda)
+            self.host = torch.zeros((nbytes + 7) // 8 * 8, dtype=torch.uint8, device="cpu", pin_memory=cuda)
             self.words = self.host.view(torch.int32)
         self.array: npt.NDArray[np.uint8] = self.host.numpy()
         self.word_array: npt.NDArray[np.int32] = self.words.numpy()
