@@ -1,45 +1,66 @@
-# Two commands do everything: `make demo` and `make test`. Both set up what they need in .venv.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' && echo $$p && break; done)
+# Two commands do everything: `make demo` and `make test`. Each sets up what it needs in .venv, once, and says so.
+
+# The newest Python that runs; python3 last, so that a plain machine needs nothing else.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
-# For example --system-site-packages, on a machine that has torch already.
+# --system-site-packages keeps the torch that a machine has already, such as that of a GPU image.
 VENV_FLAGS ?=
+BENCH ?= all --quick
+SOAK_SECONDS ?= 600
+
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test lint bench nightly soak clean
+.DELETE_ON_ERROR:
+
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-$(VENV)/.made: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found: install one, for example with: apt-get install python3 python3-venv"; exit 1; }
-	@echo "==> making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) 2>/dev/null \
-	  || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv $(VENV_FLAGS) $(VENV); } \
-	  || { echo "python3 -m venv failed: install it, for example with: sudo apt-get install python3-venv"; exit 1; }
-	@echo "==> installing pcg-compile and what its tests and examples need"
-	@$(PIP) install -c constraints.txt -e '.[test,examples]'
-	@touch $@
-
-demo: $(VENV)/.made  ## a Llama with paged attention through recorded pieces, against eager; on the GPU if there is one
+demo: $(VENV)/.made  ## a Llama with paged attention, pcg against eager; on the GPU if there is one
 	@echo "==> running examples/quickstart.py"
 	@$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.made  ## all tests that this machine can run
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
 
 lint: $(VENV)/.made  ## ruff and mypy
-	@$(BIN)/ruff check .
-	@$(BIN)/mypy
+	@echo "==> ruff and mypy"
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
 
-bench: $(VENV)/.made  ## the benchmarks, quick
-	@$(BIN)/python -m benchmarks all --quick
+bench: $(VENV)/.made  ## the benchmarks; BENCH="step --help" for one of them
+	@echo "==> python -m benchmarks $(BENCH)"
+	@$(BIN)/python -m benchmarks $(BENCH)
 
-nightly: $(VENV)/.made  ## differential tests at full size
+nightly: $(VENV)/.made  ## the differential tests at full size (hours)
+	@echo "==> running the differential tests at full size"
 	@PCG_NIGHTLY=1 $(BIN)/python -m pytest tests/test_op_db.py tests/test_random_graphs.py
 
-soak: $(VENV)/.made  ## random traffic for a long time
-	@PCG_SOAK_SECONDS=$${SECONDS_OF_SOAK:-600} $(BIN)/python -m pytest tests/test_soak.py -s
+soak: $(VENV)/.made  ## random traffic for SOAK_SECONDS (600)
+	@echo "==> running random traffic for $(SOAK_SECONDS) seconds"
+	@PCG_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/test_soak.py -s
 
 clean:  ## remove the virtual environment and build products
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@echo "==> removing $(VENV), build products and caches"
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python from 3.10 on was found. On Debian or Ubuntu: sudo apt-get install python3 python3-venv"; exit 1; }
+	@echo "==> making $(VENV) with $(PYTHON), $$($(PYTHON) --version)"
+	@# Debian ships python3 without venv: then virtualenv, or the missing package where we may install it.
+	@make_venv() { $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) >/dev/null 2>&1; }; \
+	test -x $(BIN)/pip || make_venv \
+	|| { $(PYTHON) -m virtualenv --version >/dev/null 2>&1 && echo "    venv is missing: using virtualenv" \
+	     && $(PYTHON) -m virtualenv -q $(VENV_FLAGS) $(VENV); } \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "    venv is missing: installing $(notdir $(PYTHON))-venv with apt-get" \
+	     && apt-get update -qq && apt-get install -y -qq $(notdir $(PYTHON))-venv >/dev/null && make_venv; } \
+	|| { echo "$(PYTHON) -m venv failed. On Debian or Ubuntu: sudo apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
+	@echo "==> installing pcg-compile with what its tests and examples need (minutes, once)"
+	@# A torch that the machine has, outside the virtual environment, stays; else constraints.txt picks one.
+	@if $(BIN)/python -c 'import sys, importlib.util as u; s = u.find_spec("torch"); sys.exit(not (s and s.origin) or s.origin.startswith(sys.prefix))'; \
+	then echo "    keeping the machine's torch"; constraints=; else constraints="-c constraints.txt"; fi; \
+	$(PIP) install -q $$constraints -e '.[test,examples]'
+	@touch $@

@@ -194,19 +194,47 @@ def _judge(plan: Plan, counters: Counters) -> None:
     for site in plan.sites:
         if not isinstance(site, PieceSite) or site.split_reason is not None:
             continue
-        if site.refusal is not None:
-            continue
-        foreign = [n for n in site.reads if plan.value(n).device != plan.device]
-        numbers = [s for s in site.piece.symbols if s not in plan.dims]
-        if numbers:
-            site.refusal = f"a piece depends on the number {numbers[0]}, which is no tensor's size"
-        elif foreign:
-            site.refusal = f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
-        elif site.piece.symbols and site.safety.kind == "mixing":
-            site.refusal = f"mixing: {site.safety.reason}"
-            site.where = site.safety.where or site.where
+        if site.refusal is None:
+            site.refusal = _refusal(site, plan)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
+    rows = {node: symbol for s in plan.sites if isinstance(s, PieceSite) for node, symbol in _row_indices(s)}
+    for node, symbol in rows.items():
+        reason = _why_not_row_index(node, symbol, plan)
+        if reason is None:
+            plan.row_indices[node] = symbol
+            continue
+        for site in plan.sites:
+            if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
+                site.refusal = f"mixing: {reason}"
+
+
+def _refusal(site: PieceSite, plan: Plan) -> str | None:
+    foreign = [n for n in site.reads if plan.value(n).device != plan.device]
+    numbers = [s for s in site.piece.symbols if s not in plan.dims]
+    if numbers:
+        return f"a piece depends on the number {numbers[0]}, which is no tensor's size"
+    if foreign:
+        return f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
+    if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
+        site.where = site.safety.where or site.where
+        return f"{'mixing' if site.safety.kind == 'mixing' else 'opaque'}: {site.safety.reason}"
+    return None
+
+
+def _row_indices(site: PieceSite) -> list[tuple[fx.Node, sympy.Symbol]]:
+    found = site.safety.row_indices if site.safety is not None else ()
+    return [(site.piece.inputs[position - len(site.piece.symbols)], symbol) for position, symbol in found]
+
+
+def _why_not_row_index(node: fx.Node, symbol: sympy.Symbol, plan: Plan) -> str | None:
+    """Row indices count from the real size; pcg makes negative ones positive where it copies them in."""
+    if not any(spec.node is node and spec.kind == "user" for spec in plan.inputs):
+        return "row indices that are no argument of the call may count from the end"
+    for site in plan.sites:
+        if node in site.reads and not (isinstance(site, PieceSite) and (node, symbol) in _row_indices(site)):
+            return "row indices are used for something else as well"
+    return None
 
 
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:

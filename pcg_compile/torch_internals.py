@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -240,3 +240,34 @@ def specialize_floats(gm: fx.GraphModule) -> None:
             restart = True
     if restart:
         raise TensorifyScalarRestartAnalysis
+
+
+def functional_aten(
+    gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]
+) -> fx.GraphModule:
+    """A graph in functional aten form, its nodes with fake values and the lines they come from (2.11 to 2.13).
+
+    ``decompositions`` are what custom ops are made of: functionalization does not look into them.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    class Decomposing(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+            if overload in decompositions:
+                return decompositions[overload](*args, **kwargs)
+            return super().call_function(target, args, kwargs)
+
+    def run(*args: Any) -> Any:
+        return Decomposing(gm).run(*args)
+
+    fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    with fake_mode_of(inputs), enable_python_dispatcher(), torch.no_grad(), preserve_node_meta():
+        return make_fx(torch.func.functionalize(run, remove="mutations_and_views"), record_module_stack=False)(*fresh)
+
+
+def unbacked_symbols_may_stay(fake_mode: FakeTensorMode) -> AbstractContextManager[Any]:
+    """Sizes that only data tell come up again when a graph is interpreted again; nobody waits for them (2.11 to 2.13)."""
+    env = fake_mode.shape_env
+    return env.ignore_fresh_unbacked_symbols() if env is not None else nullcontext()

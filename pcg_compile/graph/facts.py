@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..torch_internals import fake_mode_of, python_dispatcher
+from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay
 
 __all__ = ["NodeFacts", "OpCall", "alias_of", "storage_of", "tensors_in", "trace_facts", "written_tensors"]
 
@@ -112,6 +112,6 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
     fake_mode = fake_mode_of(inputs)
     fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     tracer = _Tracer(gm)
-    with fake_mode, python_dispatcher(), torch.no_grad():
+    with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)
     return tracer.facts

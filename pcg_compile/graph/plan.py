@@ -116,6 +116,8 @@ class Plan:
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
     slots: dict[fx.Node, int] = field(default_factory=dict)
     last_use: dict[fx.Node, int] = field(default_factory=dict)
+    #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
+    row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
 
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""

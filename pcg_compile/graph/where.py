@@ -1,24 +1,40 @@
-"""Where in the user's code a node comes from."""
+"""Where in the user's code a node, or the code that runs, comes from."""
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import fx
 
-__all__ = ["Place", "place_of"]
+__all__ = ["Place", "place_of", "place_of_frame"]
 
-_FRAME = re.compile(r'File "(?P<file>[^"]*)", line (?P<line>\d+), in (?P<function>[^\n]*)\n?(?P<source>[^\n]*)')
+_FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN = tuple({os.path.dirname(os.path.dirname(path(__file__))) + os.sep for path in (os.path.abspath, os.path.realpath)})
+_STDLIB = tuple(p + os.sep for p in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")} if p)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A line of source code; ``library`` is a second place, where the user's line called a library."""
+    """A line of source code; ``library`` is a second place, where the user's line called a library.
+
+    Attributes:
+        file: as Python names it: a path, ``<string>`` for ``exec``, IPython's own name of a notebook cell; None where
+            nothing is known.
+        line: counted from 1; 0 where nothing is known.
+        function: ``<lambda>`` and ``<module>`` are possible.
+        source: the text of the line, stripped; "" where it cannot be read.
+        library: file, line and function of the library's line that the user's line led to, or None.
+    """
 
     file: str | None
     line: int
@@ -29,22 +45,76 @@ class Place:
     def __str__(self) -> str:
         if self.file is None:
             return self.source or "an unknown line"
-        own = f"{self.file}:{self.line} in {self.function}"
+        own = _describe(self.file, self.line, self.function)
+        # A file on disk can be opened at the line; for all else its text is the only way to find it.
+        if self.source and not os.path.exists(self.file):
+            own += f": `{self.source}`"
         return f"{own} (in the library, {self.library})" if self.library else own
 
 
 def place_of(node: fx.Node) -> Place:
     """The user's line for a node; where a library was called, its line too.
 
-    A notebook cell or ``exec`` has no source text: the place then still has the file name that Python
-    gave it, the line and the function.
+    A notebook cell, ``exec`` or a lambda may have no source text: the place then still has the name that Python gave
+    the file, the line and the function.
     """
-    frames = [m.groupdict() for m in _FRAME.finditer(node.stack_trace or "")]
-    frames = [f for f in frames if not f["file"].startswith((_TORCH, _OWN))] or frames
+    frames = _parse(node.stack_trace or "")
     if not frames:
-        return Place(None, 0, "", f"node {node.name} ({node.op} {node.target})")
-    own = [f for f in frames if "site-packages" not in f["file"] and "dist-packages" not in f["file"]]
-    last, user = frames[-1], (own or frames)[-1]
-    library = None if last is user else f"{last['file']}:{last['line']} in {last['function'].strip()}"
-    source = user["source"].strip()
-    return Place(user["file"], int(user["line"]), user["function"].strip(), "" if set(source) <= {"^", "~"} else source, library)
+        return Place(None, 0, "", f"node {node.name} ({node.op} {_plain(node.target)})")
+    return _choose(frames)
+
+
+def place_of_frame(frame: FrameType | None) -> Place:
+    """The user's line that led to a running frame."""
+    frames = [
+        Place(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in traceback.extract_stack(frame)
+    ]
+    return _choose(frames) if frames else Place(None, 0, "", "an unknown line")
+
+
+def _parse(trace: str) -> list[Place]:
+    """The frames of a formatted traceback, outermost first; a frame may or may not be followed by its source."""
+    lines = trace.splitlines()
+    frames: list[Place] = []
+    for i, text in enumerate(lines):
+        match = _FRAME.match(text)
+        if match is None:
+            continue
+        file, line = match["file"], int(match["line"])
+        following = lines[i + 1] if i + 1 < len(lines) else ""
+        source = "" if _FRAME.match(following) else following.strip()
+        frames.append(Place(file, line, (match["function"] or "").strip(), source or linecache.getline(file, line).strip()))
+    return frames
+
+
+def _choose(frames: Sequence[Place]) -> Place:
+    """The innermost line of the user, and the innermost of a library that it led to."""
+    seen = [f for f in frames if not str(f.file).startswith((_TORCH, *_OWN))] or list(frames)
+    own = [f for f in seen if not _is_library(str(f.file))]
+    last, user = seen[-1], (own or seen)[-1]
+    library = None if last is user else _describe(str(last.file), last.line, last.function)
+    return Place(user.file, user.line, user.function, user.source, library)
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file or file.startswith((*_STDLIB, "<frozen "))
+
+
+def _describe(file: str, line: int, function: str) -> str:
+    cell = _notebook_cell(file)
+    place = f"{cell}, line {line}" if cell else f"{file}:{line}"
+    return f"{place} in {function}" if function and function != "<module>" else place
+
+
+def _notebook_cell(file: str) -> str | None:
+    """What IPython calls the cell that it compiled under this file name, or None where it is no cell."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    name_of = getattr(getattr(shell, "compile", None), "format_code_name", None)
+    named = name_of(file) if name_of is not None else None
+    if named is not None:
+        return " ".join(named)
+    return "a notebook cell" if "ipykernel_" in file or file.startswith("<ipython-input-") else None
+
+
+def _plain(target: object) -> str:
+    return str(getattr(target, "__name__", target))

@@ -148,12 +148,16 @@ class _Builder:
         self.new: list[tuple[int, tuple[int, ...]]] = []
         self.keep: dict[int, list[Any]] = {}
         self.copied: list[InputSpec] = []
+        #: What is done to the copied inputs before anything reads them.
+        self.prologue: list[Op] = []
 
     # -- building ---------------------------------------------------------------------------------------------
 
     def build(self) -> Any:
         self._bind_inputs()
         self.program.load(self.args)
+        for op in self.prologue:
+            self._add(op)
         with self.shared.engine.session():
             for site in self.plan.sites:
                 self._run_site(site)
@@ -207,9 +211,17 @@ class _Builder:
         self.program.targets.append(real_rows(target, spec.value, self.sizes))
         self.program.sources.append(spec.position)
         self.copied.append(spec)
-        if spec.pad_value is not None:
-            for tail in tails(target, spec.value, self.sizes):
-                self._add(partial(tail.fill_, spec.pad_value))
+        pad_value = 0 if spec.node in self.plan.row_indices else spec.pad_value
+        if pad_value is not None:
+            self.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, self.sizes))
+        if spec.node in self.plan.row_indices:
+            self._count_from_the_real_size(self.program.targets[-1], self.sizes[self.plan.row_indices[spec.node]])
+
+    def _count_from_the_real_size(self, indices: torch.Tensor, size: int) -> None:
+        with torch.inference_mode(False):
+            negative = torch.empty(indices.shape, dtype=torch.bool, device=indices.device)
+        self.prologue.append(partial(torch.lt, indices, 0, out=negative))
+        self.prologue.append(partial(indices.add_, negative, alpha=size))
 
     def _run_site(self, site: Site) -> None:
         if isinstance(site, CallSite):

@@ -1,0 +1,209 @@
+"""Finds what no CUDA graph can record, and isolates it: such nodes run between pieces.
+
+On a CPU run the recording device is the CPU, and the same statements get the same verdict as far as they tell what a
+GPU would do (see :class:`~pcg_compile.passes.graph_memory.GraphMemory`): ``torch.tensor([5], device=x.device)`` copies
+from the host, ``x.copy_(y)`` of two inputs does not. Nothing is ever refused for being unclear: isolating a node is
+always right, and only ``strict`` makes an error of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import fx
+
+from pcg_compile.errors import CaptureHazard, Hazard, message
+from pcg_compile.graph.contexts import is_mode_switch
+from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in
+from pcg_compile.graph.split import find_cuts, op_names, segments_of
+from pcg_compile.graph.where import Place, place_of
+from pcg_compile.ops import registered_split_ops
+
+from .bodies import bodies_of
+from .context import PassContext
+from .graph_memory import GraphMemory, data_of
+from .op_rules import Finding, finding_of, made_from_data, reads_host_scalars
+
+__all__ = ["capture_hazards", "node_finding"]
+
+_MOVES = ("to", "cuda", "type")
+_BRANCHES = ("cond", "while_loop")
+
+
+def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
+    """Puts every node that no recording can hold into ``context.splits``, and a Hazard into ``context.hazards``.
+
+    The graph stays as it is. Registered split ops are left alone: they run between pieces anyway.
+
+    Raises:
+        CaptureHazard: under ``strict``, unless ``context.collect``; it names every such node.
+    """
+    found: list[tuple[Hazard, Place]] = []
+    for node, finding in _findings(gm, context):
+        place = place_of(node)
+        op = _op_name(node, context.facts)
+        found.append((Hazard(finding.kind, op, place.file, place.line, finding.reason, finding.cure), place))
+        context.splits[node] = f"{op}: {finding.reason}"
+    context.hazards += [hazard for hazard, _ in found]
+    if found and context.options.strict and not context.collect:
+        raise CaptureHazard(_strict_message(found))
+    for node in _scattered_constants(gm, context):
+        context.splits[node] = f"{_op_name(node, context.facts)}: a constant on the host, read by several pieces"
+    return gm
+
+
+def _findings(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[fx.Node, Finding]]:
+    facts = context.facts
+    memory = GraphMemory(gm.graph, facts, context.device)
+    constants = _constants(gm.graph, facts, context.device)
+    split_ops = registered_split_ops().keys() | set(context.options.split_ops)
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method") or node not in facts or is_mode_switch(node):
+            continue
+        if node in context.splits or op_names(node, facts[node]) & split_ops:
+            continue
+        finding = node_finding(node, memory, constants) or _finding_in_body(gm, node, context)
+        if finding is not None:
+            yield node, finding
+
+
+def node_finding(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node] = frozenset()) -> Finding | None:
+    """The first predicate's finding for a node, or None.
+
+    ``constants``: nodes whose host scalars are the same in every step.
+    """
+    for predicate in _PREDICATES:
+        found = predicate(node, memory, constants)
+        if found is not None:
+            return found
+    memory.enter(node)
+    for call in memory.facts[node].ops:
+        found = finding_of(call, memory)
+        if found is not None:
+            return found
+    return _on_host(node, memory, constants)
+
+
+Predicate = Callable[[fx.Node, GraphMemory, "frozenset[fx.Node]"], "Finding | None"]
+
+
+def _makes_from_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
+    """``torch.tensor(data, device=...)``, which is also what Dynamo makes of ``new_tensor``."""
+    if data_of(node, memory.facts) is None or node.kwargs.get("device") is None:
+        return None
+    value = memory.facts[node].value
+    if not isinstance(value, torch.Tensor) or value.device.type != memory.device.type or 0 in value.shape:
+        return None
+    return made_from_data()
+
+
+def _moves_host_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
+    """``torch.tensor([1, 2]).to(device)`` on a CPU run, where the move dispatches nothing."""
+    if node.op != "call_method" or node.target not in _MOVES or memory.device.type != "cpu":
+        return None
+    names_device = any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
+    if not names_device or not all(memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)):
+        return None
+    return made_from_data()
+
+
+def _branches_on_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
+    """``torch.cond`` and its like read their condition on the host."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _BRANCHES:
+        return None
+    return Finding(
+        "sync",
+        "it waits for the device, to read the condition",
+        "Compute both and choose: torch.where(condition, a, b)",
+    )
+
+
+_PREDICATES: tuple[Predicate, ...] = (_makes_from_data, _moves_host_data, _branches_on_data)
+
+
+def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
+    """What reads or makes host tensors beside a CUDA recording: a replay would see them as they were when recorded."""
+    if memory.device.type == "cpu" or node in constants:
+        return None
+    facts = memory.facts
+    if any(memory.on_host(t) for t in tensors_in(facts[node].value)):
+        return Finding(
+            "host op",
+            "it runs on the host, so a replay would find the result of the recording",
+            "Give it the device: device=x.device",
+        )
+    host = [n for n in node.all_input_nodes if n in facts and any(memory.on_host(t) for t in tensors_in(facts[n].value))]
+    if not host:
+        return None
+    if all(n in constants for n in host) and all(
+        reads_host_scalars(call)
+        for call in facts[node].ops
+        if any(memory.on_host(t) for t in tensors_in((call.args, dict(call.kwargs))))
+    ):
+        return None
+    return Finding(
+        "host op",
+        f"it reads {host[0].name}, which lies on the host: a replay would find its value at the recording",
+        "Pass the tensor on the device, or a Python number",
+    )
+
+
+def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torch.device) -> frozenset[fx.Node]:
+    """Host scalars that are the same in every step, such as ``torch.tensor(0.5)``: a recording may keep them."""
+    if device.type == "cpu":
+        return frozenset()
+    written = frozenset().union(*(f.writes for f in facts.values()))
+    output = next(iter(graph.find_nodes(op="output")))
+    found = []
+    for node in graph.nodes:
+        value = facts[node].value if node in facts else None
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.dim() != 0:
+            continue
+        plain = isinstance(data_of(node, facts), (bool, int, float, complex)) and not node.all_input_nodes
+        if plain and output not in node.users and storage_of(value) not in written:
+            found.append(node)
+    return frozenset(found)
+
+
+def _scattered_constants(gm: fx.GraphModule, context: PassContext) -> list[fx.Node]:
+    """Host constants that no single piece holds together with all readers, and those readers.
+
+    A piece that reads a host tensor from elsewhere could not be recorded as a whole.
+    """
+    constants = _constants(gm.graph, context.facts, context.device) - context.splits.keys()
+    if not constants:
+        return []
+    cuts = find_cuts(gm, context.facts, context.options.split_ops, context.splits, lambda error: None)
+    home = {
+        node: index
+        for index, segment in enumerate(segments_of(gm, context.facts, cuts))
+        for node in segment.nodes
+        if segment.kind == "piece"
+    }
+    found: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        if node in constants and any(home.get(user) != home.get(node) for user in node.users):
+            found += [n for n in (node, *node.users) if n not in cuts]
+    return found
+
+
+def _finding_in_body(gm: fx.GraphModule, node: fx.Node, context: PassContext) -> Finding | None:
+    """The first finding inside an op of a higher order, which is isolated as a whole."""
+    for body, facts in bodies_of(gm, node, context.facts):
+        inner = PassContext(context.options, context.device, facts)
+        for _, finding in _findings(body, inner):
+            return Finding(finding.kind, f"in its body, {finding.reason}", finding.cure)
+    return None
+
+
+def _op_name(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> str:
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"torch.{name}" if data_of(node, facts) is not None else name
+
+
+def _strict_message(found: list[tuple[Hazard, Place]]) -> str:
+    (first, place), others = found[0], found[1:]
+    lines = [message(f"{first.op} cannot be recorded: {first.reason}", str(place), "strict=True forbids to isolate it.", first.cure)]
+    lines += [f"  also {hazard.op} at {where}: {hazard.reason}" for hazard, where in others]
+    return "\n".join(lines)

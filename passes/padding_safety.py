@@ -1,0 +1,218 @@
+"""May a piece be recorded at a bucket? Only if its real rows cannot depend on padding rows.
+
+The piece is traced to functional aten form and interpreted over dimensions (:mod:`.row_dims`): every input's real entries
+are right and lie first; each op's rule (:mod:`.row_rules`) says where the result's are, or that they may depend on padding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from pcg_compile.attention.ops import store_kv
+from pcg_compile.graph.where import place_of
+from pcg_compile.torch_internals import functional_aten
+
+from .row_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
+from .row_rules import Call, Tracked, register_row_rule, rule_for
+
+__all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
+
+Kind = Literal["row-wise", "prefix", "mixing", "unknown"]
+_ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
+
+
+@dataclass(frozen=True)
+class NodeVerdict:
+    """What one op does with padding, why, and the user's line."""
+
+    kind: Kind
+    op: str
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class PieceSafety:
+    """The verdict on a piece: the worst of its nodes, the deciding one first.
+
+    ``row_indices`` are (input position, symbol): index inputs that pick rows, whose negative values count from the
+    real size of that symbol and must be made positive before the piece runs at a bucket.
+    """
+
+    kind: Kind
+    nodes: tuple[NodeVerdict, ...] = ()
+    row_indices: tuple[tuple[int, Any], ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Of the deciding node."""
+        return f"{self.nodes[0].op}: {self.nodes[0].reason}" if self.nodes else ""
+
+    @property
+    def where(self) -> str:
+        """Of the deciding node."""
+        return self.nodes[0].where if self.nodes else ""
+
+
+def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collection[int] = ()) -> PieceSafety:
+    """The verdict on a piece.
+
+    Args:
+        gm: the piece, torch-level; its output is a tuple. inputs: its fake inputs (tensors, SymInts).
+        scratch: positions of index inputs whose padding points to memory that nobody reads.
+    """
+    if not any(isinstance(x, torch.SymInt) for x in inputs) and not any(
+        has_tokens(d) for x in inputs if isinstance(x, torch.Tensor) for d in dims_of(x.shape)
+    ):
+        return PieceSafety("row-wise")
+    try:
+        traced = functional_aten(gm, inputs, {torch.ops.pcg.store_kv.default: store_kv})
+    except Exception as error:  # noqa: BLE001 - what cannot be traced cannot be proven
+        reason = f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
+    return _Analysis(traced, scratch).run()
+
+
+class _Analysis:
+    def __init__(self, gm: fx.GraphModule, scratch: Collection[int]) -> None:
+        self.gm, self.scratch = gm, scratch
+        self.values: dict[fx.Node, Any] = {}
+        self.verdicts: list[NodeVerdict] = []
+        self.row_indices: list[tuple[int, Any]] = []
+        self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
+
+    def run(self) -> PieceSafety:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "get_attr":
+                value = getattr(self.gm, str(node.target))
+                self.values[node] = Tracked(dims_of(value.shape)) if isinstance(value, torch.Tensor) else value
+            elif node.op == "output":
+                self._output(node)
+            else:
+                self._call(node)
+        self._check_row_indices()
+        worst = max((v.kind for v in self.verdicts), key=_ORDER.index, default="row-wise")
+        nodes = sorted(self.verdicts, key=lambda v: -_ORDER.index(v.kind))
+        return PieceSafety(worst, tuple(nodes), tuple(dict.fromkeys(self.row_indices)))
+
+    def _placeholder(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        position = self.placeholders.index(node)
+        if isinstance(value, torch.Tensor):
+            self.values[node] = Tracked(dims_of(value.shape), position in self.scratch, position)
+        else:
+            self.values[node] = value
+
+    def _note(self, kind: Kind, node: fx.Node, reason: str) -> None:
+        self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node))))
+
+    def _call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            source = self.values[node.args[0]]  # type: ignore[index]
+            self.values[node] = source[node.args[1]] if isinstance(source, (list, tuple)) else value
+            return
+        if not _has_tensors(value) and not isinstance(node.target, torch._ops.OpOverload):
+            # Arithmetic on sizes.
+            self.values[node] = value
+            return
+        arguments = _named(node, self.values)
+        call = Call(node.target, arguments, _shapes(value))
+        dynamic = any(has_tokens(d) for t in call.tensors() for d in t.dims) or any(
+            has_tokens(d) for shape in call.shapes for d in dims_of(shape)
+        )
+        rule = rule_for(node.target)
+        try:
+            if rule is not None:
+                result = rule(call)
+            elif not dynamic and not _dynamic_numbers(arguments):
+                result = [dims_of(shape) for shape in call.shapes]
+            else:
+                self._note("unknown", node, "the analysis has no rule for this op")
+                result = [dims_of(shape) for shape in call.shapes]
+        except Mixing as reason:
+            self._note("mixing", node, str(reason))
+            result = [dims_of(shape) for shape in call.shapes]
+        except Exception as error:  # noqa: BLE001 - a rule that fails proves nothing
+            self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}")
+            result = [dims_of(shape) for shape in call.shapes]
+        if call.kind == "prefix":
+            self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
+        self.row_indices += call.row_indices
+        self.values[node] = _tracked(result, value)
+
+    def _output(self, node: fx.Node) -> None:
+        for leaf in node.all_input_nodes:
+            tracked = self.values[leaf]
+            for one in tracked if isinstance(tracked, (list, tuple)) else [tracked]:
+                if isinstance(one, Tracked) and not all(is_prefix(d) for d in one.dims):
+                    reason = "its real entries do not come first in a result of the piece"
+                    self.verdicts.append(NodeVerdict("mixing", str(leaf.target), reason, str(place_of(leaf))))
+
+    def _check_row_indices(self) -> None:
+        """An index that picks rows may do nothing else: its negative values are changed before the piece runs."""
+        for position, _ in self.row_indices:
+            node = self.placeholders[position]
+            users = {user for user in _through_copies(node)}
+            allowed = ("index", "index_select", "_unsafe_index")
+            bad = [u for u in users if not any(f"aten.{name}." in str(u.target) for name in allowed)]
+            if bad:
+                self._note("mixing", bad[0], "it uses row indices, which count from the real size, for something else")
+
+
+def _through_copies(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for user in node.users:
+        if str(user.target) in ("aten.detach.default", "aten.alias.default", "aten._to_copy.default", "aten.clone.default"):
+            found += _through_copies(user)
+        else:
+            found.append(user)
+    return found
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _shapes(value: Any) -> list[tuple[Any, ...]]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [tuple(v.shape) for v in values if isinstance(v, torch.Tensor)]
+
+
+def _named(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
+    def known(n: fx.Node) -> Any:
+        return values[n]
+
+    args, kwargs = fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known)
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else [f"arg{i}" for i in range(len(args))]
+    named = dict(zip(names, args, strict=False))
+    named.update(kwargs)
+    return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in named.items() if v is not None}
+
+
+def _dynamic_numbers(arguments: dict[str, Any]) -> bool:
+    leaves = [leaf for v in arguments.values() for leaf in (v if isinstance(v, list) else [v])]
+    return any(isinstance(leaf, torch.SymInt) and not isinstance(as_expr(leaf), int) for leaf in leaves)
+
+
+def _tracked(result: Any, value: Any) -> Any:
+    def one(dims: Any) -> Tracked:
+        return dims if isinstance(dims, Tracked) else Tracked(dims)
+
+    if isinstance(value, (list, tuple)):
+        parts = iter(result if isinstance(result, list) else [result])
+        return [one(next(parts)) if isinstance(v, torch.Tensor) else v for v in value]
+    if isinstance(value, torch.Tensor):
+        return one(result[0] if isinstance(result, list) else result)
+    return value
+
+
