@@ -62,5 +62,5 @@ $(VENV)/.made: pyproject.toml constraints.txt
 	@# A torch that the machine has, outside the virtual environment, stays; else constraints.txt picks one.
 	@if $(BIN)/python -c 'import sys, importlib.util as u; s = u.find_spec("torch"); sys.exit(not (s and s.origin) or s.origin.startswith(sys.prefix))'; \
 	then echo "    keeping the machine's torch"; constraints=; else constraints="-c constraints.txt"; fi; \
-	$(PIP) install -q $$constraints -e '.[test,examples]'
+	$(PIP) install -qq $$constraints -e '.[test,examples]'
 	@touch $@

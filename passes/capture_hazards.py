@@ -150,19 +150,25 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
 
 
 def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torch.device) -> frozenset[fx.Node]:
-    """Host scalars that are the same in every step, such as ``torch.tensor(0.5)``: a recording may keep them."""
+    """Host scalars that are the same in every step, ``torch.tensor(0.5)`` and what follows from it: a recording may keep them."""
     if device.type == "cpu":
         return frozenset()
     written = frozenset().union(*(f.writes for f in facts.values()))
     output = next(iter(graph.find_nodes(op="output")))
-    found = []
+    found: set[fx.Node] = set()
     for node in graph.nodes:
         value = facts[node].value if node in facts else None
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.dim() != 0:
             continue
-        plain = isinstance(data_of(node, facts), (bool, int, float, complex)) and not node.all_input_nodes
-        if plain and output not in node.users and storage_of(value) not in written:
-            found.append(node)
+        if output in node.users or storage_of(value) in written:
+            continue
+        if node.all_input_nodes:
+            random = any(torch.Tag.nondeterministic_seeded in getattr(call.op, "tags", ()) for call in facts[node].ops)
+            constant = found.issuperset(node.all_input_nodes) and not random
+        else:
+            constant = isinstance(data_of(node, facts), (bool, int, float, complex))
+        if constant:
+            found.add(node)
     return frozenset(found)
 
 

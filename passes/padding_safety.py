@@ -71,6 +71,9 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
         has_tokens(d) for x in inputs if isinstance(x, torch.Tensor) for d in dims_of(x.shape)
     ):
         return PieceSafety("row-wise")
+    if any("functorch" in (getattr(node.target, "__module__", None) or "") for node in gm.graph.nodes):
+        # A trace that fails inside a transform would leave the transform's state behind.
+        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
         traced = functional_aten(gm, inputs, {torch.ops.pcg.store_kv.default: store_kv})
     except Exception as error:  # noqa: BLE001 - what cannot be traced cannot be proven

@@ -365,15 +365,24 @@ def slice_(call: Call) -> Dims:
         if isinstance(new, sympy.Basic):
             raise Mixing("it cuts a dimension to a dynamic size")
         dims[axis] = (new,)
+    elif new == size and start == 0:
+        pass
+    elif len(dims[axis]) == 1 and isinstance(dims[axis][0], sympy.Symbol) and _cuts_few(size, new, start):
+        # Entry j is entry j + start of the source: real where the result's own size says so.
+        dims[axis] = (new,)
     elif start != 0:
         raise Mixing("it cuts a dimension that holds padding")
-    elif new == size:
-        pass
     elif len(dims[axis]) == 1 and isinstance(dims[axis][0], Causal) and new == dims[axis][0].valid:
         dims[axis] = (new,)
     else:
         raise Mixing(f"it cuts a dimension that holds padding to {end}")
     return tuple(dims)
+
+
+def _cuts_few(size: Any, new: Any, start: Any) -> bool:
+    """Whether a slice leaves out a fixed number of entries, ``start`` of them in front."""
+    left_out = sympy.expand(size - new)
+    return left_out.is_Integer and isinstance(start, int) and 0 <= start <= int(left_out)
 
 
 @_rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split")  # fmt: skip

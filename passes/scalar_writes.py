@@ -69,15 +69,16 @@ def scalar_writes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 def _visit(gm: fx.GraphModule, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> bool:
     changed = False
     for node in list(gm.graph.nodes):
-        if node not in facts:
+        if node not in facts or node.op not in ("call_function", "call_method"):
             continue
         for body, inner in bodies_of(gm, node, facts):
             if _visit(body, context, inner):
                 body.graph.lint()
                 body.recompile()
                 changed = True
-        if _is_device_scalar(node, context, facts):
-            _fill_instead_of_copy(gm, node, context, facts)
+        number = _device_scalar(node, context, facts)
+        if number is not None:
+            _fill_instead_of_copy(gm, node, number, context, facts)
             changed = True
         elif _copies_host_scalar(node, context, facts):
             if context.options.scalar_writes == "rewrite":
@@ -180,27 +181,39 @@ def _inherit(first: fx.Node, node: fx.Node) -> None:
         current = current.next
 
 
-def _is_device_scalar(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> bool:
-    data, value = data_of(node, facts), facts[node].value
-    return (
-        isinstance(data, (bool, int, float, complex))
-        and isinstance(value, torch.Tensor)
-        and node.kwargs.get("device") is not None
-        and value.device.type == context.device.type
-        and not node.kwargs.get("requires_grad")
-        and not node.kwargs.get("pin_memory")
-    )
+def _device_scalar(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> bool | int | float | complex | None:
+    """The number that a node copies to the recording device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
+    value = facts[node].value
+    if not isinstance(value, torch.Tensor) or value.device.type != context.device.type or value.dim() != 0:
+        return None
+    source = node
+    if node.op == "call_method" and node.target == "to" and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        moves = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, torch.device)]
+        if not moves or source.kwargs.get("device") is not None:
+            return None
+    elif node.kwargs.get("device") is None:
+        return None
+    data = data_of(source, facts)
+    if not isinstance(data, (bool, int, float, complex)) or any(source.kwargs.get(k) for k in ("requires_grad", "pin_memory")):
+        return None
+    # Through the dtypes that the statement names, so that 0.1 as float32 stays that when it becomes float64.
+    return torch.tensor(data, dtype=facts[source].value.dtype, device="cpu").to(value.dtype).item()
 
 
 def _fill_instead_of_copy(
-    gm: fx.GraphModule, node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
+    gm: fx.GraphModule, node: fx.Node, number: Any, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
 ) -> None:
-    value, data, place, found = facts[node].value, data_of(node, facts), place_of(node), made_from_data()
+    value, place, found = facts[node].value, place_of(node), made_from_data()
     with gm.graph.inserting_before(node):
-        full = gm.graph.call_function(torch.full, ((), data), {"dtype": value.dtype, "device": value.device})
+        full = gm.graph.call_function(torch.full, ((), number), {"dtype": value.dtype, "device": value.device})
     _inherit(full, node)
     node.replace_all_uses_with(full)
+    sources = node.all_input_nodes
     gm.graph.erase_node(node)
-    cure = f"Write: torch.full((), {data!r}, dtype={value.dtype}, device=x.device)"
+    for source in sources:
+        if not source.users:
+            gm.graph.erase_node(source)
+    cure = f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)"
     context.hazards.append(Hazard(found.kind, "torch.tensor", place.file, place.line, found.reason, cure))
-    context.notes.append(f"torch.tensor({data!r}, device={value.device}) at {place}: rewritten to a fill on the device")
+    context.notes.append(f"torch.tensor({number!r}) on {value.device} at {place}: rewritten to a fill on the device")

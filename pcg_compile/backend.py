@@ -195,7 +195,7 @@ def _judge(plan: Plan, counters: Counters) -> None:
         if not isinstance(site, PieceSite) or site.split_reason is not None:
             continue
         if site.refusal is None:
-            site.refusal = _refusal(site, plan)
+            site.refusal = _refusal(site, plan, counters.strict)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
     rows = {node: symbol for s in plan.sites if isinstance(s, PieceSite) for node, symbol in _row_indices(s)}
@@ -209,7 +209,7 @@ def _judge(plan: Plan, counters: Counters) -> None:
                 site.refusal = f"mixing: {reason}"
 
 
-def _refusal(site: PieceSite, plan: Plan) -> str | None:
+def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
     foreign = [n for n in site.reads if plan.value(n).device != plan.device]
     numbers = [s for s in site.piece.symbols if s not in plan.dims]
     if numbers:
@@ -218,7 +218,11 @@ def _refusal(site: PieceSite, plan: Plan) -> str | None:
         return f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
     if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
         site.where = site.safety.where or site.where
-        return f"{'mixing' if site.safety.kind == 'mixing' else 'opaque'}: {site.safety.reason}"
+        if site.safety.kind == "mixing":
+            return f"mixing: {site.safety.reason}"
+        if strict:
+            return f"opaque: {site.safety.reason}"
+        site.needs_probe = True
     return None
 
 

@@ -271,3 +271,10 @@ def unbacked_symbols_may_stay(fake_mode: FakeTensorMode) -> AbstractContextManag
     """Sizes that only data tell come up again when a graph is interpreted again; nobody waits for them (2.11 to 2.13)."""
     env = fake_mode.shape_env
     return env.ignore_fresh_unbacked_symbols() if env is not None else nullcontext()
+
+
+def without_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor under function transforms such as vmap, whose own tensors have no storage (2.11 to 2.13)."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay
+from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
 
 __all__ = ["NodeFacts", "OpCall", "alias_of", "storage_of", "tensors_in", "trace_facts", "written_tensors"]
 
@@ -40,7 +40,11 @@ class NodeFacts:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """The identity of a tensor's storage; two tensors alias when it is the same."""
-    return tensor.untyped_storage()._cdata
+    try:
+        return without_transforms(tensor).untyped_storage()._cdata
+    except NotImplementedError:
+        # Inside vmap: a wrapper without memory of its own.
+        return -id(tensor)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

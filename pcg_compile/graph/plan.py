@@ -56,6 +56,9 @@ class PieceSite:
     #: None where the piece may be recorded, else why not.
     refusal: str | None = None
     safety: Any = None
+    #: True where only a probe can tell whether padding matters; what the probe found, once it ran.
+    needs_probe: bool = False
+    probed: str | None = None
     #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
     split_reason: str | None = None
 

@@ -23,6 +23,7 @@ from ..torch_internals import foreach_copy, unowned_alias
 from .binding import Binding, wants_static
 from .buffers import extent
 from .capture import StaticReplay
+from .probe import Argument, probe
 from .views import copier, looks_like, real_rows, tails
 
 __all__ = ["Program", "build_and_run"]
@@ -249,6 +250,11 @@ class _Builder:
         if self.binding.failures.get(key, 0) > 1:
             self.program.fallbacks.append(("a piece could not be recorded, twice; it runs at its exact size", site.where))
             return False
+        if site.needs_probe and site.probed is None and not self._probe(site):
+            return False
+        if site.probed:
+            self.program.fallbacks.append((f"opaque, and by the probe mixing: {site.probed}", site.where))
+            return False
         recording = self.binding.recordings.get(key)
         if recording is not None:
             recording.replay()
@@ -262,6 +268,32 @@ class _Builder:
         if not site.trivial:
             self.program.recording_keys.append(key)
             self.program.replays += 1
+        return True
+
+    def _probe(self, site: PieceSite) -> bool:
+        """Probes a piece once, with this step's rows; False where this bucket leaves no room for padding."""
+        assert self.bucket is not None
+        piece = site.piece
+        # Where the step fills its bucket, its last row plays the padding.
+        sizes = {s: n - 1 if n == self.bucket[s] and s in piece.symbols else n for s, n in self.sizes.items()}
+        if any(sizes[s] < 1 for s in piece.symbols):
+            reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
+            self.program.fallbacks.append((reason, site.where))
+            return False
+        fixed = {s.node for s in self.plan.inputs if s.pad_value is not None or s.kind == "step"} | self.plan.row_indices.keys()
+        arguments = [
+            Argument(self.static[node], self.plan.value(node), i in piece.writes, node in fixed)
+            for i, node in enumerate(piece.inputs)
+        ]
+
+        def run(tensors: Sequence[Any], at: Mapping[sympy.Symbol, int]) -> Sequence[torch.Tensor]:
+            return site.compiled.function(*(at[s] for s in piece.symbols), *tensors)
+
+        with _rng_unchanged(self.shared.device):
+            verdict = probe(run, arguments, [self.plan.value(node) for node in piece.outputs], sizes, self.bucket)
+        site.compiled.warm = True
+        # "" once the probe found nothing.
+        site.probed = verdict or ""
         return True
 
     def _result_bytes(self, site: PieceSite) -> int:

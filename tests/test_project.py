@@ -1,0 +1,127 @@
+"""What the project ships: the entry point, the linked folder of passes, and archives that hold both."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import pcg_compile as pcg
+import pcg_compile.passes
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pcg_compile"
+IN_A_CHECKOUT = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the checkout")
+
+
+def modules(folder: Path, name: str) -> set[str]:
+    """Files that an archive must hold, as paths."""
+    return {f"{name}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
+
+
+EVERY_MODULE = modules(PACKAGE, "pcg_compile") | modules(ROOT / "passes", "pcg_compile/passes")
+
+
+@IN_A_CHECKOUT
+def test_passes_are_a_relative_link():
+    link = PACKAGE / "passes"
+    assert link.is_symlink() and os.readlink(link) == "../passes"
+    assert Path(pcg_compile.passes.__file__).resolve() == ROOT / "passes" / "__init__.py"
+
+
+def test_the_backend_is_an_entry_point():
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
+    if "pcg" in found:  # A checkout on the path has none, and registers the backend when it is imported.
+        assert found["pcg"].load() is pcg.backend.pcg
+    assert "pcg" in torch.compiler.list_backends()
+
+
+def test_public_names_exist_and_are_documented():
+    for name in pcg.__all__:
+        assert getattr(pcg, name).__doc__, f"pcg.{name} has no docstring"
+    assert list(pcg.__all__) == sorted(pcg.__all__)
+
+
+@IN_A_CHECKOUT
+def test_every_package_is_listed():
+    listed = set(re.findall(r'^    "(pcg_compile[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M))
+    there = {"/".join(path.split("/")[:-1]).replace("/", ".") for path in EVERY_MODULE}
+    assert listed == there
+
+
+@IN_A_CHECKOUT
+def test_archives_hold_every_module(tmp_path):
+    """Builds as ``pip install`` does, from a copy, so that nothing is left behind in the checkout."""
+    pytest.importorskip("build")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("pcg_compile", "passes"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    # Without a choice, build makes the wheel from the sdist: what is in the wheel survived both.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert EVERY_MODULE | {"pcg_compile/py.typed"} <= names
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "pcg = pcg_compile.backend:pcg" in archive.read(entry_points).decode()
+        assert any(name.endswith("licenses/LICENSE") for name in names)
+        assert not any(name.startswith(("tests/", "benchmarks/", "passes/")) for name in names)
+        archive.extractall(tmp_path / "installed")
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+        assert inside >= EVERY_MODULE | {"LICENSE"}
+    # What is in the wheel is enough: imported from elsewhere, with nothing of the checkout on the path.
+    script = "import pcg_compile.passes as p; print(p.__file__); assert p.metadata_passes()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "installed" / "pcg_compile" / "passes" / "__init__.py")
+
+
+def private_parts(tree: ast.AST) -> list[str]:
+    """Private modules of torch that are imported, and private attributes of ``torch`` that are read."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("torch._")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name for name in names if "._" in name]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            found += [f"torch.{node.attr}"] if re.match(r"_[^_]", node.attr) else []
+    return [name for name in found if not name.startswith("torch.utils._pytree")]
+
+
+@IN_A_CHECKOUT
+@pytest.mark.parametrize("path", sorted(EVERY_MODULE))
+def test_private_parts_of_torch_are_named_in_one_file(path):
+    if path.endswith("torch_internals.py"):
+        assert private_parts(ast.parse((ROOT / path).read_text()))
+    else:
+        assert private_parts(ast.parse((ROOT / path).read_text())) == []
+
+
+@IN_A_CHECKOUT
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "nightly", "soak"])
+def test_make_targets_expand(target):
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    run = subprocess.run(["make", "-n", target, "VENV=/nonexistent/venv"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "pip" in run.stdout and "-e '.[test,examples]'" in run.stdout
