@@ -23,7 +23,7 @@ from pcg_compile.ops import registered_split_ops
 from .bodies import bodies_of
 from .context import PassContext
 from .graph_memory import GraphMemory, data_of
-from .op_rules import Finding, finding_of, made_from_data, reads_host_scalars
+from .op_rules import Finding, finding_of, hazard_at, made_from_data, reads_host_scalars
 
 __all__ = ["capture_hazards", "node_finding"]
 
@@ -43,7 +43,7 @@ def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     for node, finding in _findings(gm, context):
         place = place_of(node)
         op = _op_name(node, context.facts)
-        found.append((Hazard(finding.kind, op, place.file, place.line, finding.reason, finding.cure), place))
+        found.append((hazard_at(place, finding, op), place))
         context.splits[node] = f"{op}: {finding.reason}"
     context.hazards += [hazard for hazard, _ in found]
     if found and context.options.strict and not context.collect:

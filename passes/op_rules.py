@@ -6,15 +6,18 @@ tensors, :func:`pcg_compile.capture_guard` to real ones; both say through :class
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from pcg_compile.errors import Hazard
 from pcg_compile.graph.facts import OpCall, tensors_in
+from pcg_compile.graph.where import Place
 
-__all__ = ["Finding", "Memory", "finding_of", "reads_host_scalars", "tensor_arguments"]
+__all__ = ["Finding", "Memory", "finding_of", "hazard_at", "made_from_data", "reads_host_scalars", "tensor_arguments"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class Finding:
     kind: str
     reason: str
     cure: str
+
+
+def hazard_at(place: Place, finding: Finding, op: str) -> Hazard:
+    """A finding at a line of the user's; where that called a library, the reason names the library's line too."""
+    reason = f"{finding.reason} (in the library, {place.library})" if place.library else finding.reason
+    return Hazard(finding.kind, op, place.file, place.line, reason, finding.cure)
 
 
 class Memory(Protocol):
@@ -42,6 +51,14 @@ class Memory(Protocol):
 Rule = Callable[[OpCall, Memory], "Finding | None"]
 
 _MASKS = (torch.bool, torch.uint8)
+_UNSAFE_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_INDEXING = (
+    "aten::index",
+    "aten::index_put",
+    "aten::_index_put_impl",
+    "aten::_unsafe_index",
+    "aten::_unsafe_index_put",
+)
 _ON_DEVICE = "Keep the value on the device"
 # Read from what a capture does on torch 2.11; none of them is tagged.
 _WAITING_OPS = {
@@ -65,10 +82,13 @@ def finding_of(call: OpCall, memory: Memory) -> Finding | None:
     """
     if not isinstance(call.op, torch._ops.OpOverload):
         return None
+    rules = _rules_of(call.op)
+    if not rules:
+        return None
     tensors = tensor_arguments(call)
     if tensors and all(memory.on_host(t) for t in tensors) and not _goes_to_device(call, memory):
         return None
-    for rule in _RULES:
+    for rule in rules:
         found = rule(call, memory)
         if found is not None:
             return found
@@ -120,10 +140,10 @@ def _one_element(tensor: torch.Tensor) -> bool:
 def copies_between_memories(call: OpCall, memory: Memory) -> Finding | None:
     """``copy_``, ``.to(device)``, ``.cpu()`` from one memory to the other."""
     name, _ = _names(call)
-    if name in ("aten::copy_", "aten::copy"):
+    if name != "aten::_to_copy":
         target, source = call.args[0], call.args[1]
         to_host = memory.on_host(target)
-    elif name == "aten::_to_copy" and _argument(call, "device") is not None:
+    elif _argument(call, "device") is not None:
         source = target = call.args[0]
         # On a CPU run ".to(device)" names the recording device.
         to_host = memory.device.type != "cpu" and _argument(call, "device").type == "cpu"
@@ -148,9 +168,7 @@ def copies_between_memories(call: OpCall, memory: Memory) -> Finding | None:
 
 def lifts_data(call: OpCall, memory: Memory) -> Finding | None:
     """``torch.tensor([5], device="cuda")``: PyTorch marks every tensor made from Python data by ``lift_fresh``."""
-    if _names(call)[0] != "aten::lift_fresh" or memory.on_host(call.args[0]) or _is_empty(call.args[0]):
-        return None
-    return made_from_data()
+    return None if memory.on_host(call.args[0]) or _is_empty(call.args[0]) else made_from_data()
 
 
 def made_from_data() -> Finding:
@@ -166,8 +184,6 @@ def made_from_data() -> Finding:
 def indexes_with_host(call: OpCall, memory: Memory) -> Finding | None:
     """An index list, an index tensor on the host, or a host scalar written through index tensors."""
     indices = _indices(call)
-    if not indices:
-        return None
     if any(memory.on_host(i) and not _is_empty(i) for i in indices):
         return Finding(
             "host copy",
@@ -197,10 +213,7 @@ def indexes_with_mask(call: OpCall, memory: Memory) -> Finding | None:
 
 
 def _indices(call: OpCall) -> list[torch.Tensor]:
-    name, _ = _names(call)
-    if not name.startswith(("aten::index", "aten::_index_put", "aten::_unsafe_index")) or len(call.args) < 2:
-        return []
-    return [i for i in call.args[1] if isinstance(i, torch.Tensor)] if isinstance(call.args[1], (list, tuple)) else []
+    return [i for i in _argument(call, "indices") if isinstance(i, torch.Tensor)]
 
 
 def _written_value(call: OpCall) -> torch.Tensor | None:
@@ -223,9 +236,6 @@ def _fills(call: OpCall, memory: Memory) -> bool:
 
 def reads_fill_value(call: OpCall, memory: Memory) -> Finding | None:
     """``masked_fill_`` and ``index_fill_`` with a value on the device."""
-    name, overload = _names(call)
-    if name.rstrip("_") not in ("aten::masked_fill", "aten::index_fill") or not overload.endswith("Tensor"):
-        return None
     value = _argument(call, "value")
     if not isinstance(value, torch.Tensor) or memory.on_host(value):
         return None
@@ -234,7 +244,7 @@ def reads_fill_value(call: OpCall, memory: Memory) -> Finding | None:
 
 def selects_host_scalar(call: OpCall, memory: Memory) -> Finding | None:
     """``torch.where`` with a scalar tensor on the host."""
-    if _names(call)[0] != "aten::where" or not any(memory.on_host(t) for t in tensor_arguments(call)):
+    if not any(memory.on_host(t) for t in tensor_arguments(call)):
         return None
     return Finding(
         "host copy", "it copies a scalar tensor from the host", "Pass a Python number: torch.where(mask, 0.0, t)"
@@ -249,8 +259,6 @@ def has_unsafe_tag(call: OpCall, memory: Memory) -> Finding | None:
         return Finding("unsafe op", "it is tagged cudagraph_unsafe", "Call it outside the compiled function")
     if torch.Tag.data_dependent_output in tags:
         return Finding("sync", "it waits for the device, to read a value", f"{_ON_DEVICE}: torch.where(condition, a, b)")
-    if torch.Tag.dynamic_output_shape not in tags or _indices(call):
-        return None
     if name == "aten::repeat_interleave" and _argument(call, "output_size") is not None:
         return None
     return Finding(
@@ -262,7 +270,7 @@ def has_unsafe_tag(call: OpCall, memory: Memory) -> Finding | None:
 
 def waits_for_device(call: OpCall, memory: Memory) -> Finding | None:
     """Ops that wait without being tagged."""
-    name, overload = _names(call)
+    name, _ = _names(call)
     if name in _WAITING_OPS:
         return Finding("sync", "it waits for the device", f"Instead, {_WAITING_OPS[name]}")
     if name == "aten::normal" and isinstance(_argument(call, "std"), torch.Tensor):
@@ -277,7 +285,9 @@ def waits_for_device(call: OpCall, memory: Memory) -> Finding | None:
 def uses_generator(call: OpCall, memory: Memory) -> Finding | None:
     """Random numbers from a generator that a recording does not advance."""
     generator = call.kwargs.get("generator") if "generator" in call.kwargs else _argument(call, "generator")
-    if generator is None or generator in _default_generators():
+    if generator is None or any(generator is default for default in _default_generators()):
+        return None
+    if isinstance(generator, torch.Generator) and generator.device.type != memory.device.type:
         return None
     return Finding(
         "rng",
@@ -294,22 +304,35 @@ def _default_generators() -> Iterable[Any]:
 
 def groups_on_host(call: OpCall, memory: Memory) -> Finding | None:
     """Grouped matrix products, whose kernels for older GPUs read the group sizes on the host."""
-    if _names(call)[0] not in ("aten::_grouped_mm", "aten::_scaled_grouped_mm") or memory.device.type != "cuda":
+    if memory.device.type != "cuda" or not torch.cuda.is_available():
         return None
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(memory.device) >= (10, 0):
+    if torch.cuda.get_device_capability(memory.device) >= (10, 0):
         return None
     return Finding("unsafe op", "it cannot be recorded on GPUs older than sm_100", "Use a batched matmul: torch.bmm")
 
 
-_RULES: tuple[Rule, ...] = (
-    copies_between_memories,
-    lifts_data,
-    indexes_with_host,
-    indexes_with_mask,
-    reads_fill_value,
-    selects_host_scalar,
-    has_unsafe_tag,
-    waits_for_device,
-    uses_generator,
-    groups_on_host,
-)
+@functools.cache
+def _rules_of(op: torch._ops.OpOverload) -> tuple[Rule, ...]:
+    """The rules that can have a finding for an op: none for most ops, which then cost one look-up."""
+    name, _, overload = op.name().partition(".")
+    plain = name.removesuffix("_")
+    rules: list[Rule] = []
+    if plain in ("aten::copy", "aten::_to_copy"):
+        rules.append(copies_between_memories)
+    if name == "aten::lift_fresh":
+        rules.append(lifts_data)
+    if plain in _INDEXING:
+        rules += [indexes_with_host, indexes_with_mask]
+    if plain in ("aten::masked_fill", "aten::index_fill") and overload.endswith("Tensor"):
+        rules.append(reads_fill_value)
+    if name == "aten::where":
+        rules.append(selects_host_scalar)
+    if plain not in _INDEXING and any(tag in op.tags for tag in _UNSAFE_TAGS):
+        rules.append(has_unsafe_tag)
+    if name in (*_WAITING_OPS, "aten::normal", "aten::histc"):
+        rules.append(waits_for_device)
+    if any(argument.name == "generator" for argument in op._schema.arguments):
+        rules.append(uses_generator)
+    if name in ("aten::_grouped_mm", "aten::_scaled_grouped_mm"):
+        rules.append(groups_on_host)
+    return tuple(rules)

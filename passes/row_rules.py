@@ -496,17 +496,16 @@ def index_put(call: Call) -> Dims:
 
 @_rule("slice_scatter", "select_scatter")
 def slice_scatter(call: Call) -> Dims:
-    source = call.tensor("self")
+    source, part = call.tensor("self"), call.tensor("src")
     axis = _axis(source.dims, call.arguments.get("dim", 0))
-    _need_static(source.dims[axis], "writes a part of")
     _numbers_are_static(call)
-    broadcast([
-        tuple((1,) if i == axis else d for i, d in enumerate(source.dims)),
-        tuple((1,) if i == axis and len(call.tensor("src").dims) == len(source.dims) else d
-              for i, d in enumerate(call.tensor("src").dims))
-        if len(call.tensor("src").dims) == len(source.dims)
-        else tuple((*call.tensor("src").dims[:axis], (1,), *call.tensor("src").dims[axis:])),
-    ])  # fmt: skip
+    if len(part.dims) < len(source.dims):
+        part = Tracked((*part.dims[:axis], (1,), *part.dims[axis:]))
+    if has_tokens(source.dims[axis]):
+        if size_of(part.dims[axis]) != size_of(source.dims[axis]):
+            raise Mixing("it writes a part of a dimension that holds padding")
+        return broadcast([source.dims, part.dims])
+    broadcast([tuple((1,) if i == axis else d for i, d in enumerate(t.dims)) for t in (source, part)])
     return source.dims
 
 

@@ -16,14 +16,14 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcg_compile.errors import GraphBreakingScalarWrite, Hazard, message
+from pcg_compile.errors import GraphBreakingScalarWrite, message
 from pcg_compile.graph.facts import NodeFacts, storage_of
 from pcg_compile.graph.where import place_of
 
 from .bodies import bodies_of
 from .context import PassContext
 from .graph_memory import data_of
-from .op_rules import made_from_data
+from .op_rules import Finding, hazard_at, made_from_data
 from .statements import assignment_of
 
 __all__ = ["host_scalar_write", "scalar_writes"]
@@ -132,13 +132,11 @@ def _indexes_with_tensors(node: fx.Node, context: PassContext, facts: Mapping[fx
 def _reject(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> None:
     place = place_of(node)
     statement = assignment_of(node, place)
-    device = facts[node.args[0]].value.device  # type: ignore[index]
-    what = f"`{statement}` writes a host scalar into a tensor on {device}"
-    why = f"A CUDA graph cannot record it: the {statement.value} is copied from host memory at every step."
-    cure = f"Write it on the device instead: {statement.on_device()}   (or options={{\"scalar_writes\": \"rewrite\"}})"
+    what, why, cure = statement.refusal(facts[node.args[0]].value.device)  # type: ignore[index]
+    cure += '   (or options={"scalar_writes": "rewrite"})'
     if not context.collect:
         raise GraphBreakingScalarWrite(message(what, str(place), why, cure))
-    context.hazards.append(Hazard("scalar write", "setitem", place.file, place.line, f"{what}. {why}", cure))
+    context.hazards.append(hazard_at(place, Finding("scalar write", f"{what}. {why}", cure), "setitem"))
     context.splits[node] = what
 
 
@@ -214,6 +212,6 @@ def _fill_instead_of_copy(
     for source in sources:
         if not source.users:
             gm.graph.erase_node(source)
-    cure = f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)"
-    context.hazards.append(Hazard(found.kind, "torch.tensor", place.file, place.line, found.reason, cure))
+    found = Finding(found.kind, found.reason, f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)")
+    context.hazards.append(hazard_at(place, found, "torch.tensor"))
     context.notes.append(f"torch.tensor({number!r}) on {value.device} at {place}: rewritten to a fill on the device")

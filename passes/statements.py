@@ -6,11 +6,12 @@ import ast
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from pcg_compile.graph.where import Place
 
-__all__ = ["Statement", "assignment_of"]
+__all__ = ["Statement", "assignment_at", "assignment_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class Statement:
         """The same write as a fill on the device."""
         place = f"{self.target}[{_as_slice(self.index)}]"
         return f"{place}.zero_()" if self.value in ("0", "0.0") else f"{place}.fill_({self.value})"
+
+    def refusal(self, device: torch.device) -> tuple[str, str, str]:
+        """What is wrong with it on a tensor of ``device``, why, and the cure."""
+        return (
+            f"`{self}` writes a host scalar into a tensor on {device}",
+            f"A CUDA graph cannot record it: the {self.value} is copied from host memory at every step.",
+            f"Write it on the device instead: {self.on_device()}",
+        )
+
+
+def assignment_at(place: Place, index: Any, value: Any) -> Statement:
+    """The assignment that runs at a line; its parts by value where the line cannot be read."""
+    return _parse(place.source) or Statement("tensor", _index(index), _name(value))
 
 
 def assignment_of(node: fx.Node, place: Place) -> Statement:

@@ -15,7 +15,7 @@ from ..errors import SplitOpNotFound, message
 from ..ops import SplitOp, registered_split_ops
 from .contexts import is_mode_switch
 from .facts import NodeFacts, tensors_in
-from .scalars import is_scalar
+from .scalars import is_scalar, symbols_of
 
 __all__ = ["Cut", "Segment", "fills", "find_cuts", "name_tuple_elements", "op_names", "segments_of"]
 
@@ -25,7 +25,7 @@ _ALLOCATIONS = frozenset(
     for name in (base, f"{base}_like", f"new_{base}", f"{base}_strided", f"new_{base}_strided")
 )
 _NO_EFFECT = frozenset({"_log_api_usage_once", "_log_api_usage_metadata"})
-_UNSAFE_TAGS = ("cudagraph_unsafe", "dynamic_output_shape", "data_dependent_output")
+_DATA_TAGS = {"dynamic_output_shape", "data_dependent_output"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def find_cuts(
     found: set[str] = set()
     seen: set[str] = set()
     cuts: dict[fx.Node, Cut] = {}
+    known_sizes = symbols_of([facts[n].value for n in gm.graph.find_nodes(op="placeholder")])
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module") or is_mode_switch(node):
             continue
@@ -106,7 +107,7 @@ def find_cuts(
         elif node in isolated:
             cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), isolated[node])
         else:
-            tag = _unsafe_tag(facts.get(node))
+            tag = _unsafe_tag(facts.get(node), known_sizes)
             if tag:
                 cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), tag)
     for name in wanted.keys() - found:
@@ -123,12 +124,14 @@ def find_cuts(
     return cuts
 
 
-def _unsafe_tag(facts: NodeFacts | None) -> str | None:
+def _unsafe_tag(facts: NodeFacts | None, known_sizes: frozenset[Any]) -> str | None:
     for call in facts.ops if facts else ():
         tags = {tag.name for tag in getattr(call.op, "tags", ())}
-        for tag in _UNSAFE_TAGS:
-            if tag in tags:
-                return f"{call.op} is tagged {tag}"
+        if "cudagraph_unsafe" in tags:
+            return f"{call.op} is tagged cudagraph_unsafe"
+        # Indexing is tagged as well, for the sake of boolean masks.
+        if tags & _DATA_TAGS and facts is not None and not symbols_of(facts.value) <= known_sizes:
+            return f"the result of {call.op} depends on data in its size"
     return None
 
 
