@@ -159,9 +159,18 @@ def _rewrite(
 
 def _fill_view(graph: fx.Graph, node: fx.Node, tensor: torch.Tensor) -> str:
     target, index, value = node.args
+    if _has_nodes(index):
+        # Reading t[n] of a dynamic size n would fix the size.
+        return _put_device_value(graph, node, tensor)
     view = graph.call_function(operator.getitem, (target, index))
     graph.call_method("fill_", (view, value))
     return "a fill on the device"
+
+
+def _has_nodes(index: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(index, found.append)
+    return bool(found)
 
 
 def _put_device_value(graph: fx.Graph, node: fx.Node, tensor: torch.Tensor) -> str:

@@ -37,8 +37,8 @@ def capture_guard(
     numpy data without naming a device (``torch.tensor([1, 2])``, ``torch.from_numpy(a)``) and what is computed from
     nothing else. What bypasses PyTorch's dispatcher (``torch.cuda.synchronize()``, a C extension) is not seen.
 
-    It costs 8 us a PyTorch call (one that takes 1 us alone; CPU machine, torch 2.13): for tests and debugging, not
-    for serving.
+    It costs about 10 us a PyTorch call (``t.add_(1)``: 2.6 us alone, 12.7 us guarded; a CPU machine, torch 2.13) and
+    7 us to enter: for tests and debugging, not for serving.
 
     Args:
         mode: "raise" stops at the first finding; "warn" collects them in the list that ``as`` names.
@@ -95,7 +95,10 @@ class _Guard:
     ) -> None:
         if self.raises:
             raise error(message(what, str(place), why, cure))
-        self.found.append(hazard_at(place, Finding(kind, what, cure), op))
+        hazard = hazard_at(place, Finding(kind, what, cure), op)
+        # One statement can be seen twice: as it is called, and as what it dispatches.
+        if not self.found or (self.found[-1].kind, self.found[-1].file, self.found[-1].line) != (kind, place.file, place.line):
+            self.found.append(hazard)
 
 
 class _Ops(TorchDispatchMode):

@@ -278,3 +278,14 @@ def without_transforms(tensor: torch.Tensor) -> torch.Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def traced_function(gm: fx.GraphModule | None) -> tuple[str, str] | None:
+    """File and name of the function that Dynamo traced a graph of, where it kept them (2.11 to 2.13)."""
+    stack = getattr(getattr(gm, "compile_subgraph_reason", None), "user_stack", None)
+    return (stack[0].filename, stack[0].name) if stack else None
+
+
+def keep_traced_function(copy: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Lets a copy of Dynamo's graph answer :func:`traced_function` as well (2.11 to 2.13)."""
+    copy.compile_subgraph_reason = getattr(original, "compile_subgraph_reason", None)  # type: ignore[assignment]

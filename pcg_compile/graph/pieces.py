@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ..torch_internals import FakeTensorMode, compile_with_inductor, expression_nodes, isolated_tracing
+from ..torch_internals import FakeTensorMode, compile_with_inductor, expression_nodes, isolated_tracing, keep_traced_function
 from .contexts import Autocast
 from .facts import NodeFacts, storage_of
 from .scalars import SymType, expr_of, is_scalar, plain, symbols_of
@@ -243,4 +243,6 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph in nodes of its own, over the same parameters."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
+    copy = fx.GraphModule(gm, graph)
+    keep_traced_function(copy, gm)
+    return copy

@@ -15,6 +15,8 @@ from types import FrameType
 import torch
 from torch import fx
 
+from ..torch_internals import traced_function
+
 __all__ = ["Place", "place_of", "place_of_frame"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
@@ -30,7 +32,7 @@ class Place:
     Attributes:
         file: as Python names it: a path, ``<string>`` for ``exec``, IPython's own name of a notebook cell; None where
             nothing is known.
-        line: counted from 1; 0 where nothing is known.
+        line: counted from 1; 0 where it is not known.
         function: ``<lambda>`` and ``<module>`` are possible.
         source: the text of the line, stripped; "" where it cannot be read.
         library: file, line and function of the library's line that the user's line led to, or None.
@@ -60,6 +62,10 @@ def place_of(node: fx.Node) -> Place:
     """
     frames = _parse(node.stack_trace or "")
     if not frames:
+        # Dynamo keeps no lines of code that exec compiled under its default name.
+        traced = traced_function(node.graph.owning_module)
+        if traced is not None:
+            return Place(traced[0], 0, traced[1], "")
         return Place(None, 0, "", f"node {node.name} ({node.op} {_plain(node.target)})")
     return _choose(frames)
 
@@ -102,7 +108,10 @@ def _is_library(file: str) -> bool:
 
 def _describe(file: str, line: int, function: str) -> str:
     cell = _notebook_cell(file)
-    place = f"{cell}, line {line}" if cell else f"{file}:{line}"
+    if not line:
+        place = cell or file
+    else:
+        place = f"{cell}, line {line}" if cell else f"{file}:{line}"
     return f"{place} in {function}" if function and function != "<module>" else place
 
 
