@@ -24,9 +24,8 @@ def safety_passes() -> tuple[tuple[bool, Pass], ...]:
 
 
 def metadata_passes() -> tuple[tuple[bool, Pass], ...]:
-    """What prepares the batch: padding, slots, LoRA routing."""
+    """What prepares the batch: padding, slots, attention plans."""
     from .pad_metadata import pad_metadata
     from .prepare_batch import prepare_batch
-    from .route_lora import route_lora
 
-    return ((True, pad_metadata), (True, prepare_batch), (True, route_lora))
+    return ((True, pad_metadata), (True, prepare_batch))

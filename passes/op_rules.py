@@ -191,7 +191,7 @@ def indexes_with_host(call: OpCall, memory: Memory) -> Finding | None:
             "Index with a slice, or with a tensor on the device: self.register_buffer(name, torch.tensor(...))",
         )
     value = _written_value(call)
-    if value is None or not memory.on_host(value) or any(i.dtype in _MASKS for i in indices) and _fills(call, memory):
+    if value is None or not memory.on_host(value) or (any(i.dtype in _MASKS for i in indices) and _fills(call, memory)):
         return None
     return Finding(
         "host copy",

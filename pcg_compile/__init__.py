@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from . import builtin_ops as _builtin_ops
+from . import lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
 from .batch import Batch, step
+from .capture_guard import capture_guard
 from .decorator import piecewise
 from .ops import register_split_op, split_op
+from .passes.padding_safety import register_row_rule
 from .registry import expect, reset, stats
 from .report.stats import BucketStats, Fallback, Stats
 from .torch_internals import ensure_backend as _ensure_backend
@@ -20,8 +23,11 @@ __all__ = [
     "PagedAttention",
     "PagedKVCache",
     "Stats",
+    "capture_guard",
     "expect",
+    "lora",
     "piecewise",
+    "register_row_rule",
     "register_split_op",
     "reset",
     "split_op",

@@ -121,7 +121,7 @@ class _Ops(TorchDispatchMode):
         if not made_of_data:
             _check(guard, call, name)
         result = func(*args, **call.kwargs)
-        if made_of_data or guard.host and _all_on_host(guard, call):
+        if made_of_data or (guard.host and _all_on_host(guard, call)):
             for tensor in tensors_in(result):
                 guard.host[tensor] = True
         return result

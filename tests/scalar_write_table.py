@@ -96,12 +96,20 @@ ON_A_GPU: tuple[tuple[str, str], ...] = (
     ("t.add_(host.to(t.device))", COPIES),
     ("t[0] = host[0]", COPIES),
     ("t.add_(t.cpu().to(t.device))", WAITS),
+    ("host[0] = 0", FINE),
+    ("host[[1, 2]] = 4", FINE),
+    ("t.add_(t * torch.tensor(2.0))", FINE),
 )
 
 
 def values(device: str | torch.device) -> dict[str, torch.Tensor]:
-    """The tensors that the statements name."""
-    return {
+    """The tensors that the statements name, fresh ones."""
+    beside = {}
+    if torch.device(device).type == "cuda":
+        # What only a GPU machine has: memory of its own for the host.
+        host = torch.arange(8.0)
+        beside = {"host": host, "pinned": host.pin_memory(), "host_index": torch.tensor([1, 2])}
+    return beside | {
         "t": torch.arange(8.0, device=device),
         "t2": torch.ones(4, 4, device=device),
         "t0": torch.zeros((), device=device),

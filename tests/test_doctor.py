@@ -85,6 +85,8 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     check = doctor._inductor()
     assert check.status == "warn" and "a C++ compiler" in check.found and "g++" in check.cure
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "/nonexistent")
+    assert "Python's headers" in doctor._inductor().found
 
 
 def test_the_wrong_numbers_fail(monkeypatch):

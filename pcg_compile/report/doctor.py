@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -170,11 +171,16 @@ def _compilers() -> Iterator[tuple[str, bool]]:
         yield "triton", importlib.util.find_spec("triton") is not None
     names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     yield "a C++ compiler", any(name and shutil.which(name.split()[0]) for name in names)
+    yield "Python's headers", os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
 def _inductor() -> Check:
     missing = [name for name, there in _compilers() if not there]
-    cures = {"triton": "pip install triton", "a C++ compiler": "apt-get install g++"}
+    cures = {
+        "triton": "pip install triton",
+        "a C++ compiler": "apt-get install g++",
+        "Python's headers": "apt-get install python3-dev",
+    }
     if missing:
         return Check("inductor", "warn", f"lacks {' and '.join(missing)}: pieces would run eagerly, counted",
                      " and ".join(cures[name] for name in missing))  # fmt: skip

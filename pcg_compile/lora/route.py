@@ -1,0 +1,44 @@
+"""Which tokens belong to which adapter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Routing", "route"]
+
+
+class Routing(NamedTuple):
+    """Tokens sorted by adapter: ``permutation`` int32 ``[tokens]``, ``seg_indptr`` int32 ``[max_adapters + 1]``."""
+
+    permutation: torch.Tensor
+    seg_indptr: torch.Tensor
+
+
+def route(slots: torch.Tensor, max_adapters: int, out: Routing | None = None) -> Routing:
+    """Sorts tokens into one segment for each adapter slot, maybe empty; base tokens come last.
+
+    Shapes follow from those of the arguments alone, nothing is written by a host scalar, and nothing waits for the
+    device: the call can be recorded.
+
+    Args:
+        slots: ``[tokens]`` int32 or int64, the adapter slot of each token, -1 for the base model.
+        max_adapters: number of slots. out: an earlier result of the same sizes, filled in place.
+
+    Raises:
+        ValueError: ``slots`` is not one-dimensional, or ``out`` has other sizes.
+    """
+    if slots.dim() != 1:
+        raise ValueError(f"slots has {slots.dim()} dimensions; it is [tokens]")
+    keys = torch.where(slots < 0, max_adapters, slots)
+    ordered, permutation = torch.sort(keys, stable=True)
+    edges = torch.arange(max_adapters + 1, device=slots.device, dtype=ordered.dtype)
+    seg_indptr = torch.searchsorted(ordered, edges, out_int32=True)
+    if out is None:
+        return Routing(permutation.to(torch.int32), seg_indptr)
+    if out.permutation.shape != permutation.shape or out.seg_indptr.shape != seg_indptr.shape:
+        raise ValueError(f"out is for {out.permutation.shape[0]} tokens and {out.seg_indptr.shape[0] - 1} adapters")
+    out.permutation.copy_(permutation)
+    out.seg_indptr.copy_(seg_indptr)
+    return out
