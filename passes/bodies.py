@@ -26,7 +26,8 @@ def bodies_of(
     bodies = [
         body
         for leaf in leaves
-        if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
+        if isinstance(leaf, fx.Node)
+        and leaf.op == "get_attr"
         and isinstance(body := getattr(gm, str(leaf.target), None), fx.GraphModule)
     ]
     operands = [facts[n].value for n in leaves if isinstance(n, fx.Node) and n.op != "get_attr"]

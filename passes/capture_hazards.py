@@ -103,7 +103,9 @@ def _moves_host_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx
     if node.op != "call_method" or node.target not in _MOVES or memory.device.type != "cpu":
         return None
     names_device = any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
-    if not names_device or not all(memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)):
+    if not names_device or not all(
+        memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)
+    ):
         return None
     return made_from_data()
 
@@ -133,7 +135,9 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
             "it runs on the host, so a replay would find the result of the recording",
             "Give it the device: device=x.device",
         )
-    host = [n for n in node.all_input_nodes if n in facts and any(memory.on_host(t) for t in tensors_in(facts[n].value))]
+    host = [
+        n for n in node.all_input_nodes if n in facts and any(memory.on_host(t) for t in tensors_in(facts[n].value))
+    ]
     if not host:
         return None
     if all(n in constants for n in host) and all(
@@ -210,6 +214,13 @@ def _op_name(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> str:
 
 def _strict_message(found: list[tuple[Hazard, Place]]) -> str:
     (first, place), others = found[0], found[1:]
-    lines = [message(f"{first.op} cannot be recorded: {first.reason}", str(place), "strict=True forbids to isolate it.", first.cure)]
+    lines = [
+        message(
+            f"{first.op} cannot be recorded: {first.reason}",
+            str(place),
+            "strict=True forbids to isolate it.",
+            first.cure,
+        )
+    ]
     lines += [f"  also {hazard.op} at {where}: {hazard.reason}" for hazard, where in others]
     return "\n".join(lines)

@@ -126,7 +126,9 @@ def _argument(call: OpCall, name: str) -> Any:
 
 def _goes_to_device(call: OpCall, memory: Memory) -> bool:
     target = _argument(call, "device")
-    return isinstance(target, torch.device) and target.type == memory.device.type and _names(call)[0] == "aten::_to_copy"
+    return (
+        isinstance(target, torch.device) and target.type == memory.device.type and _names(call)[0] == "aten::_to_copy"
+    )
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -258,7 +260,9 @@ def has_unsafe_tag(call: OpCall, memory: Memory) -> Finding | None:
     if torch.Tag.cudagraph_unsafe in tags:
         return Finding("unsafe op", "it is tagged cudagraph_unsafe", "Call it outside the compiled function")
     if torch.Tag.data_dependent_output in tags:
-        return Finding("sync", "it waits for the device, to read a value", f"{_ON_DEVICE}: torch.where(condition, a, b)")
+        return Finding(
+            "sync", "it waits for the device, to read a value", f"{_ON_DEVICE}: torch.where(condition, a, b)"
+        )
     if name == "aten::repeat_interleave" and _argument(call, "output_size") is not None:
         return None
     return Finding(
@@ -278,7 +282,9 @@ def waits_for_device(call: OpCall, memory: Memory) -> Finding | None:
             "sync", "it waits for the device, to check that std >= 0", "Write: mean + std * torch.randn_like(std)"
         )
     if name == "aten::histc" and _argument(call, "min") == _argument(call, "max"):
-        return Finding("sync", "it waits for the device, to find the range", "Give it: torch.histc(x, bins, min=a, max=b)")
+        return Finding(
+            "sync", "it waits for the device, to find the range", "Give it: torch.histc(x, bins, min=a, max=b)"
+        )
     return None
 
 

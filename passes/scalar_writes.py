@@ -109,7 +109,8 @@ def _copies_host_scalar(node: fx.Node, context: PassContext, facts: Mapping[fx.N
     if tensor is None:
         return False
     return any(
-        call.op is torch.ops.aten.copy_.default and call.args[1].dim() == 0
+        call.op is torch.ops.aten.copy_.default
+        and call.args[1].dim() == 0
         and storage_of(call.args[0]) == storage_of(tensor) != storage_of(call.args[1])
         for call in facts[node].ops
     )
@@ -188,7 +189,9 @@ def _inherit(first: fx.Node, node: fx.Node) -> None:
         current = current.next
 
 
-def _device_scalar(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> bool | int | float | complex | None:
+def _device_scalar(
+    node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
+) -> bool | int | float | complex | None:
     """The number that a node copies to the recording device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
     value = facts[node].value
     if not isinstance(value, torch.Tensor) or value.device.type != context.device.type or value.dim() != 0:
@@ -202,7 +205,9 @@ def _device_scalar(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, 
     elif node.kwargs.get("device") is None:
         return None
     data = data_of(source, facts)
-    if not isinstance(data, (bool, int, float, complex)) or any(source.kwargs.get(k) for k in ("requires_grad", "pin_memory")):
+    if not isinstance(data, (bool, int, float, complex)) or any(
+        source.kwargs.get(k) for k in ("requires_grad", "pin_memory")
+    ):
         return None
     # Through the dtypes that the statement names, so that 0.1 as float32 stays that when it becomes float64.
     return torch.tensor(data, dtype=facts[source].value.dtype, device="cpu").to(value.dtype).item()
@@ -221,6 +226,8 @@ def _fill_instead_of_copy(
     for source in sources:
         if not source.users:
             gm.graph.erase_node(source)
-    found = Finding(found.kind, found.reason, f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)")
+    found = Finding(
+        found.kind, found.reason, f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)"
+    )
     context.hazards.append(hazard_at(place, found, "torch.tensor"))
     context.notes.append(f"torch.tensor({number!r}) on {value.device} at {place}: rewritten to a fill on the device")

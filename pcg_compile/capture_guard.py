@@ -97,7 +97,11 @@ class _Guard:
             raise error(message(what, str(place), why, cure))
         hazard = hazard_at(place, Finding(kind, what, cure), op)
         # One statement can be seen twice: as it is called, and as what it dispatches.
-        if not self.found or (self.found[-1].kind, self.found[-1].file, self.found[-1].line) != (kind, place.file, place.line):
+        if not self.found or (self.found[-1].kind, self.found[-1].file, self.found[-1].line) != (
+            kind,
+            place.file,
+            place.line,
+        ):
             self.found.append(hazard)
 
 
@@ -161,12 +165,16 @@ class _Calls(TorchFunctionMode):
             finally:
                 guard.assignment = None
         if name in _READS and isinstance(args[0], torch.Tensor) and not guard.on_host(args[0]):
-            guard.report(Finding("sync", "it waits for the device", "Keep the value on the device until after the step"), name)
+            guard.report(
+                Finding("sync", "it waits for the device", "Keep the value on the device until after the step"), name
+            )
         if guard.device.type != "cpu":
             return func(*args, **kwargs)
-        if (func in _FROM_DATA and kwargs.get("device") is not None and not isinstance((args or (None,))[0], torch.Tensor)) or (
-            name == "new_tensor" and not guard.on_host(args[0])
-        ):
+        if (
+            func in _FROM_DATA
+            and kwargs.get("device") is not None
+            and not isinstance((args or (None,))[0], torch.Tensor)
+        ) or (name == "new_tensor" and not guard.on_host(args[0])):
             guard.report(made_from_data(), f"torch.{name}" if name != "new_tensor" else name)
             result = func(*args, **kwargs)
             guard.host.pop(result, None)

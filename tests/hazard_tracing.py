@@ -42,7 +42,9 @@ class Traced:
         return {hazard.kind for hazard in self.hazards}
 
 
-def traced(function: Callable[..., Any], *args: Any, collect: bool = True, fullgraph: bool = True, **options: Any) -> Traced:
+def traced(
+    function: Callable[..., Any], *args: Any, collect: bool = True, fullgraph: bool = True, **options: Any
+) -> Traced:
     """Traces and runs ``function`` on ``args`` with the passes applied."""
     seen = Traced([], [])
 
@@ -60,6 +62,9 @@ def traced(function: Callable[..., Any], *args: Any, collect: bool = True, fullg
         return gm.forward
 
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True), torch.no_grad():
+    with (
+        torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True),
+        torch.no_grad(),
+    ):
         seen.result = torch.compile(function, backend=backend, fullgraph=fullgraph)(*args)
     return seen

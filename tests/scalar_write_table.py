@@ -56,7 +56,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("t[index] = 4", COPIES),
     ("t2[index, 0] = 3", COPIES),
     ("t.add_(t[[1, 2]].sum())", COPIES),
-    ('t.add_(torch.tensor([5], device=t.device))', COPIES),
+    ("t.add_(torch.tensor([5], device=t.device))", COPIES),
     ("t.add_(t.new_tensor([5]))", COPIES),
     ("t.add_(torch.as_tensor([5.0], device=t.device))", COPIES),
     ("t.add_(torch.tensor([5.0]).to(t.device))", COPIES),
@@ -84,7 +84,13 @@ EAGER_ONLY: tuple[tuple[str, str], ...] = (("t[index[0]] = 3", WAITS), ("t.tolis
 
 #: Rows that torch 2.11 cannot record, and a later one may learn to.
 MAY_BE_RECORDED = frozenset(
-    {"t[index] = 4", "t2[index, 0] = 3", "t2[row_mask, row_mask] = 0", "t.masked_fill_(mask, n[0])", "t[0] = n.shape[0]"}
+    {
+        "t[index] = 4",
+        "t2[index, 0] = 3",
+        "t2[row_mask, row_mask] = 0",
+        "t.masked_fill_(mask, n[0])",
+        "t[0] = n.shape[0]",
+    }
 )
 
 #: Rows that need a tensor on the host beside the recording device, so that only a GPU tells.

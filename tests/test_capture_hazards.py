@@ -337,15 +337,22 @@ def test_the_rules_on_two_devices():
 
 def _models():
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     kv = {**sizes, "num_key_value_heads": 2}
     gpt2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
     yield "BertModel", transformers.BertConfig(**sizes)
     yield "LlamaForCausalLM", transformers.LlamaConfig(**kv)
     yield "GPT2LMHeadModel", transformers.GPT2Config(**gpt2)
     yield "Gemma2ForCausalLM", transformers.Gemma2Config(**kv, head_dim=8)
-    yield "Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(
-        **kv, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    yield (
+        "Qwen3MoeForCausalLM",
+        transformers.Qwen3MoeConfig(**kv, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     )
     yield "T5EncoderModel", transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 

@@ -98,7 +98,17 @@ def test_the_cure_is_code_that_does_the_same(statement, cure):
     assert all(torch.equal(eager[name], cured[name]) for name in eager)
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
 
 
 @copies

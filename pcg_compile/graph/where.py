@@ -21,7 +21,9 @@ __all__ = ["Place", "place_of", "place_of_frame"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_OWN = tuple({os.path.dirname(os.path.dirname(path(__file__))) + os.sep for path in (os.path.abspath, os.path.realpath)})
+_OWN = tuple(
+    {os.path.dirname(os.path.dirname(path(__file__))) + os.sep for path in (os.path.abspath, os.path.realpath)}
+)
 _STDLIB = tuple(p + os.sep for p in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")} if p)
 
 
@@ -72,9 +74,7 @@ def place_of(node: fx.Node) -> Place:
 
 def place_of_frame(frame: FrameType | None) -> Place:
     """The user's line that led to a running frame."""
-    frames = [
-        Place(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in traceback.extract_stack(frame)
-    ]
+    frames = [Place(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in traceback.extract_stack(frame)]
     return _choose(frames) if frames else Place(None, 0, "", "an unknown line")
 
 
@@ -89,7 +89,9 @@ def _parse(trace: str) -> list[Place]:
         file, line = match["file"], int(match["line"])
         following = lines[i + 1] if i + 1 < len(lines) else ""
         source = "" if _FRAME.match(following) else following.strip()
-        frames.append(Place(file, line, (match["function"] or "").strip(), source or linecache.getline(file, line).strip()))
+        frames.append(
+            Place(file, line, (match["function"] or "").strip(), source or linecache.getline(file, line).strip())
+        )
     return frames
 
 
