@@ -22,8 +22,9 @@ from pcg_compile.ops import registered_split_ops
 
 from .bodies import bodies_of
 from .context import PassContext
+from .findings import Finding, hazard_at, made_from_data, tensor_arguments
 from .graph_memory import GraphMemory, data_of
-from .op_rules import Finding, finding_of, hazard_at, made_from_data, reads_host_scalars
+from .op_rules import finding_of, reads_host_scalars
 
 __all__ = ["capture_hazards", "node_finding"]
 
@@ -141,9 +142,7 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
     if not host:
         return None
     if all(n in constants for n in host) and all(
-        reads_host_scalars(call)
-        for call in facts[node].ops
-        if any(memory.on_host(t) for t in tensors_in((call.args, dict(call.kwargs))))
+        reads_host_scalars(call) for call in facts[node].ops if any(memory.on_host(t) for t in tensor_arguments(call))
     ):
         return None
     return Finding(
@@ -154,7 +153,7 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
 
 
 def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torch.device) -> frozenset[fx.Node]:
-    """Host scalars that are the same in every step, ``torch.tensor(0.5)`` and what follows from it: a recording may keep them."""
+    """Host scalars that no step changes, ``torch.tensor(0.5)`` and what follows from it: a recording may keep them."""
     if device.type == "cpu":
         return frozenset()
     written = frozenset().union(*(f.writes for f in facts.values()))

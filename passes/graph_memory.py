@@ -13,16 +13,17 @@ from torch.utils._pytree import tree_leaves
 from pcg_compile.graph.facts import NodeFacts, alias_of, storage_of, tensors_in
 from pcg_compile.torch_internals import FakeTensor
 
-from .op_rules import tensor_arguments
+from .findings import tensor_arguments
 
-__all__ = ["GraphMemory", "data_of"]
+__all__ = ["FROM_DATA", "GraphMemory", "data_of"]
 
-_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
+#: What makes a tensor of Python data.
+FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 
 def data_of(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> Any:
     """The Python data that a node makes a tensor of; None for any other node."""
-    if node.op != "call_function" or node.target not in _FROM_DATA:
+    if node.op != "call_function" or node.target not in FROM_DATA:
         return None
     data = node.args[0] if node.args else node.kwargs.get("data", node.kwargs.get("s", node.kwargs.get("obj")))
     is_tensor = isinstance(data, fx.Node) and isinstance(facts[data].value, torch.Tensor)
@@ -30,7 +31,7 @@ def data_of(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> Any:
 
 
 class GraphMemory:
-    """Where the fake tensors of one graph lie; a :class:`pcg_compile.passes.op_rules.Memory`.
+    """Where the fake tensors of one graph lie; a :class:`pcg_compile.passes.findings.Memory`.
 
     On a CUDA recording device this is the tensors' own device. On a CPU run, where all tensors lie in one memory, it
     follows from the statements as far as they tell: ``torch.tensor([1, 2])`` without a device would be a host tensor on

@@ -1,51 +1,23 @@
 """What single ops do that no CUDA graph can record: copies from host memory, and waits for the device.
 
-Each rule looks at one dispatched op and returns a :class:`Finding` or None. The graph pass applies them to fake
-tensors, :func:`pcg_compile.capture_guard` to real ones; both say through :class:`Memory` what lies where.
+Each rule looks at one dispatched op and returns a :class:`~pcg_compile.passes.findings.Finding` or None. The graph pass
+applies them to fake tensors, :func:`pcg_compile.capture_guard` to real ones; both say through a
+:class:`~pcg_compile.passes.findings.Memory` what lies where.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from pcg_compile.errors import Hazard
-from pcg_compile.graph.facts import OpCall, tensors_in
-from pcg_compile.graph.where import Place
+from pcg_compile.graph.facts import OpCall
 
-__all__ = ["Finding", "Memory", "finding_of", "hazard_at", "made_from_data", "reads_host_scalars", "tensor_arguments"]
+from .findings import Finding, Memory, made_from_data, tensor_arguments
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What a recording cannot hold: ``kind`` as in :class:`pcg_compile.errors.Hazard`, the reason, and the cure."""
-
-    kind: str
-    reason: str
-    cure: str
-
-
-def hazard_at(place: Place, finding: Finding, op: str) -> Hazard:
-    """A finding at a line of the user's; where that called a library, the reason names the library's line too."""
-    reason = f"{finding.reason} (in the library, {place.library})" if place.library else finding.reason
-    return Hazard(finding.kind, op, place.file, place.line, reason, finding.cure)
-
-
-class Memory(Protocol):
-    """Where tensors lie, seen from the recording device."""
-
-    #: The recording device.
-    device: torch.device
-
-    def on_host(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in host memory, beside the recording device."""
-
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether a host tensor is known to be page-locked."""
+__all__ = ["finding_of", "reads_host_scalars"]
 
 
 Rule = Callable[[OpCall, Memory], "Finding | None"]
@@ -93,11 +65,6 @@ def finding_of(call: OpCall, memory: Memory) -> Finding | None:
         if found is not None:
             return found
     return None
-
-
-def tensor_arguments(call: OpCall) -> list[torch.Tensor]:
-    """The tensors among an op's arguments."""
-    return list(tensors_in((call.args, dict(call.kwargs))))
 
 
 def reads_host_scalars(call: OpCall) -> bool:
@@ -164,23 +131,13 @@ def copies_between_memories(call: OpCall, memory: Memory) -> Finding | None:
     return Finding(
         "host copy",
         f"it copies from the host, {what}",
-        "Pass the tensor on the device; or stage it in pinned memory: buffer.copy_(source.pin_memory(), non_blocking=True)",
+        "Pass the tensor on the device; or stage it in pinned memory: t.copy_(source.pin_memory(), non_blocking=True)",
     )
 
 
 def lifts_data(call: OpCall, memory: Memory) -> Finding | None:
     """``torch.tensor([5], device="cuda")``: PyTorch marks every tensor made from Python data by ``lift_fresh``."""
     return None if memory.on_host(call.args[0]) or _is_empty(call.args[0]) else made_from_data()
-
-
-def made_from_data() -> Finding:
-    """Python data put on the device."""
-    return Finding(
-        "host copy",
-        "it makes a tensor of Python numbers, which are copied from the host",
-        "Make it once, as a buffer: self.register_buffer(name, torch.tensor(...)); or fill it on the device: "
-        "torch.full((1,), 5, device=x.device)",
-    )
 
 
 def indexes_with_host(call: OpCall, memory: Memory) -> Finding | None:

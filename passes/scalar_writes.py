@@ -1,8 +1,8 @@
 """Refuses, or rewrites, Python numbers that are copied from the host into a tensor on the recording device.
 
-``t[0] = 0`` leaves no dimension of ``t``: torch 2.11 to 2.14 make a scalar tensor of the 0 on the host and copy it, which
-no CUDA graph can record; with a dimension left, and on torch 2.15, it is a fill. The verdict follows what the statement
-dispatched when the graph's facts were traced, so it is that of the running torch, on a CPU as on a GPU.
+``t[0] = 0`` leaves no dimension of ``t``: torch 2.11 to 2.14 make a scalar tensor of the 0 on the host and copy it,
+which no CUDA graph can record; with a dimension left, and on torch 2.15, it is a fill. The verdict follows what the
+statement dispatched when the graph's facts were traced, so it is that of the running torch, on a CPU as on a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pcg_compile.graph.where import place_of
 
 from .bodies import bodies_of
 from .context import PassContext
+from .findings import Finding, hazard_at, made_from_data
 from .graph_memory import data_of
-from .op_rules import Finding, hazard_at, made_from_data
 from .statements import assignment_of
 
 __all__ = ["host_scalar_write", "scalar_writes"]
@@ -33,7 +33,7 @@ _Number = (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBoo
 
 @functools.cache
 def host_scalar_write() -> Literal["copies", "fills"]:
-    """What ``t[0] = 0`` does on the running torch: it copies a host scalar, or it fills. Dispatched once; needs no GPU."""
+    """What ``t[0] = 0`` does on the running torch, a copy of a host scalar or a fill. Dispatched once; needs no GPU."""
     seen: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -192,7 +192,7 @@ def _inherit(first: fx.Node, node: fx.Node) -> None:
 def _device_scalar(
     node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
 ) -> bool | int | float | complex | None:
-    """The number that a node copies to the recording device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
+    """The number that a node puts on the recording device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
     value = facts[node].value
     if not isinstance(value, torch.Tensor) or value.device.type != context.device.type or value.dim() != 0:
         return None

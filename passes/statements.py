@@ -45,7 +45,7 @@ def assignment_at(place: Place, index: Any, value: Any) -> Statement:
 
 
 def assignment_of(node: fx.Node, place: Place) -> Statement:
-    """The assignment that became ``operator.setitem``: the source line's where it can be read, else the graph's names."""
+    """The assignment that became ``operator.setitem``: the source line where it can be read, else the graph's names."""
     found = _parse(place.source)
     if found is not None:
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import builtin_ops as _builtin_ops
-from . import lora
+from . import errors, lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
 from .batch import Batch, step
@@ -12,6 +12,8 @@ from .decorator import piecewise
 from .ops import register_split_op, split_op
 from .passes.padding_safety import register_row_rule
 from .registry import expect, reset, stats
+from .report.dump import dump
+from .report.explain import Report, check, explain
 from .report.stats import BucketStats, Fallback, Stats
 from .torch_internals import ensure_backend as _ensure_backend
 from .warmup import warmup
@@ -22,9 +24,14 @@ __all__ = [
     "Fallback",
     "PagedAttention",
     "PagedKVCache",
+    "Report",
     "Stats",
     "capture_guard",
+    "check",
+    "dump",
+    "errors",
     "expect",
+    "explain",
     "lora",
     "piecewise",
     "register_row_rule",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from .errors import PCGError, SplitOpNotFound, UnsafePadding
+from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.facts import NodeFacts, trace_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
 from .graph.split import find_cuts, name_tuple_elements, segments_of
+from .graph.where import place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
@@ -72,7 +74,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     with torch.no_grad():
         context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
         gm = run_passes(rewritable, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, counters, ends_step and not owners_graphs(owner))
+        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
     pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
     counters.pieces = len(pieces)
@@ -80,8 +82,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     counters.compiled = compiled
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan))
     shared = Shared(plan, options, counters, chooser, engine_for(device), device)
-    runtime = GraphRuntime(plan, shared, ends_step)
-    runtime.context = context
+    runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     return runtime
 
@@ -140,7 +141,9 @@ def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Pa
     return trace_facts(gm, [*example_inputs, *added])
 
 
-def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, only_graph: bool) -> tuple[Plan, int]:
+def plan_pieces(
+    gm: fx.GraphModule, context: PassContext, options: Options, counters: Counters, only_graph: bool
+) -> tuple[Plan, int]:
     """Cuts the graph and compiles each distinct piece once; returns the plan and their number.
 
     ``only_graph``: a split op that is not here is nowhere.
@@ -151,7 +154,7 @@ def plan_pieces(gm: fx.GraphModule, context: PassContext, counters: Counters, on
             raise error
         counters.fall_back(str(error).splitlines()[0] + " here; the model has several graphs")
 
-    facts, options = context.facts, context.options
+    facts = context.facts
     cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing)
     values: dict[sympy.Symbol, Any] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -239,6 +242,33 @@ def _why_not_row_index(node: fx.Node, symbol: sympy.Symbol, plan: Plan) -> str |
         if node in site.reads and not (isinstance(site, PieceSite) and (node, symbol) in _row_indices(site)):
             return "row indices are used for something else as well"
     return None
+
+
+def hazards_of(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], facts: dict[fx.Node, NodeFacts], options: Options
+) -> list[Hazard]:
+    """All findings of the passes and of the padding analysis, without compiling; ``gm`` may be rewritten."""
+    device = recording_device(example_inputs)
+    context = PassContext(options, device, facts, _token_symint(example_inputs), collect=True)
+    gm = run_passes(gm, example_inputs, context)
+    counters = Counters()
+    plan, _ = plan_pieces(gm, context, replace(options, compiler="eager"), counters, only_graph=False)
+    _judge(plan, counters)
+    found = list(context.hazards)
+    for site in plan.sites:
+        if not isinstance(site, PieceSite) or site.trivial or site.safety is None or not site.safety.nodes:
+            continue
+        verdict = site.safety.nodes[0]
+        if verdict.kind in ("mixing", "unknown"):
+            file, line = place_parts(verdict.where)
+            kind = "mixing" if verdict.kind == "mixing" else "opaque"
+            cure = (
+                "the piece runs at its exact size; keep row-wise work in pieces of its own, with a split op between"
+                if kind == "mixing"
+                else f'tell pcg what it does: pcg.register_row_rule("{verdict.op}", rule)'
+            )
+            found.append(Hazard(kind, verdict.op, file, line, verdict.reason, cure))
+    return found
 
 
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:

@@ -15,12 +15,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import CaptureHazard, GraphBreakingScalarWrite, Hazard, OptionsError, message
 from .graph.facts import OpCall, tensors_in
 from .graph.where import Place, place_of_frame
-from .passes.op_rules import Finding, finding_of, hazard_at, made_from_data
+from .passes.findings import Finding, hazard_at, made_from_data, tensor_arguments
+from .passes.graph_memory import FROM_DATA
+from .passes.op_rules import finding_of
 from .passes.statements import assignment_at
 
 __all__ = ["capture_guard"]
 
-_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 _READS = {"tolist", "numpy", "__array__", "cpu", "__repr__", "__format__"}
 _NUMBER = (bool, int, float, complex)
 
@@ -29,7 +30,7 @@ _NUMBER = (bool, int, float, complex)
 def capture_guard(
     mode: Literal["raise", "warn"] = "raise", *, device: torch.device | str | None = None
 ) -> Iterator[list[Hazard]]:
-    """Checks all PyTorch calls of this thread inside the block, as :mod:`pcg_compile.passes.capture_hazards` checks graphs.
+    """Checks all PyTorch calls of this thread inside the block, as the safety passes check graphs.
 
     It is for eager code that prepares a batch, such as ``compute_routing(slots)``, and may run on tensors of any
     device. Tensors on ``device`` are checked; those on the host may be read and written as one likes. On a machine
@@ -61,7 +62,7 @@ def capture_guard(
 
 
 class _Guard:
-    """What both modes share; a :class:`pcg_compile.passes.op_rules.Memory` of real tensors."""
+    """What both modes share; a :class:`pcg_compile.passes.findings.Memory` of real tensors."""
 
     def __init__(self, device: torch.device, raises: bool) -> None:
         self.device = device
@@ -138,7 +139,7 @@ def _check(guard: _Guard, call: OpCall, name: str) -> None:
 
 
 def _all_on_host(guard: _Guard, call: OpCall) -> bool:
-    tensors = list(tensors_in((call.args, dict(call.kwargs))))
+    tensors = tensor_arguments(call)
     return bool(tensors) and all(guard.on_host(t) for t in tensors)
 
 
@@ -168,23 +169,22 @@ class _Calls(TorchFunctionMode):
             guard.report(
                 Finding("sync", "it waits for the device", "Keep the value on the device until after the step"), name
             )
-        if guard.device.type != "cpu":
+        if guard.device.type != "cpu" or not _puts_on_device(guard, func, args, kwargs):
             return func(*args, **kwargs)
-        if (
-            func in _FROM_DATA
-            and kwargs.get("device") is not None
-            and not isinstance((args or (None,))[0], torch.Tensor)
-        ) or (name == "new_tensor" and not guard.on_host(args[0])):
-            guard.report(made_from_data(), f"torch.{name}" if name != "new_tensor" else name)
-            result = func(*args, **kwargs)
-            guard.host.pop(result, None)
-            return result
-        if name in ("to", "cuda") and guard.on_host(args[0]) and _names_device(args, kwargs):
-            guard.report(made_from_data(), name)
-            result = func(*args, **kwargs)
-            guard.host.pop(result, None)
-            return result
-        return func(*args, **kwargs)
+        guard.report(made_from_data(), name)
+        result = func(*args, **kwargs)
+        guard.host.pop(result, None)
+        return result
+
+
+def _puts_on_device(guard: _Guard, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """On a CPU run: whether a call names the device for data of the host, which the dispatched ops do not tell."""
+    name = getattr(func, "__name__", "")
+    if func in FROM_DATA:
+        return kwargs.get("device") is not None and not any(isinstance(a, torch.Tensor) for a in args[:1])
+    if name == "new_tensor":
+        return not guard.on_host(args[0])
+    return name in ("to", "cuda") and guard.on_host(args[0]) and _names_device(args, kwargs)
 
 
 def _names_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

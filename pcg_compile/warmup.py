@@ -14,7 +14,7 @@ from .registry import runtimes
 from .runtime.graph import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
 
-__all__ = ["warmup"]
+__all__ = ["mark_sizes", "warmup"]
 
 Buckets = Sequence[int | tuple[int, ...]]
 
@@ -41,14 +41,14 @@ def warmup(compiled: Any, *example_args: Any, buckets: Buckets | None = None, pr
     bar = _Bar(compiled) if progress else None
     request = WarmUp(buckets, bar.report if bar else lambda done, total, name: None)
     try:
-        with warming_up(request), compile_for_all_sizes(lambda: _mark(example_args, kwargs, buckets)):
+        with warming_up(request), compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets)):
             return compiled(*example_args, **kwargs)
     finally:
         if bar is not None:
             bar.close()
 
 
-def _mark(args: Any, kwargs: Any, buckets: Buckets | None) -> None:
+def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> None:
     """Marks the sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 0]
     if any(getattr(t, "_dynamo_dynamic_indices", None) for t in tensors):

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..torch_internals import traced_function
 
-__all__ = ["Place", "place_of", "place_of_frame"]
+__all__ = ["Place", "place_of", "place_parts", "place_of_frame"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -129,3 +129,9 @@ def _notebook_cell(file: str) -> str | None:
 
 def _plain(target: object) -> str:
     return str(getattr(target, "__name__", target))
+
+
+def place_parts(where: str) -> tuple[str | None, int]:
+    """File and line of a place that was turned into text, None and 0 where it names none."""
+    match = re.match(r"(?P<file>.+?):(?P<line>\d+) in ", where)
+    return (match["file"], int(match["line"])) if match else (None, 0)

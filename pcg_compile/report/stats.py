@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import PCGError, message
+from .suggest import fit_buckets
 
 __all__ = ["BucketStats", "Counters", "Fallback", "Stats"]
 
@@ -61,6 +62,16 @@ class Stats:
     replays: int = 0
     buckets: Mapping[Any, BucketStats] = field(default_factory=lambda: MappingProxyType({}))
     fallbacks: tuple[Fallback, ...] = ()
+    #: Steps by their real size, of graphs with one dynamic size.
+    sizes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def suggest_buckets(self, k: int) -> tuple[int, ...]:
+        """The ``k`` buckets (or fewer) that would have padded the steps seen so far the least; () before any step.
+
+        Raises:
+            ValueError: ``k`` is below 1.
+        """
+        return fit_buckets(self.sizes, k)
 
     @staticmethod
     def total(parts: list[Stats]) -> Stats:
@@ -68,11 +79,14 @@ class Stats:
         counts = {
             f.name: sum(getattr(part, f.name) for part in parts)
             for f in fields(Stats)
-            if f.name not in ("buckets", "fallbacks")
+            if f.name not in ("buckets", "fallbacks", "sizes")
         }
         buckets: dict[Any, BucketStats] = {}
         fallbacks: dict[tuple[str, str], int] = {}
+        sizes: dict[int, int] = {}
         for part in parts:
+            for size, steps in part.sizes.items():
+                sizes[size] = sizes.get(size, 0) + steps
             for size, use in part.buckets.items():
                 have = buckets.get(size, BucketStats())
                 buckets[size] = BucketStats(*(getattr(have, f.name) + getattr(use, f.name) for f in fields(BucketStats)))
@@ -83,6 +97,7 @@ class Stats:
             **counts,
             buckets=MappingProxyType(dict(sorted(buckets.items(), key=lambda item: _order(item[0])))),
             fallbacks=tuple(Fallback(reason, where, count) for (reason, where), count in fallbacks.items()),
+            sizes=MappingProxyType(sizes),
         )
 
 
@@ -113,6 +128,7 @@ class Counters:
     replays: int = 0
     buckets: dict[Any, _Use] = field(default_factory=dict)
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
 
     def bucket(self, size: Any) -> _Use:
         """The use of one bucket, to be added to."""
@@ -138,6 +154,7 @@ class Counters:
         self.steps = self.captured = self.replays = 0
         self.buckets.clear()
         self.fallbacks.clear()
+        self.sizes.clear()
 
     def snapshot(self) -> Stats:
         """The figures as they stand."""
@@ -153,6 +170,7 @@ class Counters:
                 {size: BucketStats(*(getattr(use, f.name) for f in fields(BucketStats))) for size, use in self.buckets.items()}
             ),
             tuple(Fallback(reason, where, count) for (reason, where), count in self.fallbacks.items()),
+            MappingProxyType(dict(self.sizes)),
         )
 
 
@@ -164,7 +182,7 @@ def expect_increase(read: Any, **wanted: int) -> Any:
         AssertionError: with both figures.
         TypeError: a name that is no counter.
     """
-    names = {f.name for f in fields(Stats)} - {"buckets", "fallbacks"}
+    names = {f.name for f in fields(Stats)} - {"buckets", "fallbacks", "sizes"}
     unknown = wanted.keys() - names
     if unknown:
         raise TypeError(f"expect() counts {', '.join(sorted(names))}; not {', '.join(sorted(unknown))}")

@@ -61,6 +61,8 @@ class GraphRuntime:
     shared: Shared
     #: Whether a call of it ends a step: the last of the graphs that one forward was broken into.
     ends_step: bool
+    #: What the passes found and did, for explain() and dump().
+    context: Any = None
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class GraphRuntime:
         )
         self._takes_tokens = self.plan.tokens is not None
         self._first_call = True
+        #: Positions of the dynamic sizes among the plan's symbols.
+        self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
         self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
         self._bucketed = self._bucketed_symbols()
 
@@ -112,6 +116,9 @@ class GraphRuntime:
                 counters.fall_back(reason, where)
             if self.ends_step:
                 counters.steps += 1
+            if len(self._dims) == 1:
+                n = sizes[self._dims[0]]
+                counters.sizes[n] = counters.sizes.get(n, 0) + 1
             if program.bucket is not None:
                 self._count(sizes, program)
             return result

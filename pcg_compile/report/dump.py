@@ -1,0 +1,117 @@
+"""Writes what pcg made of a model to a directory, for people to read."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..graph.plan import CallSite, PieceSite
+from ..registry import runtimes
+
+__all__ = ["dump"]
+
+
+@contextmanager
+def dump(directory: str | Path) -> Iterator[Path]:
+    """Inside, compile or call models; on the way out their graphs are written to ``directory``, with an index page.
+
+    For each graph: Dynamo's graph after the passes, each distinct piece as a script that runs, the program of every
+    bucket, and what the passes noted. ``depyf`` adds its decompiled view of what Dynamo made; where it cannot, the
+    index says so. Nothing is written outside the directory.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    before = {id(runtime) for runtime in runtimes()}
+    used = {id(runtime): runtime.shared.counters.steps for runtime in runtimes()}
+    problems: list[str] = []
+    with ExitStack() as stack:
+        try:
+            import depyf
+
+            stack.enter_context(depyf.prepare_debug(str(root / "depyf")))
+        except Exception as error:  # noqa: BLE001 - the dump goes on without
+            problems.append(f"depyf could not start: {type(error).__name__}: {error}")
+        yield root
+        try:
+            stack.close()
+        except Exception as error:  # noqa: BLE001
+            problems.append(f"depyf could not decompile: {type(error).__name__}: {error}")
+    graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.steps != used[id(r)]]
+    for index, runtime in enumerate(graphs):
+        _write_graph(root / f"graph_{index}", runtime)
+    _write_index(root, problems)
+
+
+def _write_graph(folder: Path, runtime: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    plan = runtime.plan
+    (folder / "graph.py").write_text("# Dynamo's graph, after the passes.\n" + plan.gm.print_readable(print_output=False))
+    written: dict[int, str] = {}
+    listing: list[str] = []
+    for site in plan.sites:
+        if isinstance(site, CallSite):
+            listing.append(f"{site.index:4d}  call    {site.op.name} ({site.mode}; {site.reason})  {site.where}")
+            continue
+        name = written.get(id(site.compiled)) if not site.trivial else None
+        if name is None:
+            name = f"piece_{site.index}.py"
+            written[id(site.compiled)] = name
+            (folder / name).write_text(_piece_script(site))
+        what = "trivial" if site.trivial else "piece" if site.refusal is None else f"exact ({site.refusal})"
+        listing.append(f"{site.index:4d}  {what}  {name}  {site.where}")
+    (folder / "sites.txt").write_text("\n".join(listing) + "\n")
+    (folder / "notes.txt").write_text("\n".join(runtime.context.notes) + "\n")
+    for binding in runtime.bindings:
+        for sizes, program in binding.steps.items():
+            title = "_".join(map(str, sizes)) or "static"
+            lines = [f"sizes {sizes}, bucket {program.bucket}, {program.replays} replays, {len(program.ops)} calls"]
+            lines += [f"{i:4d}  {_describe(op)}" for i, op in enumerate(program.ops)]
+            (folder / f"program_{title}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _describe(op: Any) -> str:
+    inner = getattr(op, "func", op)
+    return str(getattr(inner, "__qualname__", inner))
+
+
+def _piece_script(site: PieceSite) -> str:
+    """The piece as a module that can be run: its code, and inputs like those that it was compiled for."""
+    lines = [
+        f'"""{site.where}"""', "", "import operator", "", "import torch", "from torch import device, inf, nan", "import pcg_compile",
+        "", site.piece.gm.print_readable(print_output=False).replace("class <lambda>", "class Piece").replace("class GraphModule", "class Piece"),
+        "", 'if __name__ == "__main__":', "    inputs = [",
+    ]  # fmt: skip
+    for value in site.piece.example:
+        lines.append(f"        {_example(value)},")
+    lines += ["    ]", "    print(Piece().forward(*inputs))", ""]
+    return "\n".join(lines)
+
+
+def _example(value: Any) -> str:
+    def number(size: Any) -> int:
+        return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+    if not isinstance(value, torch.Tensor):
+        return repr(number(value))
+    shape, strides = tuple(map(number, value.shape)), tuple(map(number, value.stride()))
+    make = f"torch.empty_strided({shape}, {strides}, dtype={value.dtype}, device={str(value.device)!r})"
+    return f"{make}.normal_()" if value.is_floating_point() else f"{make}.zero_()"
+
+
+def _write_index(root: Path, problems: list[str]) -> None:
+    parts = ["<!doctype html><meta charset=utf-8><title>pcg dump</title><h1>pcg dump</h1>"]
+    parts += [f"<p>{html.escape(problem)}</p>" for problem in problems]
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "index.html"):
+        name = path.relative_to(root).as_posix()
+        text = path.read_text(errors="replace")
+        anchor = re.sub(r"[^\w.-]", "_", name)
+        parts.append(f'<details id="{anchor}"><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>')
+    (root / "index.html").write_text("\n".join(parts))
+
+
