@@ -76,7 +76,7 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
         traced = functional_aten(gm, inputs, {torch.ops.pcg.store_kv.default: store_kv})
-    except Exception as error:  # noqa: BLE001 - what cannot be traced cannot be proven
+    except Exception as error:
         reason = f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
     return _Analysis(traced, scratch).run()
@@ -144,7 +144,7 @@ class _Analysis:
         except Mixing as reason:
             self._note("mixing", node, str(reason))
             result = [dims_of(shape) for shape in call.shapes]
-        except Exception as error:  # noqa: BLE001 - a rule that fails proves nothing
+        except Exception as error:
             self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}")
             result = [dims_of(shape) for shape in call.shapes]
         if call.kind == "prefix":

@@ -24,9 +24,9 @@ from .passes.context import PassContext
 from .passes.padding_safety import analyze_piece
 from .registry import add_runtime, owners_graphs, reset
 from .report.stats import Counters
+from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
-from .runtime.binding import Shared
 from .runtime.graph import GraphRuntime
 from .torch_internals import (
     calling_wrapper,
@@ -109,7 +109,7 @@ def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | N
         return None
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            return str(getattr(node, "_dynamo_source", None) and node._dynamo_source.name or node.name)  # type: ignore[attr-defined]
+            return str((getattr(node, "_dynamo_source", None) and node._dynamo_source.name) or node.name)  # type: ignore[attr-defined]
     return None
 
 

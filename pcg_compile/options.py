@@ -58,7 +58,7 @@ class Options:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise _bad(name, getattr(self, name), " or ".join(map(repr, allowed)))
-        if isinstance(self.compiler, str) and self.compiler not in _COMPILERS or not (
+        if (isinstance(self.compiler, str) and self.compiler not in _COMPILERS) or not (
             isinstance(self.compiler, str) or callable(self.compiler)
         ):
             raise _bad("compiler", self.compiler, "'inductor', 'eager' or a callable (gm, example_inputs)")

@@ -148,7 +148,7 @@ def test_strict_refuses_what_mixes():
 
 @pytest.mark.parametrize(("op", "recorded"), [("row", True), ("mix", False), ("size", False)])
 def test_probe(op, recorded):
-    function = lambda x: getattr(torch.ops.opaque, op)(x + 1) * 2  # noqa: E731
+    function = lambda x: getattr(torch.ops.opaque, op)(x + 1) * 2
     run = run_at_all_sizes(function, sizes=(4, 3, 1, 8, 5, 16))
     assert (pcg.stats(run).replays > 0) == recorded
     assert recorded or any("by the probe" in f.reason for f in pcg.stats(run).fallbacks)

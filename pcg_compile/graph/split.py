@@ -261,7 +261,7 @@ def _makes_nothing(facts: NodeFacts) -> bool:
     for call in facts.ops:
         if not isinstance(call.op, torch._ops.OpOverload):
             return False
-        if _packet(call.op.name()) in _ALLOCATIONS or "alias" == call.op._overloadname:
+        if _packet(call.op.name()) in _ALLOCATIONS or call.op._overloadname == "alias":
             continue
         returns = call.op._schema.returns
         is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..torch_internals import traced_function
 
-__all__ = ["Place", "place_of", "place_parts", "place_of_frame"]
+__all__ = ["Place", "place_of", "place_of_frame", "place_parts"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep

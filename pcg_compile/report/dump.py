@@ -35,12 +35,12 @@ def dump(directory: str | Path) -> Iterator[Path]:
             import depyf
 
             stack.enter_context(depyf.prepare_debug(str(root / "depyf")))
-        except Exception as error:  # noqa: BLE001 - the dump goes on without
+        except Exception as error:
             problems.append(f"depyf could not start: {type(error).__name__}: {error}")
         yield root
         try:
             stack.close()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             problems.append(f"depyf could not decompile: {type(error).__name__}: {error}")
     graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.steps != used[id(r)]]
     for index, runtime in enumerate(graphs):

@@ -340,7 +340,7 @@ class _Builder:
                 )
         except PCGError:
             raise
-        except Exception as error:  # noqa: BLE001 - the step must answer whatever a recording runs into
+        except Exception as error:
             restore()
             self.binding.failures[key] = self.binding.failures.get(key, 0) + 1
             self.program.complete = False
