@@ -210,6 +210,12 @@ def _judge(plan: Plan, counters: Counters) -> None:
         for site in plan.sites:
             if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
                 site.refusal = f"mixing: {reason}"
+    for site in plan.sites:
+        if isinstance(site, PieceSite) and site.shares_written and (site.refusal or site.needs_probe):
+            plan.refusal = plan.refusal or (
+                f"a piece that cannot be recorded gives a view of memory that is written later "
+                f"({site.refusal or site.safety.reason}; at {site.where})"
+            )
 
 
 def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:

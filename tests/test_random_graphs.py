@@ -6,12 +6,15 @@ import os
 
 import models  # noqa: F401 - defines the silly ops
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import pcg_compile as pcg
 
 EXAMPLES = int(os.environ.get("PCG_EXAMPLES", 2000 if os.environ.get("PCG_NIGHTLY") else 200))
+NIGHTLY = bool(os.environ.get("PCG_NIGHTLY"))
+# Shrinking compiles hundreds of graphs more: by hand, at night.
+PHASES = list(Phase) if NIGHTLY else [Phase.explicit, Phase.generate]
 WIDTH = 4
 WEIGHT = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)) / 2
 SIZES = st.lists(st.integers(1, 18), min_size=3, max_size=5)
@@ -99,7 +102,7 @@ def build(steps, outputs):
     return function
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not os.environ.get("PCG_NIGHTLY"))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not NIGHTLY, phases=PHASES)
 @given(st.lists(step_of, min_size=1, max_size=8), st.lists(st.integers(0, 9), min_size=1, max_size=3), SIZES)
 def test_values_are_eagers(steps, outputs, sizes):
     torch._dynamo.reset()

@@ -56,6 +56,8 @@ class PieceSite:
     #: None where the piece may be recorded, else why not.
     refusal: str | None = None
     safety: Any = None
+    #: True where a result shares memory with something that is written later: a copy of it would go stale.
+    shares_written: bool = False
     #: True where only a probe can tell whether padding matters; what the probe found, once it ran.
     needs_probe: bool = False
     probed: str | None = None
@@ -181,6 +183,7 @@ def make_plan(
         frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
         mutated=frozenset(s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written),
     )
+    _find_shared_writes(plan)
     plan.refusal = _refusal(plan)
     _assign_slots(plan)
     return plan
@@ -270,6 +273,19 @@ def _size_source(symbol: sympy.Symbol, inputs: Sequence[InputSpec]) -> tuple[int
                 if expr_of(size) == symbol:
                     return spec.position, dim
     raise LookupError(f"no input tells the size {symbol}")
+
+
+def _find_shared_writes(plan: Plan) -> None:
+    written: set[int] = set()
+    for site in reversed(plan.sites):
+        if isinstance(site, PieceSite):
+            made = [storage_of(plan.value(node)) for node in site.outputs]
+            read = {storage_of(plan.value(node)) for node in site.reads}
+            shared = {s for s in made if s in read or made.count(s) > 1}
+            site.shares_written = bool(shared & written)
+            written |= {storage_of(plan.value(site.piece.inputs[i])) for i in site.piece.writes}
+        else:
+            written |= {storage_of(plan.value(node)) for node in site.writes}
 
 
 def _refusal(plan: Plan) -> str | None:

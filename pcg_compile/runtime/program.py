@@ -245,11 +245,11 @@ class _Builder:
         if weight > self._result_limit():
             reason = f"the results of a piece would hold {weight >> 20} MiB; it runs without a recording"
             self.program.fallbacks.append((reason, site.where))
-            return False
+            return self._run_unrecorded(site)
         key = (site.index, tuple(self.bucket[s] for s in site.piece.symbols))
         if self.binding.failures.get(key, 0) > 1:
-            self.program.fallbacks.append(("a piece could not be recorded, twice; it runs at its exact size", site.where))
-            return False
+            self.program.fallbacks.append(("a piece could not be recorded, twice; it runs without a recording", site.where))
+            return self._run_unrecorded(site)
         if site.needs_probe and site.probed is None and not self._probe(site):
             return False
         if site.probed:
@@ -261,13 +261,30 @@ class _Builder:
         else:
             recording = self._record(site, key)
             if recording is None:
-                return False
+                return self._run_unrecorded(site)
         self.static.update(zip(site.outputs, recording.outputs, strict=True))
         if not site.idle:
             self.program.ops.append(recording.replay)
         if not site.trivial:
             self.program.recording_keys.append(key)
             self.program.replays += 1
+        return True
+
+    def _run_unrecorded(self, site: PieceSite) -> bool:
+        """False where a piece may run at its exact size; else runs it at the bucket, as a replay that nothing holds.
+
+        Its results share memory with something that is written later, of which exact results would be copies.
+        """
+        if not site.shares_written:
+            return False
+        piece = site.piece
+        inputs = [self.static[node] for node in piece.inputs]
+        numbers = [self.at[s] for s in piece.symbols]
+        function = site.compiled.function if self.compiled else piece.gm.forward
+        with torch.inference_mode(False), torch.no_grad():
+            made = StaticReplay().record(lambda: function(*numbers, *inputs), self._placer(site, inputs), None)
+        self.static.update(zip(site.outputs, made.outputs, strict=True))
+        self.program.ops.append(made.replay)
         return True
 
     def _probe(self, site: PieceSite) -> bool:
