@@ -143,7 +143,7 @@ def _why_not(op: SplitOp, arguments: dict[str, Any], context: PassContext) -> st
                 message(
                     f'padding="request" needs a scratch page for {op.name}',
                     why="Page 0 of somebody's cache is somebody's: the padding request would write into it.",
-                    cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0) for a page you never give out',
+                    cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0), a page you never give out',
                 )
             )
         return "it declares no scratch page"
@@ -170,9 +170,7 @@ def _token_arguments(op: SplitOp, arguments: dict[str, Any]) -> list[fx.Node]:
 def _tokens(arguments: dict[str, Any], context: PassContext) -> Any:
     """The node or number of the token count: the first size of the first tensor that has a dynamic one."""
     graph_sizes = {
-        str(f.value): n
-        for n, f in context.facts.items()
-        if n.op == "placeholder" and isinstance(f.value, torch.SymInt)
+        str(f.value): n for n, f in context.facts.items() if n.op == "placeholder" and isinstance(f.value, torch.SymInt)
     }
     for argument in arguments.values():
         value = context.facts[argument].value if isinstance(argument, fx.Node) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import builtin_ops as _builtin_ops
+from . import builtin_ops as builtin_ops  # registers the split ops that need no registration
 from . import errors, lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
@@ -10,7 +10,7 @@ from .batch import Batch, step
 from .capture_guard import capture_guard
 from .decorator import piecewise
 from .ops import register_split_op, split_op
-from .passes.padding_safety import register_row_rule
+from .passes.row_safety import register_row_rule
 from .registry import expect, reset, stats
 from .report.dump import dump
 from .report.explain import Report, check, explain

@@ -21,7 +21,7 @@ from .graph.where import place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
-from .passes.padding_safety import analyze_piece
+from .passes.row_safety import analyze_piece
 from .registry import add_runtime, owners_graphs, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
@@ -63,7 +63,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     trainable = _requires_grad(gm, example_inputs)
     if trainable is not None:
         counters.fall_back(
-            f"gradients are enabled and {trainable} requires them: compiled as backend=\"inductor\" would; "
+            f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '
             "for inference, call the model under torch.inference_mode()"
         )
         add_runtime(owner, counters, None)
@@ -134,9 +134,7 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassC
 def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> dict[fx.Node, NodeFacts]:
     """Facts of a rewritten graph, whose added placeholders stand behind Dynamo's."""
     added = [
-        node.meta["example_value"]
-        for node in gm.graph.find_nodes(op="placeholder")
-        if "pcg_step_input" in node.meta
+        node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder") if "pcg_step_input" in node.meta
     ]
     return trace_facts(gm, [*example_inputs, *added])
 

@@ -40,9 +40,7 @@ class _Backend:
 def piecewise(function: _F) -> _F: ...
 @overload
 def piecewise(*, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Callable[[_F], _F]: ...
-def piecewise(
-    function: Any = None, *, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any
-) -> Any:
+def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Any:
     """Compiles a model's forward, or a plain function, with pieces recorded for each bucket.
 
     Args:
@@ -78,7 +76,9 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                         why=f"It takes: {', '.join(signature.parameters)}.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{next(iter(signature.parameters), "x")}": 0}})')
             )  # fmt: skip
-        if not all(isinstance(d, int) and not isinstance(d, bool) for d in (dims if isinstance(dims, tuple) else (dims,))):
+        if not all(
+            isinstance(d, int) and not isinstance(d, bool) for d in (dims if isinstance(dims, tuple) else (dims,))
+        ):
             raise OptionsError(
                 message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
@@ -90,7 +90,9 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
     def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         if dynamic is None:
-            wanted = [(value, (0,)) for value in _tensors(arguments) if value.dim() > 0]
+            wanted: list[tuple[torch.Tensor, tuple[int, ...]]] = [
+                (value, (0,)) for value in _tensors(arguments) if value.dim() > 0
+            ]
         else:
             wanted = [
                 (value, dims if isinstance(dims, tuple) else (dims,))

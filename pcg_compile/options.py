@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from .errors import OptionsError, message
@@ -68,7 +69,8 @@ class Options:
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             raise _bad("max_tokens", self.max_tokens, "an int >= 1")
         if self.max_padding is not None and not (
-            isinstance(self.max_padding, (int, float)) and not isinstance(self.max_padding, bool)
+            isinstance(self.max_padding, (int, float))
+            and not isinstance(self.max_padding, bool)
             and self.max_padding >= 1
         ):
             raise _bad("max_padding", self.max_padding, "None or a number >= 1")
@@ -140,7 +142,7 @@ def _buckets(buckets: Any) -> tuple[int, ...]:
     sizes = tuple(buckets)
     if not sizes or any(not _is_int(b) or b < 1 for b in sizes):
         raise _bad("buckets", list(sizes), allowed)
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(sizes)):
         raise _bad("buckets", list(sizes), allowed)
     return sizes
 

@@ -50,7 +50,7 @@ def _entries(compiled: Any) -> list[_Entry]:
     owner = getattr(compiled, "__pcg_owner__", None) or wrapper_of(compiled)
     if owner is None:
         raise TypeError(
-            f"{compiled!r} was not compiled by pcg: pass what torch.compile(model, backend=\"pcg\") or @pcg.piecewise gave"
+            f'{compiled!r} was not compiled by pcg: pass what torch.compile(..., backend="pcg") or @pcg.piecewise gave'
         )
     return _of(owner)
 

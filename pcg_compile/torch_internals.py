@@ -88,7 +88,7 @@ def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]
 
 
 def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
-    """The conditions on sizes under which the graph is right: those of the trace and those of compiling (2.11 to 2.13)."""
+    """The conditions on sizes under which a graph is right: of the trace and of compiling (2.11 to 2.13)."""
     env = fake_mode.shape_env
     if env is None:
         return []
@@ -224,7 +224,7 @@ def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
 
 
 def specialize_floats(gm: fx.GraphModule) -> None:
-    """Has Dynamo trace again with Python floats as constants, under guards, where it made tensors of them (2.11 to 2.13).
+    """Has Dynamo trace again with Python floats as constants where it made tensors of them (2.11 to 2.13).
 
     A recording holds a float's value anyway, and a float that is a tensor on the CPU would be read at every step.
     """
@@ -268,7 +268,7 @@ def functional_aten(
 
 
 def unbacked_symbols_may_stay(fake_mode: FakeTensorMode) -> AbstractContextManager[Any]:
-    """Sizes that only data tell come up again when a graph is interpreted again; nobody waits for them (2.11 to 2.13)."""
+    """Sizes that only data tell come up again when a graph is interpreted again (2.11 to 2.13)."""
     env = fake_mode.shape_env
     return env.ignore_fresh_unbacked_symbols() if env is not None else nullcontext()
 

@@ -19,7 +19,9 @@ __all__ = ["mark_sizes", "warmup"]
 Buckets = Sequence[int | tuple[int, ...]]
 
 
-def warmup(compiled: Any, *example_args: Any, buckets: Buckets | None = None, progress: bool = True, **kwargs: Any) -> Any:
+def warmup(
+    compiled: Any, *example_args: Any, buckets: Buckets | None = None, progress: bool = True, **kwargs: Any
+) -> Any:
     """Records a compiled model's buckets now, largest first, and changes nothing else.
 
     Parameters, buffers, caches, the arguments and the random number generators are left as they were; inside

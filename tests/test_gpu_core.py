@@ -116,7 +116,9 @@ def test_changed_weights_are_seen():
 
 def test_recordings_share_memory():
     model = ToyLlama(hidden=512, mlp=1024, layers=8).eval()
-    compiled = torch.compile(model, backend="pcg", options={"buckets": [64, 128, 256, 512, 1024], "compiler": "inductor"})
+    compiled = torch.compile(
+        model, backend="pcg", options={"buckets": [64, 128, 256, 512, 1024], "compiler": "inductor"}
+    )
     pcg.warmup(compiled, torch.randint(0, 128, (64,)), progress=False)
     by_bucket = {size: use.bytes for size, use in pcg.stats(compiled).buckets.items()}
     largest = by_bucket.pop(1024)

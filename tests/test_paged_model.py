@@ -19,7 +19,9 @@ class Layer(nn.Module):
         self.norm = nn.RMSNorm(hidden)
         self.qkv = nn.Linear(hidden, (HEADS + 2 * KV_HEADS) * DIM, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
-        self.mlp = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.RMSNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden)
+        )
         self.attention = pcg.PagedAttention(index, HEADS, KV_HEADS, DIM, window=window)
 
     def forward(self, x, positions):
@@ -92,7 +94,8 @@ class Traffic:
 
 
 STEPS = [
-    {1: 5}, {1: 1, 2: 7}, {1: 1, 2: 1}, {1: 1, 2: 1, 3: 11}, {1: 1}, {4: 1}, {1: 1, 2: 1, 3: 1, 4: 1}, {5: 30}, {1: 1, 5: 1}
+    {1: 5}, {1: 1, 2: 7}, {1: 1, 2: 1}, {1: 1, 2: 1, 3: 11}, {1: 1}, {4: 1}, {1: 1, 2: 1, 3: 1, 4: 1}, {5: 30},
+    {1: 1, 5: 1},
 ]  # fmt: skip
 
 

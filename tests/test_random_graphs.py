@@ -102,7 +102,13 @@ def build(steps, outputs):
     return function
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not NIGHTLY, phases=PHASES)
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=not NIGHTLY,
+    phases=PHASES,
+)
 @given(st.lists(step_of, min_size=1, max_size=8), st.lists(st.integers(0, 9), min_size=1, max_size=3), SIZES)
 def test_values_are_eagers(steps, outputs, sizes):
     torch._dynamo.reset()
@@ -126,9 +132,9 @@ def test_values_are_eagers(steps, outputs, sizes):
 def test_the_generator_reaches_recordings():
     """The test above would be empty if nothing were recorded."""
     torch._dynamo.reset()
-    run = pcg.piecewise(buckets=[4], compiler="eager")(build([("unary", "fresh", 0), ("in place", "add_", 1, 0)], [0, 2]))
+    run = pcg.piecewise(buckets=[4], compiler="eager")(
+        build([("unary", "fresh", 0), ("in place", "add_", 1, 0)], [0, 2])
+    )
     with torch.no_grad():
         run(torch.randn(3, WIDTH), torch.randn(3, WIDTH))
     assert pcg.stats(run).replays > 0
-
-

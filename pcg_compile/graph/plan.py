@@ -29,7 +29,7 @@ _BIND_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One placeholder: a "size", a "number", a "static" tensor (parameter, buffer), a "user" one, or from the "step"."""
+    """One placeholder: a size, a number, a static tensor (parameter, buffer), a user's one, or one from the step."""
 
     node: fx.Node
     kind: Literal["size", "number", "static", "bound", "user", "step"]
@@ -181,7 +181,9 @@ def make_plan(
         tuple(_size_source(symbol, inputs) for symbol in symbols),
         device,
         frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
-        mutated=frozenset(s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written),
+        mutated=frozenset(
+            s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written
+        ),
     )
     _find_shared_writes(plan)
     plan.refusal = _refusal(plan)
@@ -361,6 +363,3 @@ def _nodes_of(value: Any) -> list[fx.Node]:
 def readers_of(plan: Plan, node: fx.Node) -> list[Site]:
     """The sites that read a node's tensor."""
     return [site for site in plan.sites if node in site.reads]
-
-
-

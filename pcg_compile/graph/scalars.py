@@ -12,7 +12,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["SymType", "evaluate", "expr_of", "is_scalar", "leaves_of", "plain", "shape_at", "strides_at", "symbols_of"]
 
 SymType = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
+_PLAIN = (
+    int,
+    float,
+    bool,
+    str,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    slice,
+)
 
 
 def plain(value: Any) -> Any:

@@ -103,7 +103,9 @@ def find_cuts(
             origin = "named in the options" if matches[0] in wanted else "registered"
             cuts[node] = Cut(known[matches[0]], f"split op {matches[0]}, {origin}")
         elif sets_state(node, facts.get(node)):
-            cuts[node] = Cut(SplitOp(_plain_name(node)), "it changes a state outside the graph, which a replay would not")
+            cuts[node] = Cut(
+                SplitOp(_plain_name(node)), "it changes a state outside the graph, which a replay would not"
+            )
         elif node in isolated:
             cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), isolated[node])
         else:
@@ -116,7 +118,9 @@ def find_cuts(
             SplitOpNotFound(
                 message(
                     f"split op {name!r} matches no node of the graph",
-                    why=f"Nearest in the graph: {', '.join(close)}." if close else "The graph has no op of a like name.",
+                    why=f"Nearest in the graph: {', '.join(close)}."
+                    if close
+                    else "The graph has no op of a like name.",
                     cure=f'Write: options={{"split_ops": ["{close[0] if close else "mylib::attention"}"]}}',
                 )
             )
@@ -183,9 +187,7 @@ def _is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem and not isinstance(node.args[1], fx.Node)
 
 
-def segments_of(
-    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], cuts: Mapping[fx.Node, Cut]
-) -> list[Segment]:
+def segments_of(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], cuts: Mapping[fx.Node, Cut]) -> list[Segment]:
     """The graph as an ordered list of segments.
 
     Nodes whose value is a number belong to none: their values follow from the sizes. An element of a tuple
@@ -224,7 +226,7 @@ def segments_of(
 
 
 def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
-    """Whether a node without a tensor result must still run, because it does more than ask for sizes or compute with them."""
+    """Whether a node without a tensor result must still run: it does more than compute with sizes."""
     if facts.writes or _is_transform(node):
         return True
     if node.op == "call_function" and _is_assertion(node):

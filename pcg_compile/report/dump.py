@@ -51,7 +51,9 @@ def dump(directory: str | Path) -> Iterator[Path]:
 def _write_graph(folder: Path, runtime: Any) -> None:
     folder.mkdir(exist_ok=True)
     plan = runtime.plan
-    (folder / "graph.py").write_text("# Dynamo's graph, after the passes.\n" + plan.gm.print_readable(print_output=False))
+    (folder / "graph.py").write_text(
+        "# Dynamo's graph, after the passes.\n" + plan.gm.print_readable(print_output=False)
+    )
     written: dict[int, str] = {}
     listing: list[str] = []
     for site in plan.sites:
@@ -82,11 +84,11 @@ def _describe(op: Any) -> str:
 
 def _piece_script(site: PieceSite) -> str:
     """The piece as a module that can be run: its code, and inputs like those that it was compiled for."""
-    lines = [
-        f'"""{site.where}"""', "", "import operator", "", "import torch", "from torch import device, inf, nan", "import pcg_compile",
-        "", site.piece.gm.print_readable(print_output=False).replace("class <lambda>", "class Piece").replace("class GraphModule", "class Piece"),
-        "", 'if __name__ == "__main__":', "    inputs = [",
-    ]  # fmt: skip
+    code = site.piece.gm.print_readable(print_output=False)
+    for name in ("<lambda>", "GraphModule"):
+        code = code.replace(f"class {name}", "class Piece")
+    imports = ("import operator", "import torch", "from torch import device, inf, nan", "import pcg_compile")
+    lines = [f'"""{site.where}"""', "", *imports, "", code, "", 'if __name__ == "__main__":', "    inputs = ["]
     for value in site.piece.example:
         lines.append(f"        {_example(value)},")
     lines += ["    ]", "    print(Piece().forward(*inputs))", ""]
@@ -111,7 +113,7 @@ def _write_index(root: Path, problems: list[str]) -> None:
         name = path.relative_to(root).as_posix()
         text = path.read_text(errors="replace")
         anchor = re.sub(r"[^\w.-]", "_", name)
-        parts.append(f'<details id="{anchor}"><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>')
+        parts.append(
+            f'<details id="{anchor}"><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>'
+        )
     (root / "index.html").write_text("\n".join(parts))
-
-

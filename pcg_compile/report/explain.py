@@ -78,7 +78,10 @@ class Report:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        figures = {k: getattr(self.stats, k) for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")}
+        figures = {
+            k: getattr(self.stats, k)
+            for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
+        }
         buckets = {str(size): asdict(use) for size, use in self.stats.buckets.items()}
         falls = [asdict(f) for f in self.stats.fallbacks]
         graphs = [asdict(graph) for graph in self.graphs]
@@ -175,7 +178,11 @@ def _graph(runtime: Any) -> GraphReport:
         if isinstance(site, PieceSite):
             ops = tuple(_op(n) for n in site.piece.gm.graph.nodes if n.op.startswith("call_"))
             if site.split_reason is not None:
-                sites.append(SiteReport("split op", "split op, compiled", ops, site.where, "between pieces", site.split_reason, None))
+                sites.append(
+                    SiteReport(
+                        "split op", "split op, compiled", ops, site.where, "between pieces", site.split_reason, None
+                    )
+                )
                 continue
             number = distinct.setdefault(id(site.compiled), len(distinct)) if not site.trivial else None
             name = "allocation or view" if site.trivial else f"piece {pieces}"
@@ -183,7 +190,17 @@ def _graph(runtime: Any) -> GraphReport:
             verdict, reason = _verdict(site)
             sites.append(SiteReport("piece", name, ops, site.where, verdict, reason, number))
         else:
-            sites.append(SiteReport("split op", f"split op, {site.mode}", (_op(site.node),), site.where, "between pieces", site.reason, None))
+            sites.append(
+                SiteReport(
+                    "split op",
+                    f"split op, {site.mode}",
+                    (_op(site.node),),
+                    site.where,
+                    "between pieces",
+                    site.reason,
+                    None,
+                )
+            )
     return GraphReport(
         tuple(map(str, plan.symbols)), tuple(sites), tuple(context.notes), tuple(context.hazards), plan.refusal
     )
@@ -195,8 +212,10 @@ def _verdict(site: PieceSite) -> tuple[str, str]:
     if site.refusal is not None:
         return "exact size, not recorded", site.refusal
     if site.needs_probe:
-        return ("to be probed", site.safety.reason) if site.probed is None else (
-            ("probed", site.safety.reason) if site.probed == "" else ("exact size, not recorded", site.probed)
+        return (
+            ("to be probed", site.safety.reason)
+            if site.probed is None
+            else (("probed", site.safety.reason) if site.probed == "" else ("exact size, not recorded", site.probed))
         )
     return "recorded", site.safety.kind if site.safety is not None else ""
 

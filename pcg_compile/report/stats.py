@@ -89,7 +89,9 @@ class Stats:
                 sizes[size] = sizes.get(size, 0) + steps
             for size, use in part.buckets.items():
                 have = buckets.get(size, BucketStats())
-                buckets[size] = BucketStats(*(getattr(have, f.name) + getattr(use, f.name) for f in fields(BucketStats)))
+                buckets[size] = BucketStats(
+                    *(getattr(have, f.name) + getattr(use, f.name) for f in fields(BucketStats))
+                )
             for fallback in part.fallbacks:
                 key = (fallback.reason, fallback.where)
                 fallbacks[key] = fallbacks.get(key, 0) + fallback.count
@@ -144,8 +146,9 @@ class Counters:
         first = key not in self.fallbacks
         self.fallbacks[key] = self.fallbacks.get(key, 0) + 1
         if self.strict:
-            raise error(message(reason, where or None, "strict=True turns every fallback into an error.",
-                                'Remove "strict" from the options to run it all the same, and see pcg.explain().'))  # fmt: skip
+            why = "strict=True turns every fallback into an error."
+            cure = 'Remove "strict" from the options to run it all the same, and see pcg.explain().'
+            raise error(message(reason, where or None, why, cure))
         if first:
             _LOG.warning("%s%s", reason, f" (at {where})" if where else "")
 
@@ -167,7 +170,10 @@ class Counters:
             self.captured,
             self.replays,
             MappingProxyType(
-                {size: BucketStats(*(getattr(use, f.name) for f in fields(BucketStats))) for size, use in self.buckets.items()}
+                {
+                    size: BucketStats(*(getattr(use, f.name) for f in fields(BucketStats)))
+                    for size, use in self.buckets.items()
+                }
             ),
             tuple(Fallback(reason, where, count) for (reason, where), count in self.fallbacks.items()),
             MappingProxyType(dict(self.sizes)),

@@ -24,12 +24,12 @@ def fit_buckets(sizes: Mapping[int, int], k: int) -> tuple[int, ...]:
     for size in seen:
         steps.append(steps[-1] + sizes[size])
     # best[j]: least padded tokens for the j smallest sizes, and the buckets that give it.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(seen[j] * steps[j + 1], (seen[j],)) for j in range(len(seen))]
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [
+        (seen[j] * steps[j + 1], (seen[j],)) for j in range(len(seen))
+    ]
     for _ in range(min(k, len(seen)) - 1):
         best = [best[0]] + [
-            min(
-                (best[i][0] + seen[j] * (steps[j + 1] - steps[i]), (*best[i][1], seen[j])) for i in range(j + 1)
-            )
+            min((best[i][0] + seen[j] * (steps[j + 1] - steps[i]), (*best[i][1], seen[j])) for i in range(j + 1))
             for j in range(len(seen))
         ]
     return best[-1][1]

@@ -83,9 +83,8 @@ class GraphRuntime:
     def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
         used: dict[sympy.Symbol, None] = {}
         for site in self.plan.sites:
-            if isinstance(site, PieceSite):
-                if site.refusal is None and not site.trivial:
-                    used.update(dict.fromkeys(site.piece.symbols))
+            if isinstance(site, PieceSite) and site.refusal is None and not site.trivial:
+                used.update(dict.fromkeys(site.piece.symbols))
         return tuple(s for s in self.plan.symbols if s in used and s in self.plan.dims)
 
     # -- a step -----------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ class GraphRuntime:
             if request is not None:
                 return self._warm_up(args, request)
             self._order_streams()
-            sizes = tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
+            sizes = self._sizes(args)
             step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
             binding = self._binding(args, step)
             program = binding.steps.get(sizes)
@@ -122,6 +121,9 @@ class GraphRuntime:
             if program.bucket is not None:
                 self._count(sizes, program)
             return result
+
+    def _sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
 
     def _tokens(self, sizes: tuple[int, ...]) -> int:
         tokens = self.plan.tokens
@@ -248,7 +250,9 @@ class GraphRuntime:
         if budget is None or newest.bucket is None:
             return
         while self.nbytes() > budget:
-            buckets = {p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)}
+            buckets = {
+                p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)
+            }
             if not buckets:
                 binding.forget(newest.bucket)
                 binding.given_up[newest.bucket] = f"bucket {newest.bucket} exceeds memory_budget={budget}"
@@ -257,7 +261,9 @@ class GraphRuntime:
             least = min(buckets, key=lambda b: uses[self._name(b)].hits if self._name(b) in uses else 0)  # type: ignore[arg-type]
             for other in self.bindings:
                 other.forget(least)
-            self.shared.counters.fall_back(f"bucket {self._name(least)} dropped: recordings exceed memory_budget={budget}")
+            self.shared.counters.fall_back(
+                f"bucket {self._name(least)} dropped: recordings exceed memory_budget={budget}"
+            )
 
     def _name(self, bucket: Any) -> Any:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
@@ -280,7 +286,7 @@ class GraphRuntime:
     def _warm_up(self, args: Sequence[Any], request: WarmUp) -> Any:
         """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
         self._order_streams()
-        sizes = {s: args[p] if dim < 0 else args[p].shape[dim] for s, (p, dim) in zip(self.plan.symbols, self.plan.sizes, strict=True)}  # fmt: skip
+        sizes = dict(zip(self.plan.symbols, self._sizes(args), strict=True))
         step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
         wanted = self._wanted(request, sizes)
         for done, bucket in enumerate(wanted):
@@ -313,8 +319,12 @@ class GraphRuntime:
         for entry in table:
             entries = entry if isinstance(entry, tuple) else (entry,) * len(self._bucketed)
             if len(entries) != len(self._bucketed):
-                raise ValueError(f"bucket {entry} has {len(entries)} sizes, the model has {len(self._bucketed)} dynamic ones")
-            choice = self.shared.chooser.choose({**sizes, **dict(zip(self._bucketed, entries, strict=True))}, self._bucketed)
+                raise ValueError(
+                    f"bucket {entry} has {len(entries)} sizes, the model has {len(self._bucketed)} dynamic ones"
+                )
+            choice = self.shared.chooser.choose(
+                {**sizes, **dict(zip(self._bucketed, entries, strict=True))}, self._bucketed
+            )
             if choice.sizes is None:
                 self.shared.counters.fall_back(f"bucket {entry} was not recorded: {choice.reason}")
             elif dict(choice.sizes) not in wanted:
@@ -359,4 +369,3 @@ class GraphRuntime:
         with torch.no_grad():
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(old)
-

@@ -46,8 +46,9 @@ def probe(
         results: fake values of its results. sizes: the real sizes, below the bucket's. bucket: the bucket's sizes.
 
     Returns:
-        None where the real rows of all results, and of all that the piece writes, are the same bit for bit whatever the
-        padding holds, and those of the exact run up to rounding; else what differs. The arguments are left as they were.
+        None where the real rows of all results, and of all that the piece writes, are the same bit for bit whatever
+        the padding holds, and those of the exact run up to rounding; else what differs. The arguments are left as they
+        were.
     """
     with torch.inference_mode(False), torch.no_grad(), _restored(arguments):
         runs = []

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import sympy
@@ -202,7 +203,9 @@ class _Builder:
         if not looks_like(tensor, spec.value, self.at):
             # Another cache than the one that the pieces were compiled with: their code may hold its sizes.
             self.compiled = False
-            self.program.fallbacks.append((f"{spec.step.name} has other sizes than when compiled: pieces run eagerly", ""))
+            self.program.fallbacks.append(
+                (f"{spec.step.name} has other sizes than when compiled: pieces run eagerly", "")
+            )
         self.static[spec.node] = tensor
 
     def _copy_in(self, spec: InputSpec) -> None:
@@ -248,7 +251,9 @@ class _Builder:
             return self._run_unrecorded(site)
         key = (site.index, tuple(self.bucket[s] for s in site.piece.symbols))
         if self.binding.failures.get(key, 0) > 1:
-            self.program.fallbacks.append(("a piece could not be recorded, twice; it runs without a recording", site.where))
+            self.program.fallbacks.append(
+                ("a piece could not be recorded, twice; it runs without a recording", site.where)
+            )
             return self._run_unrecorded(site)
         if site.needs_probe and site.probed is None and not self._probe(site):
             return False
@@ -297,7 +302,9 @@ class _Builder:
             reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
             self.program.fallbacks.append((reason, site.where))
             return False
-        fixed = {s.node for s in self.plan.inputs if s.pad_value is not None or s.kind == "step"} | self.plan.row_indices.keys()
+        fixed = {
+            s.node for s in self.plan.inputs if s.pad_value is not None or s.kind == "step"
+        } | self.plan.row_indices.keys()
         arguments = [
             Argument(self.static[node], self.plan.value(node), i in piece.writes, node in fixed)
             for i, node in enumerate(piece.inputs)
@@ -621,12 +628,12 @@ class _Builder:
                 continue
             value = self.plan.value(leaf)
             if leaf in positions and isinstance(value, torch.Tensor):
-                makers.append((i, lambda args, p=positions[leaf]: args[p]))
+                makers.append((i, itemgetter(positions[leaf])))
             elif is_scalar(value):
                 if symbols_of(value) <= self.sizes.keys():
                     constants[i] = evaluate(value, self.sizes)
                 else:
-                    makers.append((i, lambda args, v=value, known=self.program.sizes: evaluate(v, known)))
+                    makers.append((i, self._late_number(value)))
             elif storage_of(value) in bases:
                 makers.append((i, self._view_of_argument(value, bases[storage_of(value)])))
             elif leaf in self.static:
@@ -636,10 +643,7 @@ class _Builder:
                     groups.setdefault(storage_of(value), []).append(i)
             else:
                 makers.append((i, self._from_frame(leaf)))
-        copies = [
-            (indices, copier([(real_rows(self.static[leaves[i]], self.plan.value(leaves[i]), self.sizes), self.plan.value(leaves[i])) for i in indices], self.sizes))
-            for indices in groups.values()
-        ]  # fmt: skip
+        copies = [(indices, self._copier([leaves[i] for i in indices])) for indices in groups.values()]
         back = [
             (spec.position, real_rows(self.static[spec.node], spec.value, self.sizes))
             for spec in self.copied
@@ -658,6 +662,15 @@ class _Builder:
             return tree_unflatten(results, spec)
 
         return emit
+
+    def _copier(self, nodes: Sequence[fx.Node]) -> Callable[[], list[torch.Tensor]]:
+        fakes = [self.plan.value(node) for node in nodes]
+        views = [real_rows(self.static[node], fake, self.sizes) for node, fake in zip(nodes, fakes, strict=True)]
+        return copier(list(zip(views, fakes, strict=True)), self.sizes)
+
+    def _late_number(self, value: Any) -> Callable[[Sequence[Any]], Any]:
+        sizes = self.program.sizes
+        return lambda args: evaluate(value, sizes)
 
     def _view_of_argument(self, fake: torch.Tensor, base: InputSpec) -> Callable[[Sequence[Any]], torch.Tensor]:
         """A result that is a view of an argument in eager is one here, after what was written came back."""

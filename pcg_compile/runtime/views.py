@@ -66,7 +66,9 @@ def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> 
         if _overlaps(shape, strides):
             # An expanded result: eager's rows share memory, which copying element by element may not.
             def copy_expanded() -> list[torch.Tensor]:
-                base = view.as_strided([1 if st == 0 else n for n, st in zip(shape, strides, strict=True)], view.stride())
+                base = view.as_strided(
+                    [1 if st == 0 else n for n, st in zip(shape, strides, strict=True)], view.stride()
+                )
                 return [base.clone().expand(shape)]
 
             return copy_expanded

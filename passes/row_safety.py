@@ -1,7 +1,8 @@
 """May a piece be recorded at a bucket? Only if its real rows cannot depend on padding rows.
 
-The piece is traced to functional aten form and interpreted over dimensions (:mod:`.row_dims`): every input's real entries
-are right and lie first; each op's rule (:mod:`.row_rules`) says where the result's are, or that they may depend on padding.
+The piece is traced to functional aten form and interpreted over dimensions (:mod:`.safety_dims`): every input's real
+entries are right and lie first; each op's rule (:mod:`.safety_rules`) says where the result's are, or that they may
+depend on padding.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pcg_compile.attention.ops import store_kv
 from pcg_compile.graph.where import place_of
 from pcg_compile.torch_internals import functional_aten
 
-from .row_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
-from .row_rules import Call, Tracked, register_row_rule, rule_for
+from .safety_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
+from .safety_rules import Call, Tracked, register_row_rule, rule_for
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
@@ -77,7 +78,9 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
     try:
         traced = functional_aten(gm, inputs, {torch.ops.pcg.store_kv.default: store_kv})
     except Exception as error:
-        reason = f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = (
+            f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
     return _Analysis(traced, scratch).run()
 
@@ -102,7 +105,8 @@ class _Analysis:
             else:
                 self._call(node)
         self._check_row_indices()
-        worst = max((v.kind for v in self.verdicts), key=_ORDER.index, default="row-wise")
+        kinds: list[Kind] = [v.kind for v in self.verdicts]
+        worst: Kind = max(kinds, key=_ORDER.index, default="row-wise")
         nodes = sorted(self.verdicts, key=lambda v: -_ORDER.index(v.kind))
         return PieceSafety(worst, tuple(nodes), tuple(dict.fromkeys(self.row_indices)))
 
@@ -164,7 +168,7 @@ class _Analysis:
         """An index that picks rows may do nothing else: its negative values are changed before the piece runs."""
         for position, _ in self.row_indices:
             node = self.placeholders[position]
-            users = {user for user in _through_copies(node)}
+            users = set(_through_copies(node))
             allowed = ("index", "index_select", "_unsafe_index")
             bad = [u for u in users if not any(f"aten.{name}." in str(u.target) for name in allowed)]
             if bad:
@@ -174,7 +178,12 @@ class _Analysis:
 def _through_copies(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for user in node.users:
-        if str(user.target) in ("aten.detach.default", "aten.alias.default", "aten._to_copy.default", "aten.clone.default"):
+        if str(user.target) in (
+            "aten.detach.default",
+            "aten.alias.default",
+            "aten._to_copy.default",
+            "aten.clone.default",
+        ):
             found += _through_copies(user)
         else:
             found.append(user)
@@ -217,5 +226,3 @@ def _tracked(result: Any, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return one(result[0] if isinstance(result, list) else result)
     return value
-
-

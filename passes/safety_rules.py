@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from .row_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, regroup, size_of
+from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, regroup, size_of
 
 __all__ = ["Call", "Tracked", "register_row_rule", "rule_for"]
 
@@ -223,7 +223,7 @@ def matmul(call: Call) -> Dims:
     if "tensor" in call.arguments:
         b = call.arguments["tensor"]
     if "vec" in call.arguments:
-        a, b = (call.arguments["mat"] if "mat" in call.arguments else a), call.arguments["vec"]
+        b = call.arguments["vec"]
     if "weight" in call.arguments:
         a, b = call.arguments["input"], call.arguments["weight"]
         _need_static(b.dims[-1], "sums over")
@@ -289,7 +289,7 @@ def scan(call: Call) -> Any:
     _numbers_are_static(call)
     axis = _axis(source.dims, call.arguments.get("dim", 0))
     if source.dims and has_tokens(source.dims[axis]):
-        from .row_dims import is_prefix
+        from .safety_dims import is_prefix
 
         if not is_prefix(source.dims[axis]):
             raise Mixing("it scans a dimension with padding between the real entries")
@@ -413,10 +413,10 @@ def cat(call: Call) -> Dims:
     return (*merged[:axis], (as_expr(call.shapes[0][axis]),), *merged[axis + 1 :])
 
 
-@_rule("constant_pad_nd", "pad", "reflection_pad1d", "replication_pad1d")
+@_rule("constant_pad_nd")
 def pad(call: Call) -> Dims:
     _numbers_are_static(call)
-    dims, widths = list(call.tensor("self").dims), call.arguments.get("pad", call.arguments.get("padding"))
+    dims, widths = list(call.tensor("self").dims), call.arguments["pad"]
     for k in range(len(widths) // 2):
         axis = len(dims) - 1 - k
         if widths[2 * k] or widths[2 * k + 1]:
@@ -596,5 +596,8 @@ def _check_only(call: Call) -> Sequence[Dims]:
     return []
 
 
-for _name in ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_tensor_metadata"):  # fmt: skip
+for _name in (
+    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_assert_scalar", "sym_constrain_range_for_size",
+    "sym_constrain_range", "_assert_tensor_metadata",
+):  # fmt: skip
     register_row_rule(f"aten::{_name}", _check_only)

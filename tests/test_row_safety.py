@@ -102,7 +102,9 @@ def _fresh():
         yield
 
 
-def run_at_all_sizes(function, make=lambda n: (torch.randn(n, 4),), sizes=(5, *range(17, 0, -1), *range(1, 18)), **options):
+def run_at_all_sizes(
+    function, make=lambda n: (torch.randn(n, 4),), sizes=(5, *range(17, 0, -1), *range(1, 18)), **options
+):
     run = pcg.piecewise(buckets=[4, 8, 16], compiler="eager", **options)(function)
     for n in sizes:
         arguments = make(n)
@@ -113,7 +115,9 @@ def run_at_all_sizes(function, make=lambda n: (torch.randn(n, 4),), sizes=(5, *r
 
 
 def kinds(run):
-    return {site.safety.kind for r in runtimes(run) for site in r.plan.sites if hasattr(site, "piece") and site.is_piece}
+    return {
+        site.safety.kind for r in runtimes(run) for site in r.plan.sites if hasattr(site, "piece") and site.is_piece
+    }
 
 
 @pytest.mark.parametrize("name", ROW_WISE)
@@ -136,7 +140,7 @@ def test_mixing(name):
     run = run_at_all_sizes(MIXING[name], sizes=(5, 17, 16, 4, 3, 2, 8))
     assert "mixing" in kinds(run)
     reasons = [f for f in pcg.stats(run).fallbacks if "mixing" in f.reason]
-    assert reasons and all("test_padding_safety.py" in f.where or "test_padding_safety.py" in f.reason for f in reasons)
+    assert reasons and all("test_row_safety.py" in f.where or "test_row_safety.py" in f.reason for f in reasons)
 
 
 def test_strict_refuses_what_mixes():

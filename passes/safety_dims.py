@@ -172,5 +172,4 @@ def _quotient(whole: Any, part: Any) -> Any:
     ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
     if ratio.is_Integer:
         return int(ratio)
-    numerator, denominator = ratio.as_numer_denom()
-    return ratio if denominator == 1 else None
+    return ratio if ratio.as_numer_denom()[1] == 1 else None
