@@ -1,4 +1,4 @@
-"""A transformers Llama on FlashInfer and CUDA graphs: ragged batches at every bucket, and a steady step that waits for nothing."""
+"""A transformers Llama on FlashInfer and CUDA graphs: ragged batches, and a steady step that waits for nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_bucket_at_its_edges(setup):
     worst = 0.0
     for i, n in enumerate([*sizes, 200, *reversed(sizes)]):
         # Decode requests that exist, and one that is new.
-        old = [r for r in requests.lengths][-min(n // 2, 8) :] if n > 1 else []
+        old = list(requests.lengths)[-min(n // 2, 8) :] if n > 1 else []
         new = {**dict.fromkeys(old, 1), 1000 + i: n - len(old)}
         ids = torch.randint(0, 1000, (n,), device="cuda")
         batch = requests.batch(new)
