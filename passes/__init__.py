@@ -24,8 +24,9 @@ def safety_passes() -> tuple[tuple[bool, Pass], ...]:
 
 
 def metadata_passes() -> tuple[tuple[bool, Pass], ...]:
-    """What prepares the batch: padding, slots, attention plans."""
+    """What prepares the batch: padding, adapters, slots, attention plans."""
     from .pad_metadata import pad_metadata
     from .prepare_batch import prepare_batch
+    from .route_lora import route_lora
 
-    return ((True, pad_metadata), (True, prepare_batch))
+    return ((True, pad_metadata), (True, route_lora), (True, prepare_batch))

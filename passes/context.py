@@ -26,15 +26,16 @@ class StepInput:
 
     Attributes:
         name: shown by explain and dump; equal names are one input.
-        fake: ``fn(tokens) -> Tensor`` an example under the fake mode; ``tokens`` is the SymInt or int of the
-            token symbol.
-        get: ``fn(state, bucket) -> Tensor`` the real tensor for a bucket, at an address that stays.
+        fake: ``fn(size) -> Tensor`` an example under the fake mode.
+        get: ``fn(state, size) -> Tensor`` the real tensor for a bucket's size, at an address that stays.
+        size: the number of rows that it is for, an int or a SymInt.
         scratch: True where pad rows are indices into memory that no request owns (``slot_mapping``).
     """
 
     name: str
     fake: Callable[[Any], torch.Tensor]
     get: Callable[[Any, int], torch.Tensor]
+    size: Any
     scratch: bool = False
 
 

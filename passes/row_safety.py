@@ -8,7 +8,7 @@ depend on padding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import fx
 
 from pcg_compile.attention.ops import store_kv
 from pcg_compile.graph.where import place_of
+from pcg_compile.lora.ops import row_wise_form
 from pcg_compile.torch_internals import functional_aten
 
 from .safety_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
@@ -25,6 +26,11 @@ from .safety_rules import Call, Tracked, register_row_rule, rule_for
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
 Kind = Literal["row-wise", "prefix", "mixing", "unknown"]
+#: What pcg's own ops do with rows, in ops that the analysis has rules for.
+_ROW_FORMS: dict[object, Callable[..., None]] = {
+    torch.ops.pcg.store_kv.default: store_kv,
+    torch.ops.pcg.lora_apply.default: row_wise_form,
+}
 _ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
 
 
@@ -76,7 +82,7 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
         # A trace that fails inside a transform would leave the transform's state behind.
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
-        traced = functional_aten(gm, inputs, {torch.ops.pcg.store_kv.default: store_kv})
+        traced = functional_aten(gm, inputs, _ROW_FORMS)
     except Exception as error:
         reason = (
             f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

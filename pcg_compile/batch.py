@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .errors import BatchError, message
-from .metadata import PageTable, Tables, check_names, make_tables, read_lengths
+from .metadata import PageTable, Tables, check_adapters, make_tables, read_lengths
 from .padded import PaddedBatch
 from .step import RUNNING, StepState, current_step, require_step
 
@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         qo_lens, kv_lens: lengths by request.
-        adapters: an adapter's name or None by request; None where no adapters were given.
+        adapters: an adapter's name or None by request, or a tensor of slots by token; None where none were given.
         num_requests, num_tokens: numbers.
     """
 
@@ -34,7 +34,7 @@ class Batch:
         qo_lens: Sequence[int],
         kv_lens: Sequence[int] | None = None,
         page_table: Sequence[Sequence[int]] | Any = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | torch.Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -43,7 +43,9 @@ class Batch:
                 A request's first new token has position ``kv_len - qo_len``.
             page_table: the pages of each request, in order; more than its KV length needs are allowed. A sequence of
                 sequences, or an int array ``[requests, most pages]`` on the host, which is read faster.
-            adapters: a LoRA adapter's name for each request, None for the base model.
+            adapters: a LoRA adapter's name for each request, None for the base model; or, where only the device knows,
+                an int tensor ``[tokens]`` of adapter slots (:meth:`pcg_compile.lora.AdapterPool.slots_of`), -1 for the
+                base model.
 
         Raises:
             BatchError: no requests, a length below 1, a KV length below the query length, another number of entries
@@ -68,7 +70,7 @@ class Batch:
                 )
             )
         self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
-        self.adapters = check_names(adapters, len(self._qo))
+        self.adapters = check_adapters(adapters, len(self._qo), int(self._qo.sum()))
         self._finish(None)
 
     def _finish(self, tokens: int | None) -> None:
@@ -172,12 +174,14 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
                 message("the cache is in a step of another thread", why="A cache serves one step at a time.")
             )
         cache.in_step = True
-    token = RUNNING.set(StepState(batch, cache, None))
+    state = StepState(batch, cache, None)
+    token = RUNNING.set(state)
     try:
         with torch.no_grad():
             yield batch
     finally:
         RUNNING.reset(token)
+        state.close()
         if cache is not None:
             cache.in_step = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from .attention.ops import bind_attend, bind_prepare_batch
+from .lora.ops import bind_prepare_lora
 from .ops import SplitOp, add_split_op
 
 __all__: list[str] = []
@@ -33,3 +34,6 @@ for _name in ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_out"):
 
 add_split_op(SplitOp("pcg::prepare_batch", bind=bind_prepare_batch, bucket_args=(0,), own_metadata=True))
 add_split_op(SplitOp("pcg::attend", bind=bind_attend, own_metadata=True))
+add_split_op(
+    SplitOp("pcg::prepare_lora", bind=bind_prepare_lora, bucket_args=(0,), own_metadata=True, optional_step=True)
+)

@@ -14,7 +14,7 @@ import torch
 
 from .errors import BatchError, message
 
-__all__ = ["PageTable", "Tables", "check_names", "make_tables", "positions_of", "read_lengths"]
+__all__ = ["PageTable", "Tables", "check_adapters", "make_tables", "positions_of", "read_lengths"]
 
 Ints = npt.NDArray[Any]
 
@@ -240,15 +240,24 @@ def _repeated(pages: Ints) -> Ints:
     return order[1:][order[1:] == order[:-1]]
 
 
-def check_names(names: Sequence[Any] | None, requests: int) -> tuple[str | None, ...] | None:
-    """One adapter name or None for each request.
+def check_adapters(
+    adapters: Sequence[Any] | torch.Tensor | None, requests: int, tokens: int
+) -> tuple[str | None, ...] | torch.Tensor | None:
+    """One adapter name or None for each request, or a tensor of slots, one for each token.
 
     Raises:
-        BatchError: another number of names, or something else than a name.
+        BatchError: another number of them, or something else than a name.
     """
-    if names is None:
+    if adapters is None:
         return None
-    result = tuple(names)
+    if isinstance(adapters, torch.Tensor):
+        if adapters.shape != (tokens,) or adapters.dtype not in (torch.int32, torch.int64):
+            raise BatchError(
+                f"adapters is a tensor {list(adapters.shape)} of {adapters.dtype}; slots are int32 or int64 "
+                f"[{tokens}], one a token"
+            )
+        return adapters
+    result = tuple(adapters)
     if len(result) != requests:
         raise BatchError(f"adapters has {len(result)} entries for {requests} requests")
     for request, name in enumerate(result):

@@ -32,6 +32,7 @@ class SplitOp:
         bucket_args: positions of int arguments that are the bucket's even in slice mode (metadata preparation).
         late: True where the sizes of its results follow from the padding, so that nothing static can hold them.
         own_metadata: True where the op takes its metadata from the step, which pads it.
+        optional_step: True where no running step means that there is nothing to prepare.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
     """
@@ -46,6 +47,7 @@ class SplitOp:
     bucket_args: tuple[int, ...] = ()
     late: bool = False
     own_metadata: bool = False
+    optional_step: bool = False
     needs_none: tuple[str, ...] = ()
     compiled: bool = False
 

@@ -39,6 +39,7 @@ class StepState:
         self.key: Hashable = cache.key if cache is not None else None
         self.prepared: Prepared | None = None
         self._memo: dict[Hashable, Any] = {}
+        self._exits: list[Callable[[], None]] = []
         self._user: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def once(self, key: Hashable, fn: Callable[[], T]) -> T:
@@ -46,6 +47,16 @@ class StepState:
         if key not in self._memo:
             self._memo[key] = fn()
         return self._memo[key]
+
+    def on_exit(self, fn: Callable[[], None]) -> None:
+        """Calls ``fn`` when the step is left, however that happens."""
+        self._exits.append(fn)
+
+    def close(self) -> None:
+        """Runs what waits for the step's end."""
+        exits, self._exits = self._exits, []
+        for fn in exits:
+            fn()
 
     def staging(self, device: torch.device) -> StagingRing:
         """Pinned memory for copies to a device in this step."""

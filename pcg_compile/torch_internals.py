@@ -247,8 +247,10 @@ def functional_aten(
 ) -> fx.GraphModule:
     """A graph in functional aten form, its nodes with fake values and the lines they come from (2.11 to 2.13).
 
-    ``decompositions`` are what custom ops are made of: functionalization does not look into them.
+    Its results are the graph's, a tuple, and the inputs that it writes. ``decompositions`` are what custom
+    ops are made of: functionalization does not look into them.
     """
+    from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
@@ -260,11 +262,14 @@ def functional_aten(
             return super().call_function(target, args, kwargs)
 
     def run(*args: Any) -> Any:
-        return Decomposing(gm).run(*args)
+        # What the graph writes is a result as well.
+        results = Decomposing(gm).run(*args)
+        tensors = [x for x in args if isinstance(x, FunctionalTensor)]
+        return (*results, *(x for x in tensors if torch._functionalize_has_data_mutation(x.elem)))
 
     fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     with fake_mode_of(inputs), enable_python_dispatcher(), torch.no_grad(), preserve_node_meta():
-        return make_fx(torch.func.functionalize(run, remove="mutations_and_views"), record_module_stack=False)(*fresh)
+        return make_fx(dispatch_functionalize(run), record_module_stack=False)(*fresh)
 
 
 def unbacked_symbols_may_stay(fake_mode: FakeTensorMode) -> AbstractContextManager[Any]:

@@ -325,3 +325,18 @@ def test_gradients_fall_back_and_are_right(caplog):
     assert all(p.grad is not None for p in linear.parameters())
     fallback = pcg.stats(linear).fallbacks[0]
     assert "inference_mode" in fallback.reason and "weight" in fallback.reason
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 5, 6)])
+def test_a_linear_with_bias_on_three_dimensions_keeps_its_size_dynamic(shape):
+    layer = torch.nn.Linear(6, 6)
+
+    @pcg.piecewise(dynamic={"x": 1}, buckets=[8, 16], compiler="eager")
+    def function(x):
+        return layer(x) + 1
+
+    for n in (5, 9, 16, 1):
+        x = torch.randn(shape[0], n, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(function(x), layer(x) + 1)
+    assert pcg.stats(function).graphs == 1 and pcg.stats(function).replays > 0

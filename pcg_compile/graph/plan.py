@@ -129,13 +129,12 @@ class Plan:
         return self.facts[node].value
 
     @property
-    def tokens(self) -> Any:
-        """The number of tokens that the step's metadata are prepared for, an int or a SymInt; None without any."""
-        for site in self.sites:
-            if isinstance(site, CallSite) and site.op.own_metadata and site.op.bucket_args:
-                argument = site.node.args[site.op.bucket_args[0]]
-                return self.value(argument) if isinstance(argument, fx.Node) else argument
-        return None
+    def token_sizes(self) -> list[tuple[Any, SplitOp]]:
+        """The numbers of tokens, ints or SymInts, that the step's metadata are prepared for, attention's first."""
+        sites = [s for s in self.sites if isinstance(s, CallSite) and s.op.own_metadata and s.op.bucket_args]
+        arguments = [(site.node.args[site.op.bucket_args[0]], site.op) for site in sites]
+        found = [(self.value(a) if isinstance(a, fx.Node) else a, op) for a, op in arguments]
+        return sorted(found, key=lambda pair: pair[1].optional_step)
 
 
 def make_plan(

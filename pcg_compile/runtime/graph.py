@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..batch import current_step, require_step, scratch_step
+from ..batch import StepState, current_step, require_step, scratch_step
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate
 from ..torch_internals import data_ptrs_equal
@@ -70,10 +70,10 @@ class GraphRuntime:
         self._current: Binding | None = None
         self._stream: Any = None
         self._bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
-        self._needs_step = any(isinstance(s, CallSite) and s.op.own_metadata for s in self.plan.sites) or any(
-            s.kind == "step" for s in self.plan.inputs
-        )
-        self._takes_tokens = self.plan.tokens is not None
+        ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
+        self._uses_step = bool(ours)
+        self._needs_step = any(not op.optional_step for op in ours)
+        self._token_sizes = self.plan.token_sizes
         self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
@@ -100,15 +100,15 @@ class GraphRuntime:
                 return self._warm_up(args, request)
             self._order_streams()
             sizes = self._sizes(args)
-            step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
+            step = self._step()
             binding = self._binding(args, step)
             program = binding.steps.get(sizes)
             counters = self.shared.counters
             if program is None or (self._may_alias and self._overlap(args)):
                 result, program = self._first_of(binding, sizes, args, step)
             else:
-                if self._takes_tokens:
-                    step.check_tokens(self._tokens(sizes))  # type: ignore[union-attr]
+                if step is not None:
+                    self._check_tokens(step, sizes)
                 result = program.run(args)
                 counters.replays += program.replays
             for reason, where in program.fallbacks:
@@ -126,8 +126,21 @@ class GraphRuntime:
         return tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
 
     def _tokens(self, sizes: tuple[int, ...]) -> int:
-        tokens = self.plan.tokens
-        return int(evaluate(tokens, dict(zip(self.plan.symbols, sizes, strict=True)))) if tokens is not None else 0
+        """The tokens that a step's metadata are prepared for."""
+        named = dict(zip(self.plan.symbols, sizes, strict=True))
+        return int(evaluate(self._token_sizes[0][0], named)) if self._token_sizes else 0
+
+    def _step(self) -> StepState | None:
+        if not self._uses_step:
+            return None
+        return require_step("a model with paged attention") if self._needs_step else current_step()
+
+    def _check_tokens(self, step: StepState, sizes: tuple[int, ...]) -> None:
+        """The step's batch must be the call's, wherever it matters."""
+        named = dict(zip(self.plan.symbols, sizes, strict=True))
+        for size, op in self._token_sizes:
+            if not op.optional_step or step.batch.adapters is not None:
+                step.check_tokens(int(evaluate(size, named)))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
         real, padded, name = 1, 1, []
@@ -146,8 +159,8 @@ class GraphRuntime:
     ) -> tuple[Any, Program]:
         """The first step of some sizes, for one set of addresses."""
         named = dict(zip(self.plan.symbols, sizes, strict=True))
-        if self._takes_tokens:
-            step.check_tokens(self._tokens(sizes))
+        if step is not None:
+            self._check_tokens(step, sizes)
         if self._may_alias and self._overlap(args):
             program, result = build_and_run(binding, named, None, args, step, compiled=False)
             self.shared.counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
@@ -287,7 +300,7 @@ class GraphRuntime:
         """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
         self._order_streams()
         sizes = dict(zip(self.plan.symbols, self._sizes(args), strict=True))
-        step = require_step("a model with paged attention or LoRA layers") if self._needs_step else None
+        step = self._step()
         wanted = self._wanted(request, sizes)
         for done, bucket in enumerate(wanted):
             request.report(done, len(wanted), self._name(tuple(bucket[s] for s in self.plan.symbols)))
@@ -349,7 +362,7 @@ class GraphRuntime:
     ) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._no_effects(args))
-            step = current_step() if self._needs_step else None
+            step = self._step()
             if step is not None:
                 tokens = self._tokens(tuple(bucket[s] for s in self.plan.symbols))
                 step = stack.enter_context(scratch_step(tokens, step.cache))

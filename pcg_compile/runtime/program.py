@@ -199,7 +199,7 @@ class _Builder:
 
     def _bind_step_input(self, spec: InputSpec) -> None:
         assert spec.step is not None
-        tensor = spec.step.get(self.step, int(evaluate(self.plan.tokens, self.at)))
+        tensor = spec.step.get(self.step, int(evaluate(spec.step.size, self.at)))
         if not looks_like(tensor, spec.value, self.at):
             # Another cache than the one that the pieces were compiled with: their code may hold its sizes.
             self.compiled = False

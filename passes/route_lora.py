@@ -1,0 +1,95 @@
+"""Opens LoRA layers: the adapters' work joins its piece, routing comes first, once for all layers.
+
+    pcg::lora(y, x, a, b, scalings, ranks, slices, pool)
+
+becomes
+
+    pcg::prepare_lora(rows, pool)                                            once, ahead of everything
+    pcg::lora_apply(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices)   routing comes from the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcg_compile.graph.scalars import expr_of, symbols_of
+from pcg_compile.lora.routing import router_by_id
+
+from .context import PassContext, StepInput
+from .rewriting import Rewriter
+
+__all__ = ["route_lora"]
+
+_TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
+_NAMES = ("y", "x", "a", "b", "scalings", "ranks", "slices", "pool")
+
+
+def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
+    """Rewrites every ``pcg::lora``; a graph without one stays as it is.
+
+    A layer whose tokens lie in two dimensions, the inner one dynamic, stays as it is and runs between pieces: the
+    padding of such tokens lies between them, where a routing of the step's tokens does not reach.
+    """
+    calls = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
+    rewriter = Rewriter(gm, context)
+    opened: dict[tuple[int, str], tuple[Any, fx.Node, str]] = {}
+    for node in calls:
+        given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+        rows = _rows(context.facts[given["y"]].value)
+        if rows is None:
+            context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
+            continue
+        key = (given["pool"], str(expr_of(rows)))
+        rows, _, name = opened.setdefault(key, (rows, node, str(len(opened))))
+        _open(rewriter, node, given, rows, name)
+    for (pool, _), (rows, node, _) in opened.items():
+        rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool)
+    if opened:
+        context.notes.append(f"pcg::prepare_lora ahead of {len(calls)} LoRA layers: {len(opened)} routings a step")
+    return rewriter.done() if calls else gm
+
+
+def _rows(y: torch.Tensor) -> Any:
+    """The number of tokens, where padding can only lie behind them; else None."""
+    leading = [size for size in y.shape[:-1] if expr_of(size) != 1]
+    if any(symbols_of(size) for size in leading[1:]):
+        return None
+    rows: Any = 1
+    for size in leading:
+        rows = rows * size
+    return rows
+
+
+def _open(rewriter: Rewriter, node: fx.Node, given: dict[str, Any], rows: Any, name: str) -> None:
+    device = rewriter.facts[given["y"]].value.device
+    pool = given["pool"]
+    adapters = router_by_id(pool).max_adapters
+
+    def part(which: int) -> Callable[[Any, int], torch.Tensor]:
+        return lambda state, size: router_by_id(pool).routing(size)[which]
+
+    permutation = rewriter.step_input(
+        StepInput(
+            f"lora_permutation_{name}",
+            lambda size: torch.empty(size, dtype=torch.int32, device=device),
+            part(0),
+            rows,
+            scratch=True,
+        )
+    )
+    seg_indptr = rewriter.step_input(
+        StepInput(
+            f"lora_seg_indptr_{name}",
+            lambda size: torch.empty(adapters + 1, dtype=torch.int32, device=device),
+            part(1),
+            rows,
+        )
+    )
+    tensors = [given[key] for key in _NAMES[:6]]
+    with rewriter.graph.inserting_before(node):
+        rewriter.call(node, torch.ops.pcg.lora_apply.default, (*tensors, permutation, seg_indptr, given["slices"]))
+    rewriter.graph.erase_node(node)

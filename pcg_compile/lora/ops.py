@@ -1,0 +1,87 @@
+"""The LoRA ops: what a layer calls, and what the graph pass makes of it.
+
+A layer calls ``pcg::lora``, which finds the routing of the running step. In a compiled graph the pass ``route_lora``
+makes of it ``pcg::lora_apply``, which reads the routing from static memory inside the recorded piece, and one
+``pcg::prepare_lora`` a step that fills that memory for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..step import current_step
+from . import apply as apply  # defines pcg::lora_apply
+from .routing import router_by_id
+
+__all__ = ["bind_prepare_lora", "lora", "row_wise_form"]
+
+_LIBRARY = torch.library.Library("pcg", "FRAGMENT")
+_LIBRARY.define(
+    "lora(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scalings, Tensor ranks, int[] slices, int pool) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_LIBRARY.define("prepare_lora(SymInt rows, int pool) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scalings: torch.Tensor,
+    ranks: torch.Tensor,
+    slices: Sequence[int],
+    pool: int,
+) -> None:
+    """Adds each token's adapter to ``y``, as the batch of the running step says; outside a step all are the base's.
+
+    Args:
+        y: ``[..., out]``. x: ``[..., in]``, the same tokens. The rest: see :func:`pcg_compile.lora.apply.lora_apply`.
+        pool: id of the pool's router.
+
+    Raises:
+        BatchError: an unknown adapter, other tokens than the batch's.
+    """
+    rows = y.numel() // y.shape[-1]
+    state = current_step()
+    if state is not None and state.batch.adapters is not None:
+        state.check_tokens(rows)
+    routing = router_by_id(pool).prepare(state, rows)
+    if routing is not None:
+        # Tokens in two dimensions, at the bucket's strides, are no rows: then a copy is worked on.
+        flat = y.reshape(-1, y.shape[-1])
+        torch.ops.pcg.lora_apply(flat, x.reshape(-1, x.shape[-1]), a, b, scalings, ranks, *routing, slices)
+        if flat.data_ptr() != y.data_ptr():
+            y.copy_(flat.view(y.shape))
+
+
+def bind_prepare_lora(rows: int, pool: int, *, mode: Literal["request", "slice"] = "slice") -> Callable[[], None]:
+    """``pcg::prepare_lora`` for a bucket of ``rows``: prepares whatever step runs when it is called."""
+    router = router_by_id(pool)
+
+    def prepare() -> None:
+        router.prepare(current_step(), rows)
+
+    return prepare
+
+
+def row_wise_form(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> None:
+    """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter."""
+    y.add_((x @ a[0].t())[..., : b.shape[2]] @ b[0].t())
+
+
+def _prepare(rows: int, pool: int) -> None:
+    bind_prepare_lora(rows, pool)()
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+for _name, _function in (("lora", lora), ("prepare_lora", _prepare)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pcg::{_name}", _nothing, lib=_LIBRARY)
+torch.fx.node.has_side_effect(torch.ops.pcg.prepare_lora.default)

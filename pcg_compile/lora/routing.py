@@ -1,0 +1,181 @@
+"""The routing of a step on the device: which tokens belong to which adapter slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from ..errors import BatchError, message
+from ..runtime.staging import StagingRing
+from .route import Routing, route
+
+if TYPE_CHECKING:
+    from ..step import StepState
+
+__all__ = ["Router", "SlotSource", "router_by_id"]
+
+
+class SlotSource(Protocol):
+    """What a router asks for the adapter slots of a batch: an adapter pool."""
+
+    def slots_of(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each request's adapter, -1 for the base model; adapters that are not resident become so."""
+
+    def begin_step(self, slots: Sequence[int]) -> None:
+        """Called when a step begins to use slots, which must not change until :meth:`end_step`."""
+
+    def end_step(self) -> None:
+        """Called when the step is over."""
+
+
+class _Area:
+    """Static memory for one power of two of rows: ``seg_indptr``, and behind it ``permutation``."""
+
+    def __init__(self, capacity: int, max_adapters: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.words = torch.zeros(capacity + max_adapters + 1, dtype=torch.int32, device=device)
+        self.seg_indptr = self.words.narrow(0, 0, max_adapters + 1)
+        self.permutation = self.words.narrow(0, max_adapters + 1, capacity)
+        #: Whose routing it holds: (step, rows); step None: no token has an adapter, whatever the rows.
+        self.owner: tuple[StepState | None, int] = (None, 0)
+
+
+#: Weak registry of routers by id: a graph names a pool's router by number.
+_ROUTERS: WeakValueDictionary[int, Router] = WeakValueDictionary()
+
+
+class Router:
+    """Brings each step's routing to static memory, once a step whatever the number of layers.
+
+    The recordings read nothing else: which adapters a batch mixes, none included, changes no address, no shape and
+    no key. See Note [one function for key and metadata].
+
+    Note [one function for key and metadata]
+    The only key that routing has is the number of rows. What is written for it comes from :meth:`prepare` alone.
+    """
+
+    def __init__(self, source: SlotSource, max_adapters: int, device: torch.device) -> None:
+        self.source, self.max_adapters, self.device = source, max_adapters, device
+        self.id = 1 + max(_ROUTERS.keys(), default=0)
+        self._areas: dict[int, _Area] = {}
+        self._staging = StagingRing(device)
+        _ROUTERS[self.id] = self
+
+    def routing(self, rows: int) -> Routing:
+        """Static ``permutation [rows]`` and ``seg_indptr [max_adapters + 1]`` int32; filled by :meth:`prepare`."""
+        area = self._area(rows)
+        return Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr)
+
+    def prepare(self, state: StepState | None, rows: int) -> Routing | None:
+        """Fills the static memory for ``rows`` tokens, those of the batch first and padding behind them.
+
+        Returns:
+            The routing, or None where every token is the base model's.
+
+        Raises:
+            BatchError: an unknown adapter, too many adapters, fewer rows than the batch has tokens.
+        """
+        area = self._area(rows)
+        slots = None if state is None else state.once(("lora", self.id), lambda: self._slots(state))
+        if slots is None:
+            if area.owner[0] is not None:
+                area.seg_indptr.zero_()
+                area.owner = (None, 0)
+            return None
+        assert state is not None
+        # What is written for more rows begins with what fewer rows need.
+        if area.owner[0] is not state or area.owner[1] < rows:
+            tokens = state.batch.num_tokens
+            if rows < tokens:
+                raise BatchError(
+                    message(
+                        f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
+                        why="Which row belongs to which request is then unknown.",
+                        cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
+                    )
+                )
+            if isinstance(slots, torch.Tensor):
+                self._route_on_device(slots, area, rows)
+            else:
+                self._route_on_host(state, slots, area, rows)
+            area.owner = (state, rows)
+        return self.routing(rows)
+
+    def _slots(self, state: StepState) -> Any:
+        """The slot of each request, or of each token where they came as a tensor; None where all are the base's."""
+        adapters = state.batch.adapters
+        if adapters is None:
+            return None
+        if isinstance(adapters, torch.Tensor):
+            self.source.begin_step(range(self.max_adapters))
+            slots: Any = adapters.to(self.device, non_blocking=True)
+        else:
+            slots = np.asarray(self.source.slots_of(adapters), dtype=np.int64)
+            if not (slots >= 0).any():
+                return None
+            self.source.begin_step(sorted(set(slots[slots >= 0].tolist())))
+        state.on_exit(self.source.end_step)
+        return slots
+
+    def _route_on_host(self, state: StepState, slots: np.ndarray[Any, Any], area: _Area, rows: int) -> None:
+        words = self.max_adapters + 1 + rows
+        buffer = self._staging.take(4 * words)
+        route_requests(state.batch.qo_lens, slots, self.max_adapters, buffer.word_array[:words])
+        area.words.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
+        buffer.sent()
+
+    def _route_on_device(self, slots: torch.Tensor, area: _Area, rows: int) -> None:
+        padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
+        route(padded, self.max_adapters, Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr))
+
+    def _area(self, rows: int) -> _Area:
+        capacity = max(16, 1 << (rows - 1).bit_length())
+        area = self._areas.get(capacity)
+        if area is None:
+            area = self._areas[capacity] = _Area(capacity, self.max_adapters, self.device)
+        return area
+
+
+def route_requests(
+    lengths: Sequence[int], slots: np.ndarray[Any, Any], max_adapters: int, out: np.ndarray[Any, Any]
+) -> None:
+    """What :func:`pcg_compile.lora.route` gives, from requests on the host.
+
+    Args:
+        lengths: tokens by request. slots: the adapter slot by request, -1 for the base model.
+        out: int32 ``[max_adapters + 1 + rows]``: becomes ``seg_indptr``, then ``permutation``; rows beyond the
+            requests' tokens are padding.
+    """
+    counts = np.asarray(lengths, dtype=np.int64)
+    keys = np.where((slots < 0) | (slots >= max_adapters), max_adapters, slots)
+    order = np.argsort(keys, kind="stable")
+    tokens = int(counts.sum())
+    out[0] = 0
+    np.cumsum(
+        np.bincount(keys, weights=counts, minlength=max_adapters + 1)[:max_adapters], out=out[1 : max_adapters + 1]
+    )
+    permutation = out[max_adapters + 1 :]
+    # The tokens of a request are neighbours, so sorting requests sorts tokens: each goes where its request begins.
+    starts = np.cumsum(counts) - counts
+    sorted_counts = counts[order]
+    shift = starts[order] - (np.cumsum(sorted_counts) - sorted_counts)
+    np.add(np.arange(tokens), np.repeat(shift, sorted_counts), out=permutation[:tokens], casting="unsafe")
+    permutation[tokens:] = np.arange(tokens, len(permutation))
+
+
+def router_by_id(router_id: int) -> Router:
+    """The router that a graph names.
+
+    Raises:
+        BatchError: its pool is gone.
+    """
+    router = _ROUTERS.get(router_id)
+    if router is None:
+        raise BatchError(
+            message("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")
+        )
+    return router
