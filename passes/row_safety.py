@@ -31,9 +31,6 @@ _ROW_FORMS: dict[object, Callable[..., None]] = {
     torch.ops.pcg.store_kv.default: store_kv,
     torch.ops.pcg.lora_apply.default: row_wise_form,
 }
-    torch.ops.pcg.store_kv.default: store_kv,
-    torch.ops.pcg.lora_apply.default: row_wise_form,
-}
 _ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
 
 

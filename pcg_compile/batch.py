@@ -104,13 +104,15 @@ class Batch:
             tables = self._tables[page_size] = make_tables(self._qo, self._kv, self._pages, page_size)
         return tables
 
-    def padded(self, bucket: int, page_size: int) -> PaddedBatch:
+    def padded(self, bucket: int, page_size: int, slots: int | None = None) -> PaddedBatch:
         """The batch padded to ``bucket`` tokens by one more request, as int32 CPU tensors.
+
+        With ``slots``, requests of no length behind it make the number of requests ``slots``.
 
         Raises:
             BatchError: ``bucket`` is below the number of tokens, or the page table does not fit.
         """
-        return PaddedBatch(self.tables(page_size), bucket)
+        return PaddedBatch(self.tables(page_size), bucket, slots)
 
     @property
     def has_pages(self) -> bool:

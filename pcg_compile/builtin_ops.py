@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from .attention.ops import bind_attend, bind_prepare_batch
+from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_whole
 from .lora.ops import bind_prepare_lora
 from .ops import SplitOp, add_split_op
 
@@ -32,8 +32,23 @@ _VARLEN = MappingProxyType(
 for _name in ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_out"):
     add_split_op(SplitOp(_name, _VARLEN, needs_none=("seqused_k", "block_table", "num_splits")))
 
-add_split_op(SplitOp("pcg::prepare_batch", bind=bind_prepare_batch, bucket_args=(0,), own_metadata=True))
-add_split_op(SplitOp("pcg::attend", bind=bind_attend, own_metadata=True))
 add_split_op(
-    SplitOp("pcg::prepare_lora", bind=bind_prepare_lora, bucket_args=(0,), own_metadata=True, optional_step=True)
+    SplitOp(
+        "pcg::prepare_batch",
+        bind=bind_prepare_batch,
+        bind_whole=bind_prepare_whole,
+        bucket_args=(0,),
+        own_metadata=True,
+    )
+)
+add_split_op(SplitOp("pcg::attend", bind=bind_attend, own_metadata=True, recordable=True))
+add_split_op(
+    SplitOp(
+        "pcg::prepare_lora",
+        bind=bind_prepare_lora,
+        bind_whole=bind_prepare_lora,
+        bucket_args=(0,),
+        own_metadata=True,
+        optional_step=True,
+    )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -33,6 +33,10 @@ class SplitOp:
         late: True where the sizes of its results follow from the padding, so that nothing static can hold them.
         own_metadata: True where the op takes its metadata from the step, which pads it.
         optional_step: True where no running step means that there is nothing to prepare.
+        bind_whole: like ``bind``, for metadata that come before the recording of a whole step; the callable returns
+            what the recording bakes in, or raises ``DoesNotFit``.
+        recordable: True where a recording of the whole step may hold the op (``attention="captured"``): it reads
+            whatever changes from step to step from its tensor arguments, on the device.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
     """
@@ -48,6 +52,8 @@ class SplitOp:
     late: bool = False
     own_metadata: bool = False
     optional_step: bool = False
+    bind_whole: Callable[..., Callable[[], Any]] | None = None
+    recordable: bool = False
     needs_none: tuple[str, ...] = ()
     compiled: bool = False
 
@@ -75,6 +81,7 @@ def register_split_op(
     page_size: int = 1,
     scratch_page: int | None = None,
     any_strides: bool = False,
+    recordable: bool = False,
 ) -> None:
     """Splits every graph at an op that someone else defined.
 
@@ -88,6 +95,8 @@ def register_split_op(
         scratch_page: a page that is never given to a request; without it an op with pages gets the real
             rows only.
         any_strides: the op takes tensors of any strides.
+        recordable: ``attention="captured"`` may record it with the rest of the step. Only for an op that reads all that
+            changes from step to step from its tensor arguments, on the device; any other would be silently wrong.
 
     Raises:
         OptionsError: ``name`` is not of the form "library::op".
@@ -106,6 +115,7 @@ def register_split_op(
             scratch_page=scratch_page,
             page_size=page_size,
             any_strides=any_strides,
+            recordable=recordable,
         )
     )
 
@@ -170,16 +180,7 @@ def split_op(
         # The library object undoes its registrations when it dies: it lives as long as the function.
         function._pcg_library = fragment  # type: ignore[attr-defined]
         registered = _REGISTRY[name]
-        add_split_op(
-            SplitOp(
-                name,
-                registered.metadata,
-                registered.scratch_page,
-                registered.page_size,
-                registered.any_strides,
-                function=function,
-            )
-        )
+        add_split_op(replace(registered, function=function))
         return function
 
     return define

@@ -21,16 +21,17 @@ class PaddedBatch:
 
     Attributes:
         bucket, tokens, page_size, requests: numbers; ``requests`` counts the padding request.
+        request_slots: the fixed number of requests, those of no length included, or None.
         flat: int32, all arrays below but the slots one after the other.
         qo_indptr, kv_indptr: ``[r + 1]`` int32 tensors. last_page_len, kv_lens: ``[r]``.
         kv_indices: ``[kv_indptr[-1]]``, None for a batch without a page table.
         slot_mapping: ``[bucket]``, None for a batch without a page table.
     """
 
-    def __init__(self, tables: Tables, bucket: int) -> None:
+    def __init__(self, tables: Tables, bucket: int, slots: int | None = None) -> None:
         """
         Raises:
-            BatchError: ``bucket`` is smaller than the number of tokens.
+            BatchError: ``bucket`` is smaller than the number of tokens, or ``slots`` than the number of requests.
         """
         tokens, page_size, real = len(tables.positions), tables.page_size, len(tables.qo)
         pad = bucket - tokens
@@ -39,6 +40,11 @@ class PaddedBatch:
                 message(f"the batch has {tokens} tokens, the bucket {bucket}", why="A bucket is at least the tokens.")
             )
         requests = real + (pad > 0)
+        if slots is not None:
+            if slots < requests:
+                raise BatchError(f"the batch has {requests} requests, its padding included, and {slots} slots")
+            requests = slots
+        self.request_slots = slots
         pad_pages = -(-pad // page_size)
         indices = 0 if tables.kv_indices is None else len(tables.kv_indices) + pad_pages
         self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
@@ -55,9 +61,10 @@ class PaddedBatch:
         tables.counts.cumsum(out=kv[1 : real + 1])
         lens[:real] = tables.kv
         last[:real] = tables.kv - (tables.counts - 1) * page_size
+        # Unused slots behind the last request have no tokens and no pages.
+        qo[real + 1 :] = bucket
+        kv[real + 1 :] = kv[real] + pad_pages
         if pad:
-            qo[requests] = bucket
-            kv[requests] = kv[real] + pad_pages
             lens[real] = pad
             last[real] = (pad - 1) % page_size + 1
         if tables.kv_indices is not None:

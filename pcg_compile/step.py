@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from .attention.cache import PagedKVCache, Prepared
     from .batch import Batch
 
-__all__ = ["RUNNING", "StepState", "current_step", "require_step"]
+__all__ = ["RUNNING", "DoesNotFit", "StepState", "current_step", "require_step"]
 
 T = TypeVar("T")
+
+#: Request slots of whole-step recordings, chosen like buckets; the last rung is as many as a bucket can need.
+_REQUEST_RUNGS = (8, 64)
+
+
+class DoesNotFit(Exception):
+    """Why a batch cannot use the recording of a whole step; it then runs piece by piece."""
 
 
 class StepState:
@@ -38,6 +45,8 @@ class StepState:
         self.batch, self.cache, self.outer, self.scratch = batch, cache, outer, scratch
         self.key: Hashable = cache.key if cache is not None else None
         self.prepared: Prepared | None = None
+        #: Request slots that warm-up asks for, whatever the batch needs.
+        self.rung: int | None = None
         self._memo: dict[Hashable, Any] = {}
         self._exits: list[Callable[[], None]] = []
         self._user: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -107,6 +116,34 @@ class StepState:
             self._planned(prepared, shape)
         return prepared
 
+    def prepare_whole(self, bucket: int, shapes: Sequence[str]) -> Hashable:
+        """Like :meth:`prepare` with a fixed number of request slots, for the recording of a whole step.
+
+        Returns:
+            What a recording bakes in: request slots and attention's workspaces.
+
+        Raises:
+            DoesNotFit: no recording can serve the batch.
+        """
+        needed = self.batch.num_requests + (bucket > self.batch.num_tokens)
+        slots = self.rung or next((rung for rung in self.request_rungs(bucket) if rung >= needed), None)
+        cache = self.require_cache()
+        if slots is None:
+            raise DoesNotFit(f"{needed} requests, and the cache has max_requests={cache.max_requests}")
+        impls = [cache.impl(shape) for shape in shapes]
+        for shape, impl in zip(shapes, impls, strict=True):
+            if not impl.recordable:
+                raise DoesNotFit(f"attention {shape} runs in an implementation that cannot be recorded")
+        prepared = self._written(bucket, bucket, slots)
+        if not prepared.static:
+            raise DoesNotFit("the page tables are longer than the cache has pages")
+        return (slots, *(i.recording_key(self._planned(prepared, s)) for s, i in zip(shapes, impls, strict=True)))
+
+    def request_rungs(self, bucket: int) -> list[int]:
+        """Numbers of request slots, the padding request's included, that a bucket is recorded with."""
+        most = min(bucket, self.require_cache().max_requests + 1)
+        return [*(rung for rung in _REQUEST_RUNGS if rung < most), most]
+
     def plan(self, shape: str, rows: int) -> Any:
         """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it."""
         prepared = self.prepared
@@ -114,12 +151,13 @@ class StepState:
             prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
         return self._planned(prepared, shape)
 
-    def _written(self, bucket: int, rows: int) -> Prepared:
+    def _written(self, bucket: int, rows: int, slots: int | None = None) -> Prepared:
         cache, prepared = self.require_cache(), self.prepared
-        if prepared is None or prepared is not cache.current or prepared.bucket != bucket or prepared.rows != rows:
+        wanted = (bucket, rows, slots)
+        if prepared is None or prepared is not cache.current or prepared.made_for != wanted:
             if bucket < rows:
                 raise BatchError(f"the batch has {rows} tokens, the bucket {bucket}")
-            prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size), bucket)
+            prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size, slots), bucket)
         return prepared
 
     def _planned(self, prepared: Prepared, shape: str) -> Any:

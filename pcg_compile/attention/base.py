@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -78,14 +78,18 @@ class AttentionImpl(ABC):
     until the cache is prepared for another batch.
     """
 
-    #: Whether a recording may hold it: everything that changes from step to step is read from static memory.
-    recordable: ClassVar[bool] = False
-
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         self.shape = shape
         self.device = cache.device
         self.page_size = cache.page_size
         self.staging = cache.staging
+        #: Whether a recording of the whole step may hold it: a plan made for fixed request slots then lies in static
+        #: memory, and a recording serves every batch whose plan has the same :meth:`recording_key`.
+        self.recordable = False
+
+    def recording_key(self, plan: Any) -> Hashable:
+        """What a recording of :meth:`bind`'s callable bakes in of a plan."""
+        return None
 
     @abstractmethod
     def plan(self, prepared: Prepared) -> Any:

@@ -23,17 +23,21 @@ class Prepared:
     """The metadata of one batch, padded, on the host and on the device. Valid while ``cache.current`` is this object.
 
     Attributes:
+        made_for: bucket, rows and request slots. static: whether all of it lies at addresses that stay.
         bucket: tokens that ``slots`` covers. padded: the host side; ``padded.bucket`` rows of q are attended.
         slots: ``[bucket]`` int64, static.
         qo_indptr, kv_indptr, last_page_len, kv_lens, kv_indices: int32 on the cache's device.
         plans: what each attention shape planned.
     """
 
-    __slots__ = ("_device", "bucket", "padded", "plans", "rows", "slots")
+    __slots__ = ("_device", "bucket", "made_for", "padded", "plans", "rows", "slots", "static")
 
-    def __init__(self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, device: torch.Tensor) -> None:
+    def __init__(
+        self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, device: torch.Tensor, static: bool
+    ) -> None:
         self.padded, self.bucket, self.slots, self._device = padded, bucket, slots, device
-        self.rows = padded.bucket
+        self.rows, self.static = padded.bucket, static
+        self.made_for = (bucket, padded.bucket, padded.request_slots)
         self.plans: dict[str, Any] = {}
 
     def array(self, index: int) -> torch.Tensor:
@@ -215,7 +219,8 @@ class PagedKVCache:
         slots[: padded.tokens] = padded.slots
         slots[padded.tokens :] = 0
         host[slot_words:words] = flat
-        if words <= area.numel():
+        static = words <= area.numel()
+        if static:
             area.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
             device = area.narrow(0, slot_words, len(flat))
         else:
@@ -223,7 +228,7 @@ class PagedKVCache:
             device = self._overflow_of(len(flat))
             device.copy_(buffer.words.narrow(0, slot_words, len(flat)), non_blocking=True)
         buffer.sent()
-        prepared = Prepared(padded, bucket, self.slot_mapping(bucket), device)
+        prepared = Prepared(padded, bucket, self.slot_mapping(bucket), device, static)
         self.current = prepared
         return prepared
 

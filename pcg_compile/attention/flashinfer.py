@@ -9,7 +9,7 @@ FA2, not FA3: it splits long KV sequences over thread blocks, which decode reque
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,6 +76,7 @@ class FlashInferAttention(AttentionImpl):
 
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         super().__init__(shape, cache)
+        self.recordable = True
         prefill, reason = _installed()
         if prefill is None:
             raise RuntimeError(reason)
@@ -114,7 +115,8 @@ class FlashInferAttention(AttentionImpl):
                 info = self._module.plan(
                     floats, self._ints, pinned.host, padded.qo_indptr, padded.kv_indptr, padded.kv_lens,
                     padded.bucket, padded.requests, self.shape.num_heads, self.shape.num_kv_heads, self.page_size,
-                    False, self.shape.head_dim, self.shape.head_dim, True, self._window_left, -1, False, 0,
+                    padded.request_slots is not None, self.shape.head_dim, self.shape.head_dim, True,
+                    self._window_left, -1, False, 0,
                 )  # fmt: skip
             except Exception as error:
                 if not self._grow(str(error)):
@@ -124,6 +126,11 @@ class FlashInferAttention(AttentionImpl):
                 pinned.sent()
             arrays = tuple(prepared.array(i) for i in (0, 1, 4, 2))
             return _Plan((floats, self._ints, info), arrays)
+
+    def recording_key(self, plan: _Plan) -> Hashable:
+        """The workspaces, and the kernel's grid and offsets: with fixed request slots equal for all batches."""
+        floats, ints, info = plan.head
+        return floats.data_ptr(), ints.data_ptr(), tuple(info)
 
     def _grow(self, error: str) -> bool:
         """Doubles the workspace that a plan overflowed; False where that was not what went wrong."""

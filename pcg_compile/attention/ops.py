@@ -8,7 +8,7 @@ all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from ..batch import require_step
 from ..errors import BatchError, message
 from .base import AttentionShape
 
-__all__ = ["bind_attend", "bind_prepare_batch", "join_shapes", "paged_attention"]
+__all__ = ["bind_attend", "bind_prepare_batch", "bind_prepare_whole", "join_shapes", "paged_attention"]
 
 _WHAT = "paged attention"
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
@@ -76,6 +76,12 @@ def bind_prepare_batch(tokens: int, shapes: str, *, mode: Literal["request", "sl
         require_step(_WHAT).prepare(tokens, mode, names)
 
     return prepare
+
+
+def bind_prepare_whole(tokens: int, shapes: str) -> Callable[[], Hashable]:
+    """``pcg::prepare_batch`` for the recording of a whole step of ``tokens``; see :meth:`StepState.prepare_whole`."""
+    names = tuple(shapes.split(";")) if shapes else ()
+    return lambda: require_step(_WHAT).prepare_whole(tokens, names)
 
 
 def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> Callable[[], None]:

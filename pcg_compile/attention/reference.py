@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from ..metadata import Ints
-from .base import AttentionImpl
+from .base import AttentionImpl, AttentionShape
 
 if TYPE_CHECKING:
-    from .cache import Prepared
+    from .cache import PagedKVCache, Prepared
 
 __all__ = ["ReferenceAttention"]
 
@@ -49,12 +49,20 @@ class _Group:
 class ReferenceAttention(AttentionImpl):
     """Correct everywhere, fast nowhere: keys and values are gathered in every layer."""
 
+    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+        super().__init__(shape, cache)
+        # A replay on the CPU runs it again, with the plan of its step.
+        self.recordable = self.device.type == "cpu"
+
     def plan(self, prepared: Prepared) -> list[_Group]:
         padded = prepared.padded
         qo = padded.array(0).astype(np.int64)
         kv_lens = padded.array(3).astype(np.int64)
         pages, first_page = padded.array(4), padded.array(1)[:-1].astype(np.int64)
         lengths = np.diff(qo)
+        # Request slots that are not used have no tokens; what is last of the others is the padding, where there is any.
+        lengths = lengths[: int(np.flatnonzero(lengths)[-1]) + 1]
+        kv_lens = kv_lens[: len(lengths)]
         order = np.arange(len(lengths))
         is_padding = order == (len(lengths) - 1 if padded.bucket > padded.tokens else -1)
         keys = np.stack([is_padding, _power(lengths), _power(kv_lens)])

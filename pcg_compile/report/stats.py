@@ -35,6 +35,8 @@ class BucketStats:
     padded_tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    #: Under attention="auto", what warm-up chose for the bucket and both times; else "".
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,12 @@ class Stats:
             for size, use in part.buckets.items():
                 have = buckets.get(size, BucketStats())
                 buckets[size] = BucketStats(
-                    *(getattr(have, f.name) + getattr(use, f.name) for f in fields(BucketStats))
+                    have.hits + use.hits,
+                    have.tokens + use.tokens,
+                    have.padded_tokens + use.padded_tokens,
+                    have.seconds + use.seconds,
+                    have.bytes + use.bytes,
+                    have.attention or use.attention,
                 )
             for fallback in part.fallbacks:
                 key = (fallback.reason, fallback.where)
@@ -114,6 +121,7 @@ class _Use:
     padded_tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    attention: str = ""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ..report.stats import Counters
 from .buckets import BucketChooser
 from .buffers import FlatBuffers
 from .capture import Engine, Recording
+from .whole import WholeStep
 
 __all__ = ["Binding", "Shared", "wants_static"]
 
@@ -53,6 +54,8 @@ class Binding:
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
+    #: Whole steps as one recording, by bucket.
+    wholes: dict[tuple[int, ...], WholeStep] = field(default_factory=dict)
 
     def place(
         self, node: Hashable, slot: Hashable, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
@@ -75,9 +78,11 @@ class Binding:
         if bucket is None:
             self.recordings.clear()
             self.steps.clear()
+            self.wholes.clear()
             self.placed.clear()
             self.buffers = FlatBuffers(self.shared.device)
             return
+        self.wholes.pop(bucket, None)
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
         for sizes in stale:
             del self.steps[sizes]

@@ -20,8 +20,12 @@ from .binding import Binding, Shared
 from .buffers import FlatBuffers
 from .program import Program, build_and_run
 from .views import real_rows
+from .whole import WholeStep
 
 __all__ = ["GraphRuntime", "WarmUp", "warming_up"]
+
+#: Tokens from which on one recording of a whole step gains nothing, and attention's workspace takes 100 MB and more.
+_LARGEST_AUTO_WHOLE = 1024
 
 #: Sets of addresses that one graph keeps recordings for, before it stops binding users' tensors by address.
 _BOUND_CHANGES = 8
@@ -110,7 +114,6 @@ class GraphRuntime:
                 if step is not None:
                     self._check_tokens(step, sizes)
                 result = program.run(args)
-                counters.replays += program.replays
             for reason, where in program.fallbacks:
                 counters.fall_back(reason, where)
             if self.ends_step:
@@ -167,7 +170,6 @@ class GraphRuntime:
             return result, program
         bucket, reason = self._choose(binding, named)
         program, result = build_and_run(binding, named, bucket, args, step)
-        self.shared.counters.replays += program.replays
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
@@ -284,7 +286,10 @@ class GraphRuntime:
 
     def nbytes(self) -> int:
         """Bytes that recordings and their static memory hold."""
-        return sum(sum(r.nbytes for r in b.recordings.values()) + b.buffers.nbytes() for b in self.bindings)
+        return sum(
+            sum(r.nbytes for r in b.recordings.values()) + sum(w.nbytes for w in b.wholes.values()) + b.buffers.nbytes()
+            for b in self.bindings
+        )
 
     def reset(self) -> None:
         """Drops all recordings and zeroes the figures."""
@@ -369,7 +374,19 @@ class GraphRuntime:
             binding = self._binding(args, step)
             program, _ = build_and_run(binding, real, bucket, args, step)
             if program.complete:
+                if program.whole is not None and self._may_record_whole(program.whole, step):
+                    program.start(args)
+                    program.whole.warm_up(program.run_pieces)
                 self._respect_budget(binding, program)
+
+    def _may_record_whole(self, whole: WholeStep, step: StepState | None) -> bool:
+        """Whether warm-up tries one recording for a whole step: on a CPU, where a replay runs the same calls, if told.
+
+        Attention's workspace grows with tokens and request slots, so that "auto" leaves large buckets alone.
+        """
+        if whole.wanted is None and self.shared.device.type != "cuda":
+            return False
+        return whole.wanted is not None or step is None or whole.at_tokens() <= _LARGEST_AUTO_WHOLE
 
     @contextlib.contextmanager
     def _no_effects(self, args: Sequence[Any]) -> Iterator[None]:

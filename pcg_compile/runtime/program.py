@@ -20,12 +20,14 @@ from ..graph.contexts import Autocast
 from ..graph.facts import storage_of
 from ..graph.plan import CallSite, InputSpec, PieceSite, Site
 from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
+from ..report.stats import Counters
 from ..torch_internals import foreach_copy, unowned_alias
 from .binding import Binding, wants_static
 from .buffers import extent
 from .capture import StaticReplay
 from .probe import Argument, probe
 from .views import copier, looks_like, real_rows, tails
+from .whole import WholeStep, why_not_whole
 
 __all__ = ["Program", "build_and_run"]
 
@@ -64,7 +66,12 @@ class Program:
     """
 
     bucket: tuple[int, ...] | None
+    counters: Counters
     ops: list[Op] = field(default_factory=list)
+    #: What is done to the copied inputs before anything reads them.
+    prologue: list[Op] = field(default_factory=list)
+    #: The same step as one recording, or None.
+    whole: WholeStep | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     late_inputs: list[tuple[int, int]] = field(default_factory=list)
@@ -86,12 +93,24 @@ class Program:
         for slot, position in self.late_inputs:
             self.frame[slot] = args[position]
 
+    def start(self, args: Sequence[Any]) -> None:
+        """Puts the arguments in place, as the pieces expect them."""
+        self.load(args)
+        for op in self.prologue:
+            op()
+
+    def run_pieces(self) -> None:
+        """Replays and calls, in order."""
+        for op in self.ops:
+            op()
+        self.counters.replays += self.replays
+
     def run(self, args: Sequence[Any]) -> Any:
         """One step."""
-        self.load(args)
+        self.start(args)
         try:
-            for op in self.ops:
-                op()
+            if self.whole is None or not self.whole.wanted or not self.whole.run():
+                self.run_pieces()
             return self.emit(args)
         finally:
             if self.frame:
@@ -143,29 +162,72 @@ class _Builder:
         self.binding, self.shared, self.plan = binding, binding.shared, binding.shared.plan
         self.sizes, self.bucket, self.args, self.step, self.compiled = sizes, bucket, args, step, compiled
         self.at = bucket if bucket is not None else sizes
-        self.program = Program(None if bucket is None else tuple(bucket[s] for s in self.plan.symbols))
+        self.program = Program(
+            None if bucket is None else tuple(bucket[s] for s in self.plan.symbols), self.shared.counters
+        )
         self.program.sizes.update(sizes)
         self.static: dict[fx.Node, torch.Tensor] = {}
         self.slots: dict[fx.Node, int] = {}
         self.new: list[tuple[int, tuple[int, ...]]] = []
         self.keep: dict[int, list[Any]] = {}
         self.copied: list[InputSpec] = []
-        #: What is done to the copied inputs before anything reads them.
-        self.prologue: list[Op] = []
 
     # -- building ---------------------------------------------------------------------------------------------
 
     def build(self) -> Any:
         self._bind_inputs()
-        self.program.load(self.args)
-        for op in self.prologue:
-            self._add(op)
+        self.program.start(self.args)
         with self.shared.engine.session():
             for site in self.plan.sites:
                 self._run_site(site)
                 self.keep.pop(site.index, None)
         self.program.emit = self._emitter()
+        self.program.counters.replays += self.program.replays
+        if self.bucket is not None and self.shared.options.attention != "eager" and self.program.complete:
+            self._find_whole()
         return self.program.emit(self.args)
+
+    def _find_whole(self) -> None:
+        """The whole step as one recording, shared by all programs of the bucket."""
+        assert self.program.bucket is not None
+        captured = self.shared.options.attention == "captured"
+        reason = why_not_whole(self.plan.sites, self._is_recorded)
+        if not self.compiled:
+            reason = "pieces run eagerly"
+        if reason is not None:
+            if reason and captured:
+                self.program.fallbacks.append((f"attention between pieces: {reason}", ""))
+            return
+        wholes = self.binding.wholes
+        if self.program.bucket not in wholes:
+            leaves, _ = tree_flatten(self.plan.outputs, is_leaf=lambda x: isinstance(x, fx.Node))
+            made = [n for n in leaves if isinstance(n, fx.Node) and n in self.static and n.op != "placeholder"]
+            wholes[self.program.bucket] = WholeStep(
+                self.shared,
+                dict(self.at),
+                self._bucket_name(),
+                {s.node: self.static[s.node] for s in self.plan.inputs if s.node in self.static},
+                {node: self.static[node] for node in made},
+                {s.index: self._whole_piece(s) for s in self.plan.sites if isinstance(s, PieceSite)},
+                self._whole_call,
+                True if captured else None,
+            )
+        self.program.whole = wholes[self.program.bucket]
+
+    def _is_recorded(self, site: PieceSite) -> bool:
+        if any(node not in self.static for node in (*site.reads, *site.outputs)):
+            return False
+        assert self.bucket is not None
+        key = (site.index, tuple(self.bucket[s] for s in site.piece.symbols))
+        return key in self.binding.recordings
+
+    def _whole_piece(self, site: PieceSite) -> Callable[..., Sequence[torch.Tensor]]:
+        function, conform = site.compiled.function, self._conformer(site.piece)
+        return lambda *args: conform(function(*args))
+
+    def _whole_call(self, site: CallSite) -> Callable[..., Any]:
+        function = _function_of(site)
+        return _in_autocast(function, site.autocast) if site.autocast else function
 
     def drop_new_recordings(self) -> None:
         for key in self.new:
@@ -217,15 +279,15 @@ class _Builder:
         self.copied.append(spec)
         pad_value = 0 if spec.node in self.plan.row_indices else spec.pad_value
         if pad_value is not None:
-            self.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, self.sizes))
+            self.program.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, self.sizes))
         if spec.node in self.plan.row_indices:
             self._count_from_the_real_size(self.program.targets[-1], self.sizes[self.plan.row_indices[spec.node]])
 
     def _count_from_the_real_size(self, indices: torch.Tensor, size: int) -> None:
         with torch.inference_mode(False):
             negative = torch.empty(indices.shape, dtype=torch.bool, device=indices.device)
-        self.prologue.append(partial(torch.lt, indices, 0, out=negative))
-        self.prologue.append(partial(indices.add_, negative, alpha=size))
+        self.program.prologue.append(partial(torch.lt, indices, 0, out=negative))
+        self.program.prologue.append(partial(indices.add_, negative, alpha=size))
 
     def _run_site(self, site: Site) -> None:
         if isinstance(site, CallSite):
@@ -737,12 +799,12 @@ def _attribute(owner: Any, name: str) -> Any:
     return owner
 
 
-def _in_autocast(call: Op, regions: Autocast) -> Op:
-    def run() -> Any:
+def _in_autocast(call: Callable[..., Any], regions: Autocast) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled, cache in regions:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            return call()
+            return call(*args, **kwargs)
 
     return run
 

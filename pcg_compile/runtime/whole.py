@@ -1,0 +1,245 @@
+"""One recording of a whole step, for attention that declares itself recordable (``attention="captured"``).
+
+Everything that changes from step to step then lies in static memory: the step's metadata are written there, and
+attention's plan, before the one replay. A batch that does not fit runs piece by piece.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..errors import PCGError
+from ..graph.plan import CallSite, PieceSite
+from ..graph.scalars import evaluate
+from ..step import DoesNotFit, current_step
+
+if TYPE_CHECKING:
+    from .binding import Shared
+    from .capture import Recording
+
+__all__ = ["WholeStep", "why_not_whole"]
+
+#: A batch that has no recording yet is recorded when it is met; a batch that keeps failing is not tried for ever.
+_MOST_FAILURES = 2
+#: Kept for one bucket: a rung of request slots each, and what a grown workspace leaves behind.
+_MOST_RECORDINGS = 8
+_TIMED_RUNS = 10
+
+
+def why_not_whole(sites: Sequence[Any], recorded: Callable[[PieceSite], bool]) -> str | None:
+    """Why a step cannot be one recording; None where it can, "" where it is one piece anyway."""
+    calls = [site for site in sites if isinstance(site, CallSite) and site.op.bind_whole is None]
+    if not calls:
+        return ""
+    for site in calls:
+        if not site.op.recordable:
+            return f"{site.op.name} does not declare itself recordable"
+        if site.mode != "request":
+            return f"{site.op.name} gets other rows at each step (padding by slices)"
+    for site in sites:
+        if isinstance(site, PieceSite) and not recorded(site):
+            return f"a piece cannot be recorded (at {site.where})"
+    return None
+
+
+@dataclass
+class WholeStep:
+    """The recordings of one bucket's whole step, by what they bake in (request slots, attention's workspaces).
+
+    Attributes:
+        shared: of the graph. at: the bucket's sizes. inputs, outputs: static memory by node.
+        functions: what runs each piece, by site, its results looking as the next piece expects.
+        wanted: whether steps use it; None until ``warmup`` has measured ("auto").
+    """
+
+    shared: Shared
+    at: Mapping[sympy.Symbol, int]
+    name: Hashable
+    inputs: Mapping[fx.Node, torch.Tensor]
+    outputs: Mapping[fx.Node, torch.Tensor]
+    functions: Mapping[int, Callable[..., Sequence[torch.Tensor]]]
+    call_of: Callable[[CallSite], Callable[..., Any]]
+    wanted: bool | None
+    seconds: tuple[float, float] | None = None
+    recordings: dict[Hashable, Recording] = field(default_factory=dict)
+    _failures: int = 0
+
+    def __post_init__(self) -> None:
+        plan = self.shared.plan
+        self._prepare: list[Callable[[], Hashable]] = []
+        for site in plan.sites:
+            if isinstance(site, CallSite) and site.op.bind_whole is not None:
+                size, *rest = site.node.args
+                self._prepare.append(site.op.bind_whole(self._number(size), *rest))
+        self._ends: dict[int, list[fx.Node]] = {}
+        for node, until in plan.last_use.items():
+            self._ends.setdefault(until, []).append(node)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the recordings hold."""
+        return sum(recording.nbytes for recording in self.recordings.values())
+
+    def run(self) -> bool:
+        """One step; False where the batch must run piece by piece."""
+        try:
+            key = tuple([prepare() for prepare in self._prepare])
+        except DoesNotFit as reason:
+            self.shared.counters.fall_back(f"attention between pieces: {reason}")
+            return False
+        recording = self.recordings.get(key)
+        if recording is None:
+            return self._record(key)
+        recording.replay()
+        self.shared.counters.replays += 1
+        return True
+
+    def _record(self, key: Hashable) -> bool:
+        """Records the step, which runs it."""
+        counters, engine = self.shared.counters, self.shared.engine
+        if self._failures >= _MOST_FAILURES:
+            counters.fall_back("attention between pieces: the whole step could not be recorded, twice")
+            return False
+        written = [t for node, t in self.inputs.items() if node in self.shared.plan.mutated]
+        before = [t.clone() for t in written]
+
+        def restore() -> None:
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
+
+        def warm_up() -> None:
+            devices = [self.shared.device] if self.shared.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                self._run_all()
+            restore()
+
+        started = time.perf_counter()
+        try:
+            with engine.session(), torch.inference_mode(False), torch.no_grad():
+                recording = engine.record(self._run_all, lambda i, t: t, warm_up, "whole step")
+        except PCGError:
+            raise
+        except Exception as error:
+            restore()
+            self._failures += 1
+            first = str(error).splitlines()[0] if str(error) else ""
+            counters.fall_back(f"recording the whole step failed: {type(error).__name__}: {first}")
+            return False
+        if len(self.recordings) >= _MOST_RECORDINGS:
+            del self.recordings[next(iter(self.recordings))]
+        self.recordings[key] = recording
+        counters.captured += 1
+        counters.replays += 1
+        use = counters.bucket(self.name)
+        use.seconds += time.perf_counter() - started
+        use.bytes += recording.nbytes
+        return True
+
+    def _run_all(self) -> Sequence[torch.Tensor]:
+        """All pieces and attention at the bucket's size; a value is let go of after its last reader."""
+        plan, env = self.shared.plan, dict(self.inputs)
+        for site in plan.sites:
+            if isinstance(site, PieceSite):
+                numbers = [self.at[s] for s in site.piece.symbols]
+                results = self.functions[site.index](*numbers, *(env[node] for node in site.piece.inputs))
+                env.update(zip(site.outputs, results, strict=True))
+            elif site.op.bind_whole is None:
+                self._call(site, env)
+            for node in self._ends.get(site.index, ()):
+                env.pop(node, None)
+        for node, target in self.outputs.items():
+            if env[node].data_ptr() != target.data_ptr():
+                target.copy_(env[node])
+        return ()
+
+    def _call(self, site: CallSite, env: dict[fx.Node, torch.Tensor]) -> None:
+        def resolve(node: fx.Node) -> Any:
+            if node in env:
+                return env[node]
+            return self._number(node)
+
+        args = fx.node.map_arg(site.node.args, resolve)
+        kwargs = fx.node.map_arg(site.node.kwargs, resolve)
+        if site.op.bind is not None:
+            site.op.bind(*args, **kwargs)()
+            return
+        result = self.call_of(site)(*args, **kwargs)
+        for node in site.outputs:
+            path, value = node, result
+            steps: list[Any] = []
+            while path is not site.node:
+                steps.insert(0, path.args[1])
+                path = path.args[0]  # type: ignore[assignment]
+            for step in steps:
+                value = value[step]
+            env[node] = value
+
+    def _number(self, argument: Any) -> Any:
+        return evaluate(self.shared.plan.value(argument), self.at) if isinstance(argument, fx.Node) else argument
+
+    # -- warm-up ----------------------------------------------------------------------------------------------
+
+    def warm_up(self, between_pieces: Callable[[], Any]) -> None:
+        """Records every rung of request slots, and under "auto" measures first whether that pays.
+
+        ``between_pieces`` runs the same step piece by piece.
+        """
+        step, replays = current_step(), self.shared.counters.replays
+        rungs = step.request_rungs(self.at_tokens()) if step is not None and step.cache is not None else [None]
+        if self.wanted is None:
+            _set_rung(step, rungs[min(1, len(rungs) - 1)])
+            if not self.run():
+                self.wanted = False
+                return
+            self.seconds = (
+                _timed(step, between_pieces, self.shared.device),
+                _timed(step, self.run, self.shared.device),
+            )
+            self.wanted = self.seconds[1] < self.seconds[0]
+            chosen = "captured" if self.wanted else "between pieces"
+            between, captured = (f"{1e3 * s:.2f} ms" for s in self.seconds)
+            self.shared.counters.bucket(
+                self.name
+            ).attention = f"{chosen} (captured {captured}, between pieces {between})"
+            if not self.wanted:
+                self.recordings.clear()
+                rungs = []
+        for rung in rungs:
+            _set_rung(step, rung)
+            self.run()
+        _set_rung(step, None)
+        self.shared.counters.replays = replays
+
+    def at_tokens(self) -> int:
+        """The tokens of the bucket."""
+        sizes = self.shared.plan.token_sizes
+        return int(evaluate(sizes[0][0], self.at)) if sizes else 0
+
+
+def _set_rung(step: Any, rung: int | None) -> None:
+    if step is not None:
+        step.rung = rung
+        step.prepared = None
+
+
+def _timed(step: Any, run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a step, its metadata included: the least of several runs."""
+    best = float("inf")
+    for _ in range(_TIMED_RUNS):
+        if step is not None:
+            step.prepared = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
