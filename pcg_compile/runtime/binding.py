@@ -54,6 +54,8 @@ class Binding:
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
+    #: What programs of one bucket share, by bucket.
+    bodies: dict[tuple[int, ...], Any] = field(default_factory=dict)
     #: Whole steps as one recording, by bucket.
     wholes: dict[tuple[int, ...], WholeStep] = field(default_factory=dict)
 
@@ -79,10 +81,12 @@ class Binding:
             self.recordings.clear()
             self.steps.clear()
             self.wholes.clear()
+            self.bodies.clear()
             self.placed.clear()
             self.buffers = FlatBuffers(self.shared.device)
             return
         self.wholes.pop(bucket, None)
+        self.bodies.pop(bucket, None)
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
         for sizes in stale:
             del self.steps[sizes]

@@ -117,6 +117,17 @@ class Program:
                 self.frame[:] = [None] * len(self.frame)
 
 
+@dataclass(frozen=True)
+class Body:
+    """What the programs of a bucket have in common, where everything runs at the bucket's size."""
+
+    static: dict[fx.Node, torch.Tensor]
+    ops: list[Op]
+    replays: int
+    recording_keys: list[tuple[int, tuple[int, ...]]]
+    whole: WholeStep | None
+
+
 def build_and_run(
     binding: Binding,
     sizes: Mapping[sympy.Symbol, int],
@@ -175,7 +186,12 @@ class _Builder:
     # -- building ---------------------------------------------------------------------------------------------
 
     def build(self) -> Any:
+        body = self.binding.bodies.get(self.program.bucket) if self.compiled and self.program.bucket else None
+        if body is not None:
+            self.static.update(body.static)
         self._bind_inputs()
+        if body is not None:
+            return self._build_on(body)
         self.program.start(self.args)
         with self.shared.engine.session():
             for site in self.plan.sites:
@@ -185,7 +201,30 @@ class _Builder:
         self.program.counters.replays += self.program.replays
         if self.bucket is not None and self.shared.options.attention != "eager" and self.program.complete:
             self._find_whole()
+        if self.bucket is not None and self._is_the_buckets():
+            program = self.program
+            self.binding.bodies[program.bucket] = Body(  # type: ignore[index]
+                dict(self.static), program.ops, program.replays, program.recording_keys, program.whole
+            )
         return self.program.emit(self.args)
+
+    def _build_on(self, body: Body) -> Any:
+        """A program for other real sizes in a bucket that has one: only inputs and outputs differ."""
+        program = self.program
+        program.ops, program.replays, program.whole = body.ops, body.replays, body.whole
+        program.recording_keys = body.recording_keys
+        program.emit = self._emitter()
+        return program.run(self.args)
+
+    def _is_the_buckets(self) -> bool:
+        """Whether nothing between inputs and outputs depends on the real sizes."""
+        return (
+            self.compiled
+            and self.program.complete
+            and not self.program.frame
+            and not self.program.fallbacks
+            and all(site.mode == "request" for site in self.plan.sites if isinstance(site, CallSite))
+        )
 
     def _find_whole(self) -> None:
         """The whole step as one recording, shared by all programs of the bucket."""
@@ -247,8 +286,8 @@ class _Builder:
     def _bind_inputs(self) -> None:
         for spec in self.plan.inputs:
             if spec.kind == "step":
-                assert spec.step is not None
-                self._bind_step_input(spec)
+                if spec.node not in self.static:
+                    self._bind_step_input(spec)
             elif not isinstance(spec.value, torch.Tensor):
                 continue
             elif self.bucket is None or (spec.kind == "user" and not wants_static(self.plan, spec.node)):
