@@ -17,8 +17,8 @@ pytestmark = [
 BUCKETS = [2, 4, 8, 16, 32, 64, 128]
 
 
-@pytest.fixture(scope="module")
-def setup():
+@pytest.fixture(scope="module", params=["eager", "captured"])
+def setup(request):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from pcg_compile.integrations.transformers import cache_for
@@ -35,7 +35,7 @@ def setup():
         vocab_size=1000,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=torch.bfloat16).cuda().eval()
-    compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS})
+    compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS, "attention": request.param})
     return model, compiled, [cache_for(model, num_pages=512) for _ in range(2)]
 
 
@@ -84,6 +84,8 @@ def test_every_bucket_at_its_edges(setup):
     print(f"worst difference over scale: {worst:.4f}")
     stats = pcg.stats(compiled)
     assert all(stats.buckets[b].hits > 0 for b in BUCKETS if b != 2) and stats.replays > 0
+    # 200 tokens are beyond the largest bucket.
+    assert all("200" in f.reason for f in stats.fallbacks), stats.fallbacks
 
 
 def test_a_steady_step_does_not_wait(setup):

@@ -69,3 +69,40 @@ def test_first_call_records_all():
     with pcg.expect(captured=3, steps=1):
         x = torch.randn(3, 2)
         torch.testing.assert_close(run(x), x * 2 + 2)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
+    """The measurement is made where a replay is a CUDA graph; here it is made to happen, with times made up."""
+    from pcg_compile.runtime import graph
+
+    calls = []
+
+    def seconds(step, run, device, runs=10):
+        calls.append(run)
+        run()
+        # Replays are measured first, then the same without recordings; only the largest bucket loses.
+        return 2.0 if slow and len(calls) == 1 else 1.0
+
+    record = graph.GraphRuntime._record_bucket
+
+    def doubtful(self, args, real, bucket, _):
+        return record(self, args, real, bucket, len(calls) < (4 if slow else 2))
+
+    monkeypatch.setattr(graph, "seconds_of", seconds)
+    monkeypatch.setattr(graph.GraphRuntime, "_record_bucket", doubtful)
+    layer = torch.nn.Linear(4, 4)
+    compiled = torch.compile(lambda x: layer(x) + 1, backend="pcg", options={"buckets": [2, 4, 8], "compiler": "eager"})
+    with torch.no_grad():
+        pcg.warmup(compiled, torch.randn(3, 4), progress=False)
+        for n in (8, 7, 4, 2, 6):
+            x = torch.randn(n, 4)
+            torch.testing.assert_close(compiled(x), layer(x) + 1)
+    stats = pcg.stats(compiled)
+    assert len(calls) == (4 if slow else 2)
+    if slow:
+        (fallback,) = stats.fallbacks
+        assert fallback.reason.startswith("bucket 8 does not pay: 2000.00 ms replayed") and fallback.count == 3
+        assert stats.buckets[8].hits == 0 and stats.buckets[4].hits == 1
+    else:
+        assert stats.fallbacks == () and stats.buckets[8].hits == 3

@@ -14,15 +14,19 @@ import torch
 
 from ..batch import StepState, current_step, require_step, scratch_step
 from ..graph.plan import CallSite, PieceSite, Plan
-from ..graph.scalars import evaluate
+from ..graph.scalars import evaluate, shape_at
 from ..torch_internals import data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
 from .program import Program, build_and_run
+from .timing import seconds_of
 from .views import real_rows
 from .whole import WholeStep
 
 __all__ = ["GraphRuntime", "WarmUp", "warming_up"]
+
+#: A bucket that takes longer than this many times the step without recordings is not used.
+_GAIN_LIMIT = 1.05
 
 #: Tokens from which on one recording of a whole step gains nothing, and attention's workspace takes 100 MB and more.
 _LARGEST_AUTO_WHOLE = 1024
@@ -307,10 +311,12 @@ class GraphRuntime:
         sizes = dict(zip(self.plan.symbols, self._sizes(args), strict=True))
         step = self._step()
         wanted = self._wanted(request, sizes)
+        # The largest bucket comes first: once one pays, so do the smaller ones.
+        doubtful = len(self._bucketed) == 1 and self.shared.device.type == "cuda"
         for done, bucket in enumerate(wanted):
             request.report(done, len(wanted), self._name(tuple(bucket[s] for s in self.plan.symbols)))
             real = {s: min(n, bucket[s]) for s, n in sizes.items()}
-            self._record_bucket(self._shrunk(args, real), real, bucket)
+            doubtful = self._record_bucket(self._shrunk(args, real), real, bucket, doubtful)
         request.report(len(wanted), len(wanted), None)
         with self._no_effects(args):
             if step is None:
@@ -363,8 +369,13 @@ class GraphRuntime:
         return result
 
     def _record_bucket(
-        self, args: Sequence[Any], real: Mapping[sympy.Symbol, int], bucket: Mapping[sympy.Symbol, int]
-    ) -> None:
+        self,
+        args: Sequence[Any],
+        real: Mapping[sympy.Symbol, int],
+        bucket: Mapping[sympy.Symbol, int],
+        doubtful: bool,
+    ) -> bool:
+        """Records one bucket. Where it is ``doubtful`` that this pays, measures it; returns whether it still is."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._no_effects(args))
             step = self._step()
@@ -374,10 +385,42 @@ class GraphRuntime:
             binding = self._binding(args, step)
             program, _ = build_and_run(binding, real, bucket, args, step)
             if program.complete:
+                if doubtful and not self._pays(binding, program, bucket, args, step):
+                    return True
                 if program.whole is not None and self._may_record_whole(program.whole, step):
                     program.start(args)
                     program.whole.warm_up(program.run_pieces)
                 self._respect_budget(binding, program)
+        return False
+
+    def _pays(
+        self, binding: Binding, program: Program, bucket: Mapping[sympy.Symbol, int], args: Sequence[Any], step: Any
+    ) -> bool:
+        """Whether replaying a full bucket is as fast as running it without recordings; gives the bucket up if not."""
+        full = [self._at_bucket(binding, position, bucket, args) for position in range(len(args))]
+        exact, _ = build_and_run(binding, bucket, None, full, step)
+        device, replays = self.shared.device, self.shared.counters.replays
+        replayed = seconds_of(step, program.run_pieces, device, runs=4)
+        plain = seconds_of(step, lambda: exact.run(full), device, runs=4)
+        self.shared.counters.replays = replays
+        if replayed <= _GAIN_LIMIT * plain:
+            return True
+        assert program.bucket is not None
+        binding.forget(program.bucket)
+        binding.given_up[program.bucket] = (
+            f"bucket {self._name(program.bucket)} does not pay: {1e3 * replayed:.2f} ms replayed, "
+            f"{1e3 * plain:.2f} ms without recordings"
+        )
+        return False
+
+    def _at_bucket(
+        self, binding: Binding, position: int, bucket: Mapping[sympy.Symbol, int], args: Sequence[Any]
+    ) -> Any:
+        """An argument that fills the bucket: the static memory that it is copied to, as warm-up left it."""
+        spec = next(s for s in self.plan.inputs if s.position == position)
+        if not isinstance(spec.value, torch.Tensor):
+            return evaluate(spec.value, bucket) if spec.kind == "size" else args[position]
+        return binding.placed.get((spec.node, shape_at(spec.value, bucket)), args[position])
 
     def _may_record_whole(self, whole: WholeStep, step: StepState | None) -> bool:
         """Whether warm-up tries one recording for a whole step: on a CPU, where a replay runs the same calls, if told.

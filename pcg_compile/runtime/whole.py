@@ -19,6 +19,7 @@ from ..errors import PCGError
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate
 from ..step import DoesNotFit, current_step
+from .timing import seconds_of
 
 if TYPE_CHECKING:
     from .binding import Shared
@@ -30,7 +31,6 @@ __all__ = ["WholeStep", "why_not_whole"]
 _MOST_FAILURES = 2
 #: Kept for one bucket: a rung of request slots each, and what a grown workspace leaves behind.
 _MOST_RECORDINGS = 8
-_TIMED_RUNS = 10
 
 
 def why_not_whole(sites: Sequence[Any], recorded: Callable[[PieceSite], bool]) -> str | None:
@@ -199,8 +199,8 @@ class WholeStep:
                 self.wanted = False
                 return
             self.seconds = (
-                _timed(step, between_pieces, self.shared.device),
-                _timed(step, self.run, self.shared.device),
+                seconds_of(step, between_pieces, self.shared.device),
+                seconds_of(step, self.run, self.shared.device),
             )
             self.wanted = self.seconds[1] < self.seconds[0]
             chosen = "captured" if self.wanted else "between pieces"
@@ -227,19 +227,3 @@ def _set_rung(step: Any, rung: int | None) -> None:
     if step is not None:
         step.rung = rung
         step.prepared = None
-
-
-def _timed(step: Any, run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a step, its metadata included: the least of several runs."""
-    best = float("inf")
-    for _ in range(_TIMED_RUNS):
-        if step is not None:
-            step.prepared = None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
