@@ -157,3 +157,29 @@ def test_auto_measures_nothing_where_a_replay_runs_the_same_calls():
     traffic.lengths.clear()
     with pcg.expect(compiled, captured=0, replays=LAYERS + 1):
         traffic.check(model, compiled, {1: 5})
+
+
+def test_warmup_finds_an_attention_that_cannot_be_recorded_after_all(monkeypatch):
+    from pcg_compile.attention.reference import ReferenceAttention
+
+    plan = ReferenceAttention.plan
+
+    def of_other_pages(self, prepared):
+        """With fixed slots, a plan that leaves half of the rows out."""
+        groups = plan(self, prepared)
+        if prepared.padded.request_slots is not None:
+            return []
+        return groups
+
+    monkeypatch.setattr(ReferenceAttention, "plan", of_other_pages)
+    model = Model().eval()
+    compiled = torch.compile(model, backend="pcg", options=OPTIONS)
+    traffic = Traffic()
+    batch = traffic.batch({1: 5})
+    with pcg.step(batch, traffic.caches[1]):
+        pcg.warmup(compiled, torch.randint(0, VOCAB, (5,)), batch.positions, progress=False, buckets=[8])
+    traffic.lengths.clear()
+    for qo_lens in ({1: 5}, {1: 1, 2: 5}):
+        traffic.check(model, compiled, qo_lens)
+    (fallback,) = pcg.stats(compiled).fallbacks
+    assert "gave other numbers" in fallback.reason

@@ -31,6 +31,8 @@ __all__ = ["WholeStep", "why_not_whole"]
 _MOST_FAILURES = 2
 #: Kept for one bucket: a rung of request slots each, and what a grown workspace leaves behind.
 _MOST_RECORDINGS = 8
+#: Of the largest value: bfloat16 kernels differ by a hundredth, wrong ones by anything.
+_AGREEMENT = 0.1
 
 
 def why_not_whole(sites: Sequence[Any], recorded: Callable[[PieceSite], bool]) -> str | None:
@@ -67,7 +69,6 @@ class WholeStep:
     functions: Mapping[int, Callable[..., Sequence[torch.Tensor]]]
     call_of: Callable[[CallSite], Callable[..., Any]]
     wanted: bool | None
-    seconds: tuple[float, float] | None = None
     recordings: dict[Hashable, Recording] = field(default_factory=dict)
     _failures: int = 0
 
@@ -191,36 +192,56 @@ class WholeStep:
 
         ``between_pieces`` runs the same step piece by piece.
         """
-        step, replays = current_step(), self.shared.counters.replays
+        step, counters = current_step(), self.shared.counters
         rungs = step.request_rungs(self.at_tokens()) if step is not None and step.cache is not None else [None]
-        if self.wanted is None:
-            _set_rung(step, rungs[min(1, len(rungs) - 1)])
-            if not self.run():
-                self.wanted = False
-                return
-            self.seconds = (
-                seconds_of(step, between_pieces, self.shared.device),
-                seconds_of(step, self.run, self.shared.device),
-            )
-            self.wanted = self.seconds[1] < self.seconds[0]
+        replays, middle = counters.replays, rungs[min(1, len(rungs) - 1)]
+        if not self._agrees(step, middle, between_pieces):
+            self.wanted, rungs = False, []
+        elif self.wanted is None:
+            _set_rung(step, middle)
+            captured = seconds_of(step, self.run, self.shared.device)
+            _set_rung(step, None)
+            between = seconds_of(step, between_pieces, self.shared.device)
+            self.wanted = captured < between
             chosen = "captured" if self.wanted else "between pieces"
-            between, captured = (f"{1e3 * s:.2f} ms" for s in self.seconds)
-            self.shared.counters.bucket(
-                self.name
-            ).attention = f"{chosen} (captured {captured}, between pieces {between})"
-            if not self.wanted:
-                self.recordings.clear()
-                rungs = []
-        for rung in rungs:
+            times = f"captured {1e3 * captured:.2f} ms, between pieces {1e3 * between:.2f} ms"
+            counters.bucket(self.name).attention = f"{chosen} ({times})"
+        for rung in rungs if self.wanted else ():
             _set_rung(step, rung)
             self.run()
+        if not self.wanted:
+            self.recordings.clear()
         _set_rung(step, None)
-        self.shared.counters.replays = replays
+        counters.replays = replays
+
+    def _agrees(self, step: Any, rung: int | None, between_pieces: Callable[[], Any]) -> bool:
+        """Whether one recording gives what pieces give: an attention may be wrong that declares itself recordable."""
+        _set_rung(step, None)
+        between_pieces()
+        want = [t.clone() for t in self.outputs.values()]
+        _set_rung(step, rung)
+        if not self.run():
+            return False
+        if any(node in self.shared.plan.mutated for node in self.inputs):
+            # Running twice is not running once.
+            return True
+        for one, other in zip(want, self.outputs.values(), strict=True):
+            if one.is_floating_point() and not _close(one.float(), other.float()):
+                self.shared.counters.fall_back(
+                    f"attention between pieces: recorded, bucket {self.name} gave other numbers"
+                )
+                return False
+        return True
 
     def at_tokens(self) -> int:
         """The tokens of the bucket."""
         sizes = self.shared.plan.token_sizes
         return int(evaluate(sizes[0][0], self.at)) if sizes else 0
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to the rounding of kernels that split their work differently, in the coarsest dtype."""
+    return bool((one - other).abs().max() <= _AGREEMENT * one.abs().max())
 
 
 def _set_rung(step: Any, rung: int | None) -> None:
