@@ -77,14 +77,14 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable
 
 
 def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]) -> bool:
-    """Whether ``tensors[i].data_ptr()`` is ``data_ptrs[k]`` for each index (2.11 to 2.13).
+    """Whether ``tensors[i].data_ptr()`` is ``data_ptrs[i]`` for each index ``i`` (2.11 to 2.13).
 
     CUDA builds have it as one call, 0.07 us a tensor.
     """
     compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
     if compare is not None:
         return bool(compare(tensors, data_ptrs, indices))
-    return all(tensors[i].data_ptr() == pointer for i, pointer in zip(indices, data_ptrs, strict=True))
+    return all(tensors[i].data_ptr() == data_ptrs[i] for i in indices)
 
 
 def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:

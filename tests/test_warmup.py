@@ -106,3 +106,12 @@ def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
         assert stats.buckets[8].hits == 0 and stats.buckets[4].hits == 1
     else:
         assert stats.fallbacks == () and stats.buckets[8].hits == 3
+
+
+def test_addresses_are_compared_at_their_inputs_positions():
+    from pcg_compile.torch_internals import data_ptrs_equal
+
+    a, b, c = (torch.ones(3) for _ in range(3))
+    assert data_ptrs_equal([a, b, c], [0, b.data_ptr(), c.data_ptr()], [1, 2])
+    assert not data_ptrs_equal([a, b, c], [0, b.data_ptr(), a.data_ptr()], [1, 2])
+    assert data_ptrs_equal([a, 3, c], [], [])

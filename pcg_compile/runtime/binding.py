@@ -47,6 +47,8 @@ class Binding:
     #: Identity of what comes from the step: recordings belong to a cache.
     step_key: Hashable
     buffers: FlatBuffers
+    #: The same addresses, each at its input's position.
+    by_position: list[int] = field(default_factory=list)
     recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)

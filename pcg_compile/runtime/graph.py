@@ -225,7 +225,7 @@ class GraphRuntime:
         if (
             current is not None
             and current.step_key == key
-            and data_ptrs_equal(list(args), current.addresses, self._bound)
+            and data_ptrs_equal(list(args), current.by_position, self._bound)
         ):
             return current
         addresses = [args[i].data_ptr() for i in self._bound]
@@ -240,6 +240,9 @@ class GraphRuntime:
         if self.bindings:
             self._unbind_what_changes(addresses)
         binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
+        binding.by_position = [0] * (1 + max(self._bound, default=-1))
+        for position, address in zip(self._bound, addresses, strict=True):
+            binding.by_position[position] = address
         self.bindings.append(binding)
         return binding
 
