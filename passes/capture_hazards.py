@@ -30,6 +30,8 @@ __all__ = ["capture_hazards", "node_finding"]
 
 _MOVES = ("to", "cuda", "type")
 _BRANCHES = ("cond", "while_loop")
+#: Ops of pcg's own that a later pass takes apart.
+_OPENED = frozenset({"pcg::paged_attention", "pcg::lora"})
 
 
 def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
@@ -58,7 +60,7 @@ def _findings(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[fx.Nod
     facts = context.facts
     memory = GraphMemory(gm.graph, facts, context.device)
     constants = _constants(gm.graph, facts, context.device)
-    split_ops = registered_split_ops().keys() | set(context.options.split_ops)
+    split_ops = registered_split_ops().keys() | set(context.options.split_ops) | _OPENED
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or node not in facts or is_mode_switch(node):
             continue

@@ -56,5 +56,9 @@ class PassContext:
     hazards: list[Hazard] = field(default_factory=list)
     #: What rewriting passes did, one line each, for explain() and dump().
     notes: list[str] = field(default_factory=list)
+    #: For each pass that ran, its name and what it added to ``notes`` and ``hazards``.
+    outcomes: list[tuple[str, list[str], list[Hazard]]] = field(default_factory=list)
+    #: Dynamo's graph before the passes, for dump().
+    source: fx.GraphModule | None = None
     #: True for pcg.check(): collect hazards, never raise.
     collect: bool = False

@@ -55,6 +55,8 @@ class PieceSafety:
     kind: Kind
     nodes: tuple[NodeVerdict, ...] = ()
     row_indices: tuple[tuple[int, Any], ...] = ()
+    #: (size, size): at a bucket too, the first must not exceed the second.
+    orders: tuple[tuple[Any, Any], ...] = ()
 
     @property
     def reason(self) -> str:
@@ -97,6 +99,7 @@ class _Analysis:
         self.values: dict[fx.Node, Any] = {}
         self.verdicts: list[NodeVerdict] = []
         self.row_indices: list[tuple[int, Any]] = []
+        self.orders: list[tuple[Any, Any]] = []
         self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
 
     def run(self) -> PieceSafety:
@@ -114,7 +117,9 @@ class _Analysis:
         kinds: list[Kind] = [v.kind for v in self.verdicts]
         worst: Kind = max(kinds, key=_ORDER.index, default="row-wise")
         nodes = sorted(self.verdicts, key=lambda v: -_ORDER.index(v.kind))
-        return PieceSafety(worst, tuple(nodes), tuple(dict.fromkeys(self.row_indices)))
+        return PieceSafety(
+            worst, tuple(nodes), tuple(dict.fromkeys(self.row_indices)), tuple(dict.fromkeys(self.orders))
+        )
 
     def _placeholder(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -160,6 +165,7 @@ class _Analysis:
         if call.kind == "prefix":
             self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
         self.row_indices += call.row_indices
+        self.orders += call.orders
         self.values[node] = _tracked(result, value)
 
     def _output(self, node: fx.Node) -> None:

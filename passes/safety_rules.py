@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, regroup, size_of
+from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_prefix, regroup, size_of
 
 __all__ = ["Call", "Tracked", "register_row_rule", "rule_for"]
 
@@ -25,6 +25,8 @@ class Tracked:
     scratch: bool = False
     #: The placeholder whose values these are, unchanged, or None.
     source: Any = None
+    #: A dynamic size that the values count up to (an arange): they pick real rows of a dimension of that size.
+    below: Any = None
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Call:
     kind: str = "row-wise"
     #: (placeholder, symbol): row indices that count from the real size.
     row_indices: list[tuple[Any, Any]] = field(default_factory=list)
+    #: (size, size): the first must not exceed the second at a bucket either, or an index would leave its tensor.
+    orders: list[tuple[Any, Any]] = field(default_factory=list)
 
     def tensor(self, name: str) -> Tracked:
         value = self.arguments[name]
@@ -107,9 +111,16 @@ def _need_static(dim: Dim, what: str) -> None:
 
 
 # Plain copies and elementwise functions keep every index where it is.
-def pointwise(call: Call) -> Dims:
+def pointwise(call: Call) -> Dims | Tracked:
     _numbers_are_static(call)
-    return broadcast([t.dims for t in call.tensors()])
+    tensors = call.tensors()
+    if len(tensors) == 1 and tensors[0].below is not None and _adds_nothing(call):
+        return tensors[0]
+    return broadcast([t.dims for t in tensors])
+
+
+def _adds_nothing(call: Call) -> bool:
+    return str(call.op).split(".")[1:2] in (["add"], ["sub"]) and as_expr(call.arguments.get("other")) == 0
 
 
 _rule("where", "masked_fill", "clone", "copy", "contiguous", "_to_copy", "alias", "detach", "lift_fresh_copy",
@@ -122,19 +133,19 @@ _rule("where", "masked_fill", "clone", "copy", "contiguous", "_to_copy", "alias"
 def same(call: Call) -> Tracked:
     _numbers_are_static(call)
     source = call.tensors()[0]
-    return Tracked(source.dims, source.scratch, source.source)
+    return Tracked(source.dims, source.scratch, source.source, source.below)
 
 
 @_rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def view(call: Call) -> Tracked:
     source = call.tensors()[0]
-    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch)
+    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch, below=source.below)
 
 
 @_rule("unsqueeze", "squeeze")
 def squeeze(call: Call) -> Tracked:
     source = call.tensors()[0]
-    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch)
+    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch, below=source.below)
 
 
 @_rule("permute")
@@ -154,11 +165,12 @@ def transpose(call: Call) -> Dims:
 
 
 @_rule("expand", "broadcast_to")
-def expand(call: Call) -> Dims:
+def expand(call: Call) -> Tracked:
     dims, shape = call.tensor("self").dims, call.shapes[0]
     new = dims_of(shape)
     offset = len(new) - len(dims)
-    return tuple(new[i] if i < offset or size_of(dims[i - offset]) == 1 else dims[i - offset] for i in range(len(new)))
+    expanded = [new[i] if i < offset or size_of(dims[i - offset]) == 1 else dims[i - offset] for i in range(len(new))]
+    return Tracked(tuple(expanded), below=call.tensor("self").below)
 
 
 @_rule("repeat")
@@ -204,14 +216,15 @@ def like(call: Call) -> Dims:
 
 
 @_rule("arange")
-def arange(call: Call) -> Dims:
+def arange(call: Call) -> Dims | Tracked:
     for name in ("start", "step"):
         if name in call.arguments:
             _static_number(call.arguments[name], name)
     dims = dims_of(call.shapes[0])
     if has_tokens(dims[0]) and len([f for f in dims[0] if f != 1]) > 1:
-        return ((size_of(dims[0]),),)
-    return dims
+        dims = ((size_of(dims[0]),),)
+    counts = as_expr(call.arguments.get("start") or 0) == 0 and as_expr(call.arguments.get("step", 1)) == 1
+    return Tracked(dims, below=size_of(dims[0])) if counts and has_tokens(dims[0]) else dims
 
 
 @_rule("mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "mv", "dot", "linear", "addmv")
@@ -289,8 +302,6 @@ def scan(call: Call) -> Any:
     _numbers_are_static(call)
     axis = _axis(source.dims, call.arguments.get("dim", 0))
     if source.dims and has_tokens(source.dims[axis]):
-        from .safety_dims import is_prefix
-
         if not is_prefix(source.dims[axis]):
             raise Mixing("it scans a dimension with padding between the real entries")
         call.kind = "prefix"
@@ -353,18 +364,21 @@ def select(call: Call) -> Dims:
 
 
 @_rule("slice")
-def slice_(call: Call) -> Dims:
+def slice_(call: Call) -> Dims | Tracked:
     dims = list(call.tensor("self").dims)
     axis = _axis(tuple(dims), call.arguments.get("dim", 0))
+    if dims_of([call.shapes[0][axis]])[0] == dims[axis]:
+        return call.tensor("self")
     start, end = as_expr(call.arguments.get("start") or 0), as_expr(call.arguments.get("end"))
     if as_expr(call.arguments.get("step", 1)) != 1 and has_tokens(dims[axis]):
         raise Mixing("it takes every other entry of a dimension that holds padding")
     size, new = size_of(dims[axis]), as_expr(call.shapes[0][axis])
     if not has_tokens(dims[axis]):
         _static_number([start], "slice")
-        if isinstance(new, sympy.Basic):
+        if isinstance(new, sympy.Basic) and start != 0:
             raise Mixing("it cuts a dimension to a dynamic size")
-        dims[axis] = (new,)
+        # The first entries of what holds no padding: a guard says that there are as many.
+        dims[axis] = dims_of([new])[0]
     elif new == size and start == 0:
         pass
     elif len(dims[axis]) == 1 and isinstance(dims[axis][0], sympy.Symbol) and _cuts_few(size, new, start):
@@ -452,6 +466,11 @@ def scatter(call: Call) -> Dims:
 def _gathered(call: Call, source: Tracked, index: Tracked, axis: int) -> None:
     """Rows picked by index: right where the index tensor's values are the caller's own, counted from the real size."""
     if not has_tokens(source.dims[axis]):
+        return
+    if index.below is not None and is_prefix(source.dims[axis]):
+        # 0, 1, 2, ...: in eager these lie within the real entries, or it raises.
+        if index.below != size_of(source.dims[axis]):
+            call.orders.append((index.below, size_of(source.dims[axis])))
         return
     factors = [f for f in source.dims[axis] if f != 1]
     if len(factors) != 1 or not isinstance(factors[0], sympy.Symbol) or index.source is None:

@@ -73,6 +73,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     rewritable = copy_graph(gm)
     with torch.no_grad():
         context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
+        context.source = gm
         gm = run_passes(rewritable, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
@@ -80,7 +81,8 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     counters.pieces = len(pieces)
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
-    chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan))
+    orders = {order: None for site in pieces if site.safety is not None for order in site.safety.orders}
+    chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
     shared = Shared(plan, options, counters, chooser, engine_for(device), device)
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
@@ -123,7 +125,9 @@ def _token_symint(example_inputs: Sequence[Any]) -> Any:
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
+        notes, hazards = len(context.notes), len(context.hazards)
         gm = one_pass(gm, context)
+        context.outcomes.append((one_pass.__name__, context.notes[notes:], context.hazards[hazards:]))
         if rewrites:
             context.facts = refresh_facts(gm, example_inputs, context)
     if name_tuple_elements(gm, context.facts):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import Hazard
 from ..graph.plan import PieceSite
@@ -20,14 +17,20 @@ from ..runtime.graph import WarmUp, warming_up
 from ..torch_internals import compile_for_all_sizes
 from ..warmup import mark_sizes
 from .private import CheckBackend, ReportBackend, is_compiled
+from .render import as_html, as_rich
+from .sites import name_sites
 from .stats import Stats
+from .timeline import Timeline, time_step
 
-__all__ = ["GraphReport", "Report", "SiteReport", "check", "explain"]
+__all__ = ["GraphReport", "PassReport", "Report", "SiteReport", "check", "explain"]
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One piece or split op: its place in the graph, the user's line, and the verdict on it."""
+    """One piece or split op: its place in the graph, the user's line, and the verdict on it.
+
+    ``distinct`` numbers what was compiled: pieces with the same number share it. None for what is no piece.
+    """
 
     kind: str
     name: str
@@ -39,112 +42,79 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class PassReport:
+    """One pass: what it made of the graph; each finding with its reason and the user's line."""
+
+    name: str
+    verdict: str
+    findings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class GraphReport:
-    """One graph of Dynamo's: its dynamic sizes, its sites in order, what the passes noted and found."""
+    """One graph of Dynamo's: its dynamic sizes, its sites in order, what the passes noted and found.
+
+    ``timeline`` is of one step with the arguments that ``explain`` was given; None where it was given none.
+    """
 
     sizes: tuple[str, ...]
     sites: tuple[SiteReport, ...]
     notes: tuple[str, ...]
     hazards: tuple[Hazard, ...]
     refusal: str | None
+    passes: tuple[PassReport, ...] = ()
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """The graphs of a model and the figures so far. Prints as a table, draws in a notebook."""
+    """The graphs of a model and the figures so far. Prints as tables, draws in a notebook."""
 
     graphs: tuple[GraphReport, ...]
     stats: Stats
 
     def __str__(self) -> str:
         out = StringIO()
-        self._render(Console(file=out, width=140))
+        Console(file=out, width=140).print(*as_rich(self), sep="\n")
         return out.getvalue()
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield from self._tables()
+        yield from as_rich(self)
 
     def _repr_html_(self) -> str:
-        """For notebooks; everything that comes from the model is escaped."""
-        rows = [
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in (i, *_cells(site))) + "</tr>"
-            for i, graph in enumerate(self.graphs)
-            for site in graph.sites
-        ]
-        head = "".join(f"<th>{name}</th>" for name in ("graph", *_COLUMNS))
-        notes = "".join(f"<li>{html.escape(note)}</li>" for graph in self.graphs for note in graph.notes)
-        falls = "".join(f"<li>{html.escape(f'{f.count} x {f.reason} {f.where}')}</li>" for f in self.stats.fallbacks)
-        return f"<table><tr>{head}</tr>{''.join(rows)}</table><ul>{notes}</ul><b>Fallbacks</b><ul>{falls}</ul>"
+        return as_html(self)
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """All of it as JSON; times in seconds."""
         figures = {
             k: getattr(self.stats, k)
             for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
         }
         buckets = {str(size): asdict(use) for size, use in self.stats.buckets.items()}
         falls = [asdict(f) for f in self.stats.fallbacks]
+        sizes = {str(size): steps for size, steps in self.stats.sizes.items()}
         graphs = [asdict(graph) for graph in self.graphs]
-        return json.dumps({"graphs": graphs, "stats": {**figures, "buckets": buckets, "fallbacks": falls}}, indent=1)
-
-    def _render(self, console: Console) -> None:
-        for table in self._tables():
-            console.print(table)
-
-    def _tables(self) -> Any:
-        for i, graph in enumerate(self.graphs):
-            sizes = ", ".join(graph.sizes) or "none"
-            table = Table(*_COLUMNS, title=f"graph {i}, dynamic sizes: {sizes}", caption=graph.refusal)
-            for site in graph.sites:
-                table.add_row(*map(_escaped, _cells(site)))
-            yield table
-            for note in graph.notes:
-                yield _escaped(f"  {note}")
-            for hazard in graph.hazards:
-                yield _escaped(f"  hazard: {hazard.kind}: {hazard.reason} ({hazard.file}:{hazard.line}); {hazard.cure}")
-        if self.stats.buckets:
-            table = Table("bucket", "steps", "mean padding", "seconds", "MiB", title="buckets")
-            for size, use in self.stats.buckets.items():
-                waste = f"{use.padded_tokens / use.tokens - 1:.0%}" if use.tokens else ""
-                table.add_row(str(size), str(use.hits), waste, f"{use.seconds:.3f}", f"{use.bytes / 2**20:.1f}")
-            yield table
-        for fall in self.stats.fallbacks:
-            yield _escaped(f"  fallback, {fall.count} times: {fall.reason} {fall.where}")
+        everything = {**figures, "buckets": buckets, "fallbacks": falls, "sizes": sizes}
+        return json.dumps({"graphs": graphs, "stats": everything}, indent=1)
 
     def plot(self) -> Any:
-        """Padding waste by bucket, as a matplotlib figure."""
-        from matplotlib.figure import Figure
+        """A matplotlib ``Figure`` of two axes: the timeline of one step, and padding by bucket.
 
-        figure = Figure(figsize=(7, 3))
-        axes = figure.add_subplot()
-        sizes = list(self.stats.buckets)
-        tokens = [self.stats.buckets[s].tokens for s in sizes]
-        padding = [self.stats.buckets[s].padded_tokens - t for s, t in zip(sizes, tokens, strict=True)]
-        axes.bar(range(len(sizes)), tokens, label="tokens")
-        axes.bar(range(len(sizes)), padding, bottom=tokens, label="padding")
-        axes.set_xticks(range(len(sizes)), [str(s) for s in sizes])
-        axes.set_xlabel("bucket")
-        axes.legend()
-        return figure
+        The step's calls (replays, split ops, the copies around them) are bars as long as they took, gaps are what the
+        host spent between them. There is a timeline where ``explain`` was given a call's arguments.
 
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .plots import plot_report
 
-_COLUMNS = ("", "where", "ops", "verdict", "why")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _cells(site: SiteReport) -> tuple[str, ...]:
-    counted = ", ".join(f"{n} {op}" if n > 1 else op for op, n in Counter(site.ops).most_common(6))
-    name = site.name if site.distinct is None else f"{site.name} (distinct {site.distinct})"
-    return (name, site.where, counted, site.verdict, site.reason)
+        return plot_report(self)
 
 
 def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
     """The report on a model for one call's arguments; nothing is recorded and nothing has effects.
+
+    The call runs a few times to time it: from recordings where its bucket has them by now, else without.
 
     Args:
         model: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, or a plain module or function,
@@ -156,10 +126,16 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
         backend = ReportBackend({})
         compiled = torch.compile(model, backend=backend)
         owner = _Owned(backend)
+    timelines: dict[int, Timeline] = {}
+
+    def observe(runtime: Any, call: Any, step: Any) -> None:
+        timelines[id(runtime)] = time_step(runtime, call, step)
+
     if args or kwargs or not runtimes(owner):
-        with warming_up(WarmUp(buckets=[])), compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
+        request = WarmUp(buckets=[], observe=observe)
+        with warming_up(request), compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
             compiled(*args, **kwargs)
-    return Report(tuple(_graph(runtime) for runtime in runtimes(owner)), stats(owner))
+    return Report(tuple(_graph(runtime, timelines.get(id(runtime))) for runtime in runtimes(owner)), stats(owner))
 
 
 class _Owned:
@@ -169,41 +145,58 @@ class _Owned:
         self.__pcg_owner__ = owner
 
 
-def _graph(runtime: Any) -> GraphReport:
+def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
     plan, context = runtime.plan, runtime.context
+    names = name_sites(plan)
     distinct: dict[int, int] = {}
     sites: list[SiteReport] = []
-    pieces = 0
     for site in plan.sites:
-        if isinstance(site, PieceSite):
-            ops = tuple(_op(n) for n in site.piece.gm.graph.nodes if n.op.startswith("call_"))
-            if site.split_reason is not None:
-                sites.append(
-                    SiteReport(
-                        "split op", "split op, compiled", ops, site.where, "between pieces", site.split_reason, None
-                    )
-                )
-                continue
-            number = distinct.setdefault(id(site.compiled), len(distinct)) if not site.trivial else None
-            name = "allocation or view" if site.trivial else f"piece {pieces}"
-            pieces += not site.trivial
-            verdict, reason = _verdict(site)
-            sites.append(SiteReport("piece", name, ops, site.where, verdict, reason, number))
-        else:
+        if not isinstance(site, PieceSite):
+            name = f"split op, {site.mode}"
             sites.append(
-                SiteReport(
-                    "split op",
-                    f"split op, {site.mode}",
-                    (_op(site.node),),
-                    site.where,
-                    "between pieces",
-                    site.reason,
-                    None,
-                )
+                SiteReport("split op", name, (_op(site.node),), site.where, "between pieces", site.reason, None)
             )
+            continue
+        ops = tuple(_op(n) for n in site.piece.gm.graph.nodes if n.op.startswith("call_"))
+        if site.split_reason is not None:
+            name = names[site.index]
+            sites.append(SiteReport("split op", name, ops, site.where, "between pieces", site.split_reason, None))
+            continue
+        number = distinct.setdefault(id(site.compiled), len(distinct)) if not site.trivial else None
+        verdict, reason = _verdict(site)
+        sites.append(SiteReport("piece", names[site.index], ops, site.where, verdict, reason, number))
+    passes = [_pass(name, notes, hazards) for name, notes, hazards in context.outcomes]
     return GraphReport(
-        tuple(map(str, plan.symbols)), tuple(sites), tuple(context.notes), tuple(context.hazards), plan.refusal
+        tuple(map(str, plan.symbols)),
+        tuple(sites),
+        tuple(context.notes),
+        tuple(context.hazards),
+        plan.refusal,
+        (*passes, _padding_safety(plan, names)),
+        timeline,
     )
+
+
+def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
+    found = [f"{h.kind}: {h.op}: {h.reason} ({h.file or 'an unknown file'}:{h.line}); {h.cure}" for h in hazards]
+    verdicts = [f"{len(hazards)} found"] if hazards else []
+    if any("real rows only" not in note for note in notes):
+        verdicts.append("rewrote the graph")
+    return PassReport(name, ", ".join(verdicts) or "nothing to do", (*found, *notes))
+
+
+def _padding_safety(plan: Any, names: dict[int, str]) -> PassReport:
+    """The verdict on padding rows: of each kind how many pieces, and why those that are not simply row-wise."""
+    pieces = [site for site in plan.sites if isinstance(site, PieceSite) and site.is_piece]
+    kinds: dict[str, int] = {}
+    findings = []
+    for site in pieces:
+        if site.safety is None:
+            continue
+        kinds[site.safety.kind] = kinds.get(site.safety.kind, 0) + 1
+        if site.safety.kind != "row-wise":
+            findings.append(f"{names[site.index]}: {site.safety.kind}: {site.safety.reason} ({site.safety.where})")
+    return PassReport("padding_safety", ", ".join(f"{n} {kind}" for kind, n in kinds.items()), tuple(findings))
 
 
 def _verdict(site: PieceSite) -> tuple[str, str]:
@@ -211,13 +204,11 @@ def _verdict(site: PieceSite) -> tuple[str, str]:
         return "nothing to record", ""
     if site.refusal is not None:
         return "exact size, not recorded", site.refusal
-    if site.needs_probe:
-        return (
-            ("to be probed", site.safety.reason)
-            if site.probed is None
-            else (("probed", site.safety.reason) if site.probed == "" else ("exact size, not recorded", site.probed))
-        )
-    return "recorded", site.safety.kind if site.safety is not None else ""
+    if not site.needs_probe:
+        return "recorded", site.safety.kind if site.safety is not None else ""
+    if site.probed is None:
+        return "to be probed", site.safety.reason
+    return ("probed", site.safety.reason) if site.probed == "" else ("exact size, not recorded", site.probed)
 
 
 def _op(node: Any) -> str:

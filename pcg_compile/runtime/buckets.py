@@ -51,6 +51,8 @@ class BucketChooser:
     options: Options
     conditions: Sequence[sympy.Basic]
     products: Iterable[tuple[sympy.Symbol, ...]]
+    #: (size, size): the first may not exceed the second at the buckets chosen.
+    orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     table: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,10 @@ class BucketChooser:
                 return Choice(None, f"{padded} padded tokens exceed max_tokens={self.options.max_tokens}")
             if real > _PADDING_MATTERS and padded > self.max_padding * real:
                 return Choice(None, f"bucket {padded} is over max_padding={self.max_padding} times {real} tokens")
+        values = {symbol: sympy.Integer(n) for symbol, n in chosen.items()}
+        for one, other in self.orders:
+            if sympy.Le(one, other).xreplace(values) == sympy.false:
+                return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
         return Choice(chosen)
 
     @property

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .views import assign
+
 __all__ = ["CudaGraphs", "Engine", "Recording", "StaticReplay", "gc_frozen"]
 
 
@@ -66,14 +68,14 @@ class StaticReplay(Engine):
         for i, result in enumerate(results):
             target = place(i, result)
             if target is not result:
-                target.copy_(result)
+                assign(target, result)
                 copies.append(i)
             outputs.append(target)
 
         def replay() -> None:
             again = run()
             for i in copies:
-                outputs[i].copy_(again[i])
+                assign(outputs[i], again[i])
 
         size = sum(outputs[i].untyped_storage().nbytes() for i in copies)
         return Recording(outputs, replay, size)

@@ -42,10 +42,12 @@ class WarmUp:
     Attributes:
         buckets: what to record, one size or a tuple for each dynamic size; None: the table.
         report: called before each recording with (done, total, name of the bucket).
+        observe: called once with (the graph's runtime, the call's arguments, the running step or None).
     """
 
     buckets: Sequence[int | tuple[int, ...]] | None = None
     report: Callable[[int, int, Any], None] = lambda done, total, name: None
+    observe: Callable[[GraphRuntime, Sequence[Any], StepState | None], None] = lambda runtime, args, step: None
 
 
 _WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
@@ -128,6 +130,20 @@ class GraphRuntime:
             if program.bucket is not None:
                 self._count(sizes, program)
             return result
+
+    def program_for(self, args: Sequence[Any], step: StepState | None) -> tuple[tuple[int, ...], Program]:
+        """The sizes of a call and the program that serves it; where its bucket has no recordings, one without any."""
+        sizes = self._sizes(args)
+        binding = self._binding(args, step)
+        program = binding.steps.get(sizes)
+        if program is None:
+            named = dict(zip(self.plan.symbols, sizes, strict=True))
+            bucket, _ = self._choose(binding, named)
+            recorded = {p.bucket for p in binding.steps.values()} | binding.bodies.keys()
+            if bucket is not None and tuple(bucket[s] for s in self.plan.symbols) not in recorded:
+                bucket = None
+            program, _ = build_and_run(binding, named, bucket, args, step)
+        return sizes, program
 
     def _sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
@@ -321,6 +337,8 @@ class GraphRuntime:
             real = {s: min(n, bucket[s]) for s, n in sizes.items()}
             doubtful = self._record_bucket(self._shrunk(args, real), real, bucket, doubtful)
         request.report(len(wanted), len(wanted), None)
+        with self._no_effects(args):
+            request.observe(self, args, step)
         with self._no_effects(args):
             if step is None:
                 binding = self._binding(args, None)

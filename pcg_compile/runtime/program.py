@@ -26,7 +26,7 @@ from .binding import Binding, wants_static
 from .buffers import extent
 from .capture import StaticReplay
 from .probe import Argument, probe
-from .views import copier, looks_like, real_rows, tails
+from .views import assign, copier, looks_like, real_rows, tails
 from .whole import WholeStep, why_not_whole
 
 __all__ = ["Program", "build_and_run"]
@@ -68,6 +68,8 @@ class Program:
     bucket: tuple[int, ...] | None
     counters: Counters
     ops: list[Op] = field(default_factory=list)
+    #: For each op the index of the site that it belongs to, for reports.
+    op_sites: list[int] = field(default_factory=list)
     #: What is done to the copied inputs before anything reads them.
     prologue: list[Op] = field(default_factory=list)
     #: The same step as one recording, or None.
@@ -123,6 +125,7 @@ class Body:
 
     static: dict[fx.Node, torch.Tensor]
     ops: list[Op]
+    op_sites: list[int]
     replays: int
     recording_keys: list[tuple[int, tuple[int, ...]]]
     whole: WholeStep | None
@@ -196,6 +199,7 @@ class _Builder:
         with self.shared.engine.session():
             for site in self.plan.sites:
                 self._run_site(site)
+                self.program.op_sites += [site.index] * (len(self.program.ops) - len(self.program.op_sites))
                 self.keep.pop(site.index, None)
         self.program.emit = self._emitter()
         self.program.counters.replays += self.program.replays
@@ -204,7 +208,12 @@ class _Builder:
         if self.bucket is not None and self._is_the_buckets():
             program = self.program
             self.binding.bodies[program.bucket] = Body(  # type: ignore[index]
-                dict(self.static), program.ops, program.replays, program.recording_keys, program.whole
+                dict(self.static),
+                program.ops,
+                program.op_sites,
+                program.replays,
+                program.recording_keys,
+                program.whole,
             )
         return self.program.emit(self.args)
 
@@ -212,7 +221,7 @@ class _Builder:
         """A program for other real sizes in a bucket that has one: only inputs and outputs differ."""
         program = self.program
         program.ops, program.replays, program.whole = body.ops, body.replays, body.whole
-        program.recording_keys = body.recording_keys
+        program.op_sites, program.recording_keys = body.op_sites, body.recording_keys
         program.emit = self._emitter()
         return program.run(self.args)
 
@@ -506,7 +515,7 @@ class _Builder:
                     shaped = torch.empty_strided(
                         shape_at(fake, at), strides_at(fake, at), dtype=fake.dtype, device=result.device
                     )
-                    result = shaped.copy_(result)
+                    result = assign(shaped, result)
                 checked.append(result)
             return checked
 
@@ -687,9 +696,9 @@ class _Builder:
         target = place if request else real_rows(place, fake, self.sizes)
         if not request:
             after.extend(partial(t.zero_) for t in tails(place, fake, self.sizes))
-        if not path:
+        if not path and 0 not in target.stride():
             return target.copy_
-        return lambda result: target.copy_(_follow(result, path))  # type: ignore[func-returns-value]
+        return lambda result: assign(target, _follow(result, path))  # type: ignore[func-returns-value]
 
     def _learner(self, fake: Any) -> Callable[[Any], None]:
         """Notes the sizes that only a result tells."""

@@ -11,7 +11,7 @@ import torch
 from ..graph.scalars import SymType, shape_at, strides_at
 from .buffers import extent
 
-__all__ = ["copier", "looks_like", "real_rows", "tails"]
+__all__ = ["assign", "copier", "looks_like", "real_rows", "tails"]
 
 Sizes = Mapping[sympy.Symbol, int]
 
@@ -104,3 +104,14 @@ def _clone_keeps(view: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> bool:
 
 def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True))
+
+
+def assign(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``target.copy_(source)``, where the target's entries may share memory because it is expanded."""
+    whole = target
+    if 0 in target.stride():
+        for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+            if size > 1 and stride == 0:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    target.copy_(source)
+    return whole

@@ -88,10 +88,18 @@ class WholeStep:
         """Bytes that the recordings hold."""
         return sum(recording.nbytes for recording in self.recordings.values())
 
+    def prepare(self) -> Hashable:
+        """Brings the step's metadata to the device; returns the key of the recording that serves it.
+
+        Raises:
+            DoesNotFit: none can.
+        """
+        return tuple([prepare() for prepare in self._prepare])
+
     def run(self) -> bool:
         """One step; False where the batch must run piece by piece."""
         try:
-            key = tuple([prepare() for prepare in self._prepare])
+            key = self.prepare()
         except DoesNotFit as reason:
             self.shared.counters.fall_back(f"attention between pieces: {reason}")
             return False
