@@ -92,10 +92,14 @@ Predicate = Callable[[fx.Node, GraphMemory, "frozenset[fx.Node]"], "Finding | No
 
 
 def _makes_from_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """``torch.tensor(data, device=...)``, which is also what Dynamo makes of ``new_tensor``."""
+    """``torch.tensor(data, device=...)``, which is also what Dynamo makes of ``new_tensor`` from torch 2.12 on."""
+    value = memory.facts[node].value
+    if node.op == "call_method" and node.target == "new_tensor":
+        if memory.on_host(value) or 0 in value.shape:
+            return None
+        return made_from_data()
     if data_of(node, memory.facts) is None or node.kwargs.get("device") is None:
         return None
-    value = memory.facts[node].value
     if not isinstance(value, torch.Tensor) or value.device.type != memory.device.type or 0 in value.shape:
         return None
     return made_from_data()

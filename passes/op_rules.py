@@ -26,6 +26,7 @@ _MASKS = (torch.bool, torch.uint8)
 _UNSAFE_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _INDEXING = (
     "aten::index",
+    "aten::index_fill",
     "aten::index_put",
     "aten::_index_put_impl",
     "aten::_unsafe_index",
@@ -172,7 +173,8 @@ def indexes_with_mask(call: OpCall, memory: Memory) -> Finding | None:
 
 
 def _indices(call: OpCall) -> list[torch.Tensor]:
-    return [i for i in _argument(call, "indices") if isinstance(i, torch.Tensor)]
+    given = _argument(call, "indices")
+    return [i for i in (given if given is not None else [_argument(call, "index")]) if isinstance(i, torch.Tensor)]
 
 
 def _written_value(call: OpCall) -> torch.Tensor | None:

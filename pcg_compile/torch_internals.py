@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -74,6 +74,29 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs), config_patches={"triton.cudagraphs": False, "keep_output_stride": True})
+
+
+def inductor_output(function: Callable[..., Any]) -> str | None:
+    """The path of the code that Inductor wrote for what it compiled; None where it compiled nothing (2.11 to 2.13).
+
+    The compiled graph lies in the closures of the wrappers around it.
+    """
+    waiting: list[Any] = [function]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop(0)
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        call = getattr(found, "current_callable", None)
+        if call is not None:
+            code = getattr(getattr(call, "__func__", call), "__code__", None)
+            return None if code is None else str(code.co_filename)
+        waiting.append(getattr(found, "__wrapped__", None))
+        for cell in getattr(found, "__closure__", None) or ():
+            with suppress(ValueError):
+                waiting.append(cell.cell_contents)
+    return None
 
 
 def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]) -> bool:

@@ -9,6 +9,9 @@ import torch
 #: What a recording does with a write to (or a read of) a tensor on the recording device.
 REJECTED, FINE, COPIES, WAITS = "rejected", "fine", "copies", "waits"
 
+#: Fine from torch 2.15 on, which puts the number on the device by a fill.
+NUMBER_BY_INDEX = ("t[index] = 4", "t2[index, 0] = 3")
+
 #: (statement, verdict); see :func:`values` for the names.
 TABLE: tuple[tuple[str, str], ...] = (
     ("t[0] = 0", REJECTED),

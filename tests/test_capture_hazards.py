@@ -231,7 +231,7 @@ def test_a_constant_that_is_written_or_random_may_not():
         return graph.call_function(torch.mul, (x, scale))
 
     assert len(_judge(written, x="cuda").splits) == 3
-    assert _split_names(_judge(random, x="cuda")) == ["bernoulli", "mul"]
+    assert set(_split_names(_judge(random, x="cuda"))) - {"tensor"} == {"bernoulli", "mul"}
 
 
 def test_a_constant_read_by_an_op_that_copies_it():

@@ -218,5 +218,7 @@ def test_batch_and_sequence():
         x, mask = torch.randn(b, s, 8), torch.rand(b, s) < 0.8
         mask[:, 0] = True
         torch.testing.assert_close(run(x, mask), function(x, mask), rtol=1e-5, atol=1e-5)
-    assert pcg.stats(run).graphs == 1 and pcg.stats(run).replays > 0
+    # Up to 2.11 torch guards a reshape of transposed rows on a batch of one.
+    most = 1 if torch.__version__ >= "2.12" else 2
+    assert 1 <= pcg.stats(run).graphs <= most and pcg.stats(run).replays > 0
     assert all(isinstance(size, tuple) for size in pcg.stats(run).buckets)

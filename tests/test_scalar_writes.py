@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import linecache
 import operator
+import re
 import sys
 import types
 
 import pytest
 import torch
 from hazard_tracing import traced
-from scalar_write_table import COPIES, FINE, REJECTED, TABLE, WAITS, function_of, values
+from scalar_write_table import COPIES, FINE, NUMBER_BY_INDEX, REJECTED, TABLE, WAITS, function_of, values
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,7 @@ def verdict_of(kinds: set[str]) -> str:
 def test_the_table(statement, verdict):
     arguments = values("cpu")
     seen = traced(function_of(statement, list(arguments)), *arguments.values())
-    if verdict == REJECTED and host_scalar_write() == "fills":
+    if host_scalar_write() == "fills" and (verdict == REJECTED or statement in NUMBER_BY_INDEX):
         verdict = FINE
     assert verdict_of(seen.kinds()) == verdict, seen.hazards
     # What is not fine is isolated, and what is fine is not; a single number that is put on the device is filled in.
@@ -91,7 +92,7 @@ def test_the_cure_is_code_that_does_the_same(statement, cure):
     arguments = values("cpu")
     eager = {name: tensor.clone() for name, tensor in arguments.items()}
     seen = traced(function_of(statement, list(arguments)), *arguments.values())
-    assert cure in seen.hazards[0].cure
+    assert cure in with_names(seen.hazards[0].cure, list(arguments))
     exec(statement.split(";")[0], {}, eager)
     cured = values("cpu")
     exec(cure, {}, cured)
@@ -267,13 +268,19 @@ def _exec(source: str, name: str = "<string>"):
     return scope["f"]
 
 
+def with_names(text: str, names: list[str]) -> str:
+    """Up to 2.11 Dynamo calls the arguments of a function that has no file args_0, args_1, ..."""
+    return re.sub(r"\bargs_(\d+)", lambda match: names[int(match[1])], text)
+
+
 @copies
 def test_places_without_source():
     function = _exec("def f(t):\n    t[0] = 0\n    t[1] = 1\n    return t\n")
     seen = traced(function, torch.zeros(3))
     # The names of the graph stand in for the source; Dynamo keeps no line of what has no file name.
-    assert "t[1:2].fill_(1)" in seen.hazards[1].cure
-    assert [str(place_of(node)) for node in seen.splits] == ["<string> in f", "<string> in f"]
+    assert "t[1:2].fill_(1)" in with_names(seen.hazards[1].cure, ["t"])
+    if torch.__version__ >= "2.12":
+        assert [str(place_of(node)) for node in seen.splits] == ["<string> in f", "<string> in f"]
     named = traced(_exec("def f(t):\n    t[0] = 0\n    return t\n", "<made>"), torch.zeros(3))
     assert [(h.file, h.line) for h in named.hazards] == [("<made>", 2)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 
 from ..graph.plan import CallSite, PieceSite
 from ..registry import runtimes
+from ..torch_internals import inductor_output
+from .sites import name_calls, name_sites
 
 __all__ = ["dump"]
 
@@ -21,9 +23,10 @@ __all__ = ["dump"]
 def dump(directory: str | Path) -> Iterator[Path]:
     """Inside, compile or call models; on the way out their graphs are written to ``directory``, with an index page.
 
-    For each graph: Dynamo's graph after the passes, each distinct piece as a script that runs, the program of every
-    bucket, and what the passes noted. ``depyf`` adds its decompiled view of what Dynamo made; where it cannot, the
-    index says so. Nothing is written outside the directory.
+    For each graph: Dynamo's graph before and after the passes, the nodes that passes inserted and their notes, each
+    distinct piece as a script that runs, where Inductor wrote its code, and the program of every bucket. ``depyf`` adds
+    its decompiled view of what Dynamo made; where it cannot, the index says so. Nothing is written outside the
+    directory.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -50,31 +53,58 @@ def dump(directory: str | Path) -> Iterator[Path]:
 
 def _write_graph(folder: Path, runtime: Any) -> None:
     folder.mkdir(exist_ok=True)
-    plan = runtime.plan
-    (folder / "graph.py").write_text(
-        "# Dynamo's graph, after the passes.\n" + plan.gm.print_readable(print_output=False)
-    )
+    plan, context = runtime.plan, runtime.context
+    if context.source is not None:
+        _write_code(folder / "dynamo.py", "Dynamo's graph, as pcg got it.", context.source)
+    _write_code(folder / "graph.py", "Dynamo's graph, after the passes.", plan.gm)
+    _write_lines(folder / "inserted.txt", [node.format_node() for node in plan.gm.graph.nodes if _is_inserted(node)])
+    _write_lines(folder / "notes.txt", context.notes)
+    names = name_sites(plan)
     written: dict[int, str] = {}
     listing: list[str] = []
+    outputs: list[str] = []
     for site in plan.sites:
         if isinstance(site, CallSite):
             listing.append(f"{site.index:4d}  call    {site.op.name} ({site.mode}; {site.reason})  {site.where}")
             continue
-        name = written.get(id(site.compiled)) if not site.trivial else None
-        if name is None:
-            name = f"piece_{site.index}.py"
-            written[id(site.compiled)] = name
-            (folder / name).write_text(_piece_script(site))
-        what = "trivial" if site.trivial else "piece" if site.refusal is None else f"exact ({site.refusal})"
-        listing.append(f"{site.index:4d}  {what}  {name}  {site.where}")
-    (folder / "sites.txt").write_text("\n".join(listing) + "\n")
-    (folder / "notes.txt").write_text("\n".join(runtime.context.notes) + "\n")
+        script = written.get(id(site.compiled)) if not site.trivial else None
+        if script is None:
+            script = f"piece_{site.index}.py"
+            written[id(site.compiled)] = script
+            (folder / script).write_text(_piece_script(site))
+            path = inductor_output(site.compiled.function)
+            if path is not None:
+                outputs.append(f"{script}  {path}")
+        what = "piece" if site.refusal is None or site.trivial else f"exact ({site.refusal})"
+        listing.append(f"{site.index:4d}  {what}  {names[site.index]}  {script}  {site.where}")
+    _write_lines(folder / "sites.txt", listing)
+    if outputs:
+        _write_lines(folder / "inductor.txt", outputs)
     for binding in runtime.bindings:
         for sizes, program in binding.steps.items():
             title = "_".join(map(str, sizes)) or "static"
             lines = [f"sizes {sizes}, bucket {program.bucket}, {program.replays} replays, {len(program.ops)} calls"]
-            lines += [f"{i:4d}  {_describe(op)}" for i, op in enumerate(program.ops)]
-            (folder / f"program_{title}.txt").write_text("\n".join(lines) + "\n")
+            calls = zip(name_calls(plan, program), program.ops, strict=True)
+            if program.whole is not None and program.whole.wanted:
+                lines.append("      where the batch fits, all of it as one recording, instead of:")
+            lines += [
+                f"{i:4d}  {call.kind:8}  {call.name}  {_describe(op)}  {call.where}"
+                for i, (call, op) in enumerate(calls)
+            ]
+            _write_lines(folder / f"program_{title}.txt", lines)
+
+
+def _write_lines(path: Path, lines: Iterable[str | None]) -> None:
+    path.write_text("\n".join(line for line in lines if line is not None) + "\n")
+
+
+def _write_code(path: Path, title: str, gm: Any) -> None:
+    path.write_text(f"# {title}\n" + gm.print_readable(print_output=False))
+
+
+def _is_inserted(node: Any) -> bool:
+    """Whether a pass put a node there: what it reads from the step, and what pads and prepares metadata."""
+    return "pcg_step_input" in node.meta or getattr(node.target, "namespace", "") == "pcg"
 
 
 def _describe(op: Any) -> str:
@@ -109,7 +139,7 @@ def _example(value: Any) -> str:
 def _write_index(root: Path, problems: list[str]) -> None:
     parts = ["<!doctype html><meta charset=utf-8><title>pcg dump</title><h1>pcg dump</h1>"]
     parts += [f"<p>{html.escape(problem)}</p>" for problem in problems]
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "index.html"):
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "index.html" and p.suffix != ".lock"):
         name = path.relative_to(root).as_posix()
         text = path.read_text(errors="replace")
         anchor = re.sub(r"[^\w.-]", "_", name)

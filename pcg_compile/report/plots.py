@@ -31,6 +31,7 @@ _COLOURS = {
     "inputs": "#56b4e9",
     "outputs": "#cc79a7",
 }
+_TOKENS, _PADDING = "#0072b2", "#b3b3b3"
 _MEANING = {"replay": "replay of a recording", "piece": "piece without a recording", "metadata": "the step's metadata"}
 #: Of a lane's width: narrower bars have no room for their name.
 _ROOM_FOR_A_NAME = 0.07
@@ -94,8 +95,8 @@ def draw_buckets(axes: Any, stats: Stats) -> None:
     places = range(len(used))
     tokens = [use.tokens for use in used.values()]
     padding = [use.padded_tokens - use.tokens for use in used.values()]
-    axes.bar(places, tokens, color=_COLOURS["replay"], label="tokens")
-    axes.bar(places, padding, bottom=tokens, color=_COLOURS["piece"], label="padding")
+    axes.bar(places, tokens, 0.6, color=_TOKENS, label="tokens")
+    axes.bar(places, padding, 0.6, bottom=tokens, color=_PADDING, label="padding")
     for place, use, added in zip(places, used.values(), padding, strict=True):
         axes.annotate(
             f"{added / use.padded_tokens:.0%}", (place, use.padded_tokens), ha="center", va="bottom", fontsize="small"
@@ -103,6 +104,7 @@ def draw_buckets(axes: Any, stats: Stats) -> None:
     axes.set_xticks(places, [str(size) for size in used])
     axes.set_xlabel("bucket")
     axes.set_ylabel("rows computed")
+    axes.set_xlim(-0.7, len(used) - 0.3)
     axes.margins(y=0.15)
     axes.set_title("padding, and its share of what each bucket computed", fontsize="medium")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
@@ -123,9 +125,10 @@ def _bar(axes: Any, row: int, start: float, width: float, kind: str, name: str, 
 
 def _title(timeline: Timeline) -> str:
     size = "x".join(map(str, timeline.sizes)) or "no dynamic size"
-    how = "without recordings" if timeline.bucket is None else f"at {'x'.join(map(str, timeline.bucket)) or 'its size'}"
+    bucket = "x".join(map(str, timeline.bucket or ()))
+    how = "without recordings" if timeline.bucket is None else f"in bucket {bucket}" if bucket else "recorded"
     share = timeline.gap_seconds() / timeline.seconds if timeline.seconds else 0.0
-    return f"a step of {size} {how}: {1e3 * timeline.seconds:.3g} ms, {share:.0%} in gaps"
+    return f"a step of {size} {how}: {1e3 * timeline.seconds:.3g} ms, {share:.1%} of it in gaps"
 
 
 def _say(axes: Any, text: str) -> None:

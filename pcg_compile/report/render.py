@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def sections(report: Report) -> Iterator[Section]:
         title = f"graph {i}, dynamic sizes: {', '.join(graph.sizes) or 'none'}"
         rows = tuple(_site_cells(site) for site in graph.sites)
         yield Section(title, ("", "where", "ops", "verdict", "why"), rows, _below(graph))
-        found = tuple((p.name, p.verdict, "\n".join(p.findings)) for p in graph.passes)
+        found = tuple((p.name, p.verdict, _nearer("\n".join(p.findings))) for p in graph.passes)
         yield Section(f"graph {i}, passes", ("pass", "verdict", "found"), found)
     stats = report.stats
     buckets = tuple(
@@ -53,7 +54,7 @@ def sections(report: Report) -> Iterator[Section]:
     if buckets:
         columns = ("bucket", "steps", "mean padding", "MiB", "seconds to record", "attention")
         yield Section("buckets", columns, buckets, f"{stats.captured} recordings, {stats.replays} replays")
-    falls = tuple((str(fall.count), fall.reason, fall.where) for fall in stats.fallbacks)
+    falls = tuple((str(fall.count), fall.reason, _nearer(fall.where)) for fall in stats.fallbacks)
     if falls:
         yield Section("fallbacks: what ran otherwise than recorded", ("times", "why", "where"), falls)
 
@@ -61,7 +62,10 @@ def sections(report: Report) -> Iterator[Section]:
 def as_rich(report: Report) -> Iterator[Any]:
     """Rich tables."""
     for section in sections(report):
-        table = Table(*section.columns, title=escape(section.title), caption=escape(section.below) or None)
+        table = Table(title=escape(section.title), caption=escape(section.below) or None)
+        for name in section.columns:
+            # Cut off, a path would lose its line.
+            table.add_column(name, overflow="fold")
         for row in section.rows:
             table.add_row(*map(escape, row))
         yield table
@@ -93,7 +97,7 @@ def _below(graph: GraphReport) -> str:
     if graph.timeline is not None:
         how = "without recordings" if graph.timeline.bucket is None else "from recordings"
         gaps = 1e3 * graph.timeline.gap_seconds()
-        parts.append(f"a step {how}: {1e3 * graph.timeline.seconds:.3g} ms, {gaps:.2g} ms of it in gaps")
+        parts.append(f"a step {how}: {1e3 * graph.timeline.seconds:.3g} ms, {gaps:.2g} ms of it between calls")
     return "; ".join(parts)
 
 
@@ -103,4 +107,9 @@ def _site_cells(site: SiteReport) -> tuple[str, ...]:
     if len(common) > _MOST_OPS:
         counted += f", {sum(n for _, n in common[_MOST_OPS:])} more"
     name = site.name if site.distinct is None else f"{site.name} (distinct {site.distinct})"
-    return (name, site.where, counted, site.verdict, site.reason)
+    return (name, _nearer(site.where), counted, site.verdict, site.reason)
+
+
+def _nearer(text: str) -> str:
+    """Paths below the working directory, as seen from there."""
+    return text.replace(os.getcwd() + os.sep, "")

@@ -1,0 +1,61 @@
+"""``python -m benchmarks <command>``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+import traceback
+
+from .common import add_common, resolve
+
+_COMMANDS = {
+    "host": "host time: glue, entry, metadata (needs no GPU)",
+    "padding": "waste of the default buckets; padding by a request against slices",
+    "step": "one step: eager, torch.compile, pcg, a whole-step CUDA graph",
+    "capture": "seconds and MiB a bucket",
+    "crossover": "the size from which on a recording no longer pays",
+    "startup": "time to the first step, cold and warm caches",
+}
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of pcg.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {name: importlib.import_module(f".{name}", __package__) for name in _COMMANDS}
+    for name, about in _COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        add_common(command)
+        modules[name].add_arguments(command)
+        command.set_defaults(run=modules[name].run)
+    everything = commands.add_parser("all", help="all of them, one after the other", description="All benchmarks.")
+    add_common(everything)
+    report = commands.add_parser("report", help="tables and plots of results that exist")
+    importlib.import_module(".report", __package__).add_arguments(report)
+    args = parser.parse_args()
+    if args.command == "report":
+        args.run(args)
+        return
+    if args.command != "all":
+        print(f"==> {args.command}", flush=True)
+        args.run(resolve(args))
+        return
+    shared = [f"--{k}" if v is True else f"--{k}={v}" for k, v in vars(args).items() if k != "command" and v]
+    failed = []
+    for name in _COMMANDS:
+        print(f"==> {name}", flush=True)
+        started = time.perf_counter()
+        try:
+            one = parser.parse_args([name, *shared])
+            one.run(resolve(one))
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        print(f"    {time.perf_counter() - started:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

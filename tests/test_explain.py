@@ -1,0 +1,152 @@
+"""What explain() and dump() say of passes, buckets, fallbacks and inserted nodes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import ToyLlama
+from test_paged_model import LAYERS, Model, Traffic
+
+import pcg_compile as pcg
+from pcg_compile.registry import runtimes
+from pcg_compile.torch_internals import inductor_output
+
+OPTIONS = {"buckets": [4, 8], "compiler": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def passes_of(report):
+    return {p.name: p for p in report.graphs[-1].passes}
+
+
+def test_each_pass_has_a_verdict_with_reason_and_line():
+    def mixed(x):
+        y = torch.ops.silly.fresh(x * 2)
+        return y - y.mean(0)
+
+    report = pcg.explain(mixed, torch.randn(5, 3))
+    safety = passes_of(report)["padding_safety"]
+    assert safety.verdict == "1 row-wise, 1 mixing"
+    assert re.match(r"piece 1: mixing: .*mean.*test_explain\.py:\d+", safety.findings[0])
+    names = {"scalar_writes", "capture_hazards", "pad_metadata", "route_lora", "prepare_batch", "padding_safety"}
+    assert all({p.name for p in graph.passes} == names for graph in report.graphs)
+
+
+def test_hazards_are_listed_under_their_pass():
+    def syncs(x, mask):
+        y = torch.ops.silly.fresh(x)
+        y[mask] = x[mask]
+        return y * 2
+
+    report = pcg.explain(syncs, torch.randn(4, 3), torch.tensor([True, False, True, False]))
+    hazards = passes_of(report)["capture_hazards"]
+    assert hazards.verdict.endswith("found") and "test_explain.py" in hazards.findings[0]
+    assert "hazard" in str(report) and "test_explain.py" in report._repr_html_()
+
+
+def test_rewrites_are_noted():
+    traffic, model = Traffic(), Model().eval()
+    batch = traffic.batch({1: 3})
+    compiled = torch.compile(model, backend="pcg", options=OPTIONS)
+    with pcg.step(batch, traffic.caches[0]):
+        report = pcg.explain(compiled, torch.arange(3), batch.positions)
+    found = passes_of(report)
+    assert (
+        found["prepare_batch"].verdict == "rewrote the graph" and "prepare_batch" in found["prepare_batch"].findings[0]
+    )
+    assert found["capture_hazards"].findings == () and found["padding_safety"].verdict == f"{LAYERS + 1} row-wise"
+
+
+def test_paged_attention_is_no_hazard():
+    traffic, model = Traffic(), Model().eval()
+    batch = traffic.batch({1: 3})
+    compiled = torch.compile(model, backend="pcg", options={**OPTIONS, "strict": True})
+    with pcg.step(batch, traffic.caches[0]):
+        assert pcg.check(model, torch.arange(3), batch.positions) == []
+        compiled(torch.arange(3), batch.positions)
+
+
+def test_buckets_and_fallbacks_are_in_every_form():
+    run = pcg.piecewise(**OPTIONS)(lambda x: torch.ops.silly.fresh(x * 2).softmax(0))
+    with torch.no_grad():
+        for n in (3, 7, 5):
+            run(torch.randn(n, 2))
+    report = pcg.explain(run)
+    text, markup, data = str(report), report._repr_html_(), json.loads(report.to_json())
+    for form in (text, markup):
+        assert "mean padding" in form and "33%" in form and "softmax" in form and "fallbacks" in form
+    assert data["stats"]["buckets"]["8"]["hits"] == 2 and data["stats"]["sizes"] == {"3": 1, "7": 1, "5": 1}
+    assert data["stats"]["fallbacks"][0]["count"] == 3
+
+
+def test_no_path_is_cut_off_and_nearby_ones_are_short(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    report = pcg.explain(ToyLlama(layers=1), torch.arange(3))
+    flat = re.sub(r"[\s│]+", "", str(report))
+    assert "models.py" in flat and "…" not in flat and __file__.rpartition("/")[0].replace(" ", "") in flat
+    monkeypatch.chdir(__file__.rpartition("/")[0])
+    assert __file__.rpartition("/")[0] not in str(report)
+
+
+def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
+    traffic, model = Traffic(), Model().eval()
+    compiled = torch.compile(model, backend="pcg", options=OPTIONS)
+    with pcg.dump(tmp_path):
+        for qo_lens in ({1: 3}, {1: 1, 2: 4}, {1: 1, 2: 5}):
+            traffic.check(model, compiled, qo_lens)
+    graph = tmp_path / "graph_1"
+    before, after = (graph / "dynamo.py").read_text(), (graph / "graph.py").read_text()
+    assert before.count("paged_attention") >= LAYERS and "pcg.attend" not in before
+    after = re.sub("# File.*", "", after)
+    assert "pcg.paged_attention" not in after and after.count("pcg.attend.default") == LAYERS
+    inserted = (graph / "inserted.txt").read_text()
+    assert "slot_mapping" in inserted and "prepare_batch" in inserted and inserted.count("store_kv.default") == LAYERS
+    calls = [line.split()[1] for line in (graph / "program_6.txt").read_text().splitlines()[1:]]
+    assert calls == ["metadata", "replay", *["split", "replay"] * LAYERS]
+    assert not (graph / "inductor.txt").exists()
+
+
+def test_dump_holds_what_depyf_decompiles(tmp_path):
+    compiled = torch.compile(ToyLlama(layers=1).eval(), backend="pcg", options=OPTIONS)
+    with pcg.dump(tmp_path), torch.no_grad():
+        for n in (3, 5):
+            compiled(torch.arange(n))
+    index = (tmp_path / "index.html").read_text()
+    assert "depyf could not" in index or list((tmp_path / "depyf").glob("full_code_for_forward*.py"))
+
+
+def test_dump_goes_on_where_depyf_fails(tmp_path, monkeypatch):
+    import depyf
+
+    def fails(directory):
+        raise RuntimeError("no such bytecode <3")
+
+    monkeypatch.setattr(depyf, "prepare_debug", fails)
+    run = pcg.piecewise(**OPTIONS)(lambda x: torch.ops.silly.fresh(x) + 1)
+    with pcg.dump(tmp_path), torch.no_grad():
+        run(torch.randn(3, 2))
+    index = (tmp_path / "index.html").read_text()
+    assert "depyf could not start: RuntimeError: no such bytecode &lt;3" in index
+    assert (tmp_path / "graph_0" / "graph.py").exists()
+
+
+def test_inductors_output_is_found(tmp_path):
+    run = pcg.piecewise(buckets=[4])(lambda x: torch.ops.silly.fresh(x * 2) + 1)
+    with pcg.dump(tmp_path), torch.no_grad():
+        run(torch.randn(3, 2))
+    lines = (tmp_path / "graph_0" / "inductor.txt").read_text().splitlines()
+    pieces = [site for site in runtimes(run)[0].plan.sites if hasattr(site, "compiled") and not site.trivial]
+    assert len(lines) == len(pieces) == 2
+    for line in lines:
+        script, path = line.split("  ")
+        assert (tmp_path / "graph_0" / script).exists() and "def call(" in Path(path).read_text()
+    assert inductor_output(lambda x: x) is None

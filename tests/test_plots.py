@@ -1,0 +1,202 @@
+"""A step's timeline and the pictures of a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from models import ToyLlama
+from test_paged_model import LAYERS, Model, Traffic
+
+import pcg_compile as pcg
+
+pytest.importorskip("matplotlib")
+OPTIONS = {"buckets": [4, 8, 16], "compiler": "eager"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pcg.split_op("plots::slow", mutates_args=("out",))
+def slow(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Takes 20 ms on the host."""
+    time.sleep(0.02)
+    out.copy_(x + 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def llama(device="cpu", sizes=(3, 7, 7)):
+    model = ToyLlama(layers=2).eval().to(device)
+    compiled = pcg.piecewise(dynamic={"ids": 0}, **OPTIONS)(model.forward)
+    with torch.no_grad():
+        for n in sizes:
+            compiled(torch.randint(0, 128, (n,), device=device))
+    return compiled
+
+
+def timeline_of(compiled, *args):
+    (graph,) = pcg.explain(compiled, *args).graphs
+    return graph.timeline
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_recorded_step_is_timed_call_by_call(device):
+    compiled = llama(device)
+    with pcg.expect(compiled, captured=0, replays=0, steps=0):
+        timeline = timeline_of(compiled, torch.randint(0, 128, (7,), device=device))
+    assert timeline.sizes == (7,) and timeline.bucket == (8,)
+    lanes = {lane: [s for s in timeline.spans if s.lane == lane] for lane in ("host", "device")}
+    assert bool(lanes["device"]) == (device == "cuda")
+    for spans in filter(None, lanes.values()):
+        sites = [s for s in spans if s.kind in ("replay", "split op")]
+        assert list(dict.fromkeys(s.name for s in sites)) == ["piece 0", "silly::attention", "piece 1", "piece 2"]
+        assert spans[0].kind == "inputs" and spans[-1].kind == "outputs"
+        assert all(s.seconds >= 0 for s in spans)
+        # One after the other, and no call before the one ahead of it has ended.
+        assert all(one.start + one.seconds <= two.start + 1e-9 for one, two in pairwise(spans))
+    host = lanes["host"]
+    assert host[-1].start + host[-1].seconds <= timeline.seconds
+    assert 0 <= timeline.gap_seconds() < timeline.seconds
+    assert all("models.py" in s.where for s in host if s.kind in ("replay", "split op"))
+
+
+def test_times_are_real():
+    def two(x):
+        x = x * 2
+        out = torch.empty_like(x)
+        torch.ops.plots.slow(x, out)
+        return out - 1
+
+    run = pcg.piecewise(**OPTIONS)(two)
+    with torch.no_grad():
+        run(torch.randn(3, 4))
+    timeline = timeline_of(run, torch.randn(3, 4))
+    seconds = {span.name: span.seconds for span in timeline.spans if span.seconds > 0.01}
+    assert list(seconds) == ["plots::slow"] and seconds["plots::slow"] >= 0.02
+    assert timeline.seconds >= 0.02
+
+
+def test_without_recordings_a_step_is_timed_at_its_exact_size():
+    compiled = llama(sizes=(3,))
+    with pcg.expect(compiled, captured=0, replays=0):
+        timeline = timeline_of(compiled, torch.randint(0, 128, (7,)))
+    assert timeline.bucket is None
+    assert {span.kind for span in timeline.spans} == {"inputs", "piece", "split op", "outputs"}
+
+
+def test_a_size_that_never_ran_uses_its_buckets_recordings():
+    compiled = llama(sizes=(7,))
+    with pcg.expect(compiled, captured=0, replays=0):
+        timeline = timeline_of(compiled, torch.randint(0, 128, (6,)))
+    assert timeline.sizes == (6,) and timeline.bucket == (8,)
+
+
+@pytest.mark.parametrize("attention", ["eager", "captured"])
+def test_timing_a_paged_step_leaves_the_cache_and_the_next_step_alone(attention):
+    model, traffic = Model().eval(), Traffic()
+    compiled = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **OPTIONS, attention=attention)(model.forward)
+    for qo_lens in ({1: 5, 2: 2}, {1: 2, 2: 5}, {1: 1, 2: 6}):
+        traffic.check(model, compiled, qo_lens)
+    batch = traffic.batch({1: 1, 2: 6})
+    cache = traffic.caches[1]
+    ids = torch.arange(7)
+    before = [t.clone() for t in cache.k + cache.v]
+    with pcg.step(batch, cache), pcg.expect(compiled, captured=0, replays=0, steps=0):
+        timeline = timeline_of(compiled, ids, batch.positions)
+    assert all(torch.equal(old[1:], new[1:]) for old, new in zip(before, cache.k + cache.v, strict=True))
+    with pcg.step(batch, traffic.caches[0]):
+        want = model(ids, batch.positions)
+    with pcg.step(batch, cache):
+        torch.testing.assert_close(compiled(ids, batch.positions), want)
+    kinds = [span.kind for span in timeline.spans]
+    if attention == "captured":
+        assert kinds == ["inputs", "metadata", "replay", "outputs"]
+    else:
+        assert kinds.count("split op") == LAYERS and kinds.count("replay") == LAYERS + 1
+        assert kinds.index("metadata") < kinds.index("replay")
+
+
+def test_what_a_step_changes_is_as_before():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return torch.ops.silly.fresh(x + torch.rand_like(x)) + self.calls
+
+    model = Counting()
+    compiled = pcg.piecewise(**OPTIONS)(model.forward)
+    with torch.no_grad():
+        compiled(torch.zeros(3, 2))
+    state = torch.get_rng_state()
+    assert timeline_of(compiled, torch.zeros(3, 2)) is not None
+    assert model.calls.item() == 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_picture_has_a_bar_for_each_call_and_bucket():
+    compiled = llama(sizes=(3, 7, 7, 16))
+    report = pcg.explain(compiled, torch.randint(0, 128, (7,)))
+    figure = report.plot()
+    above, below = figure.axes
+    assert len(above.patches) == len(report.graphs[0].timeline.spans)
+    widths = sorted(patch.get_width() for patch in above.patches)
+    scale = 1e6 if above.get_xlabel() == "us" else 1e3
+    assert widths == pytest.approx(sorted(s.seconds * scale for s in report.graphs[0].timeline.spans))
+    assert "bucket 8" in above.get_title() and "gaps" in above.get_title()
+    heights = [patch.get_height() for patch in below.patches]
+    assert heights == [3, 14, 16, 1, 2, 0]
+    assert [text.get_text() for text in below.texts] == ["25%", "12%", "0%"]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_the_picture_says_what_is_missing():
+    compiled = llama(sizes=())
+    above, below = pcg.explain(lambda x: x + 1, torch.ones(3)).plot().axes
+    assert len(above.patches) > 0 and "no step has used a bucket" in below.texts[0].get_text()
+    with torch.no_grad():
+        compiled(torch.arange(3))
+    above, below = pcg.explain(compiled).plot().axes
+    assert "pass a call's arguments" in above.texts[0].get_text() and len(below.patches) == 2
+
+
+def test_several_dynamic_sizes_and_several_graphs():
+    def broken(x):
+        y = torch.ops.silly.fresh(x.relu()) + 1
+        torch._dynamo.graph_break()
+        return torch.ops.silly.fresh(y) * 2
+
+    run = pcg.piecewise(dynamic={"x": (0, 1)}, **OPTIONS)(broken)
+    with torch.no_grad():
+        run(torch.randn(3, 5))
+        report = pcg.explain(run, torch.randn(3, 5))
+    # Behind the break Dynamo compiles for the size that it sees first.
+    assert [graph.timeline.bucket for graph in report.graphs] == [(4, 8), ()]
+    above, below = report.plot().axes
+    assert [label.get_text() for label in above.get_yticklabels()] == ["graph 0, host", "graph 1, host"]
+    assert "in bucket 4x8" in above.get_title()
+    assert "(4, 8)" in [label.get_text() for label in below.get_xticklabels()]
+
+
+def test_timelines_are_in_the_json():
+    compiled = llama()
+    report = pcg.explain(compiled, torch.arange(7))
+    timeline = json.loads(report.to_json())["graphs"][0]["timeline"]
+    assert len(timeline["spans"]) == len(report.graphs[0].timeline.spans) and timeline["bucket"] == [8]
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    report = pcg.explain(llama())
+    monkeypatch.delitem(sys.modules, "pcg_compile.report.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install \"pcg-compile\[plots\]\""):
+        report.plot()
+    assert "matplotlib" not in str(report)
