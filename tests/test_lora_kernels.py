@@ -1,0 +1,158 @@
+"""The LoRA op against float64: Triton's kernels under its interpreter, or for real on a GPU; plain PyTorch beside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from pcg_compile.lora import route
+from pcg_compile.lora.apply import lora_apply
+from pcg_compile.lora.plain import add_adapters
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+CASES = [
+    # tokens, in, slices, max_rank, ranks, slots
+    pytest.param(7, 24, [40], 8, [8, 3, 1], [0, 1, 2, 0, -1, 2, 0], id="mixed ranks"),
+    pytest.param(5, 32, [16], 16, [16, 16], [-1] * 5, id="all base"),
+    pytest.param(33, 48, [24, 8, 8], 16, [5, 16, 0, 9], [i % 5 - 1 for i in range(33)], id="fused q, k, v"),
+    pytest.param(70, 130, [33, 70], 20, [20, 7], [0] * 40 + [1] * 10 + [-1] * 20, id="gate and up, long segments"),
+    pytest.param(150, 64, [64], 64, [64, 1, 33], [i // 50 for i in range(150)], id="prefill"),
+    pytest.param(1, 16, [16], 256, [256], [0], id="rank 256"),
+    pytest.param(1100, 32, [16], 4, [4, 2], [i % 3 - 1 for i in range(1100)], id="many tokens"),
+]
+
+
+def make(tokens, width, slices, max_rank, ranks, dtype=torch.float32, device="cpu"):
+    """Factors with NaN wherever an adapter of smaller rank left another's rows."""
+    adapters, out = len(ranks), sum(slices)
+    a = torch.randn(adapters, len(slices) * max_rank, width)
+    b = torch.randn(adapters, out, max_rank)
+    for slot, rank in enumerate(ranks):
+        a[slot].view(len(slices), max_rank, width)[:, rank:] = float("nan")
+        b[slot, :, rank:] = float("nan")
+    x, y = torch.randn(tokens, width), torch.randn(tokens, out + 3)[:, :out]
+    scalings = torch.linspace(0.5, 2, adapters)
+    floats = [t.to(device, dtype) for t in (x, a, b)]
+    wide = torch.empty(tokens, out + 3, dtype=dtype, device=device)
+    wide[:, :out] = y.to(device, dtype)
+    return wide[:, :out], *floats, scalings.to(device), torch.tensor(ranks, dtype=torch.int32, device=device)
+
+
+def expected(y, x, a, b, scalings, ranks, slots, slices):
+    result, max_rank = y.double().clone(), b.shape[2]
+    for token, slot in enumerate(slots):
+        first = 0
+        for j, width in enumerate(slices if slot >= 0 else []):
+            rank = int(ranks[slot])
+            down = a[slot, j * max_rank : j * max_rank + rank].double()
+            up = b[slot, first : first + width, :rank].double()
+            result[token, first : first + width] += float(scalings[slot]) * (x[token].double() @ down.t() @ up.t())
+            first += width
+    return result
+
+
+def check(run, tokens, width, slices, max_rank, ranks, slots, dtype=torch.float32, device="cpu", tolerance=1e-4):
+    torch.manual_seed(0)
+    y, *rest = make(tokens, width, slices, max_rank, ranks, dtype, device)
+    want = expected(y, *rest, slots, slices)
+    routing = route(torch.tensor(slots, device=device), len(ranks))
+    run(y, *rest, *routing, slices)
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(("tokens", "width", "slices", "max_rank", "ranks", "slots"), CASES)
+def test_plain(tokens, width, slices, max_rank, ranks, slots):
+    check(add_adapters, tokens, width, slices, max_rank, ranks, slots)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED or sys.platform != "linux", reason="the kernels run as they are")
+def test_kernels_under_the_interpreter():
+    """Triton decides at import whether it interprets, hence a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "on_kernels"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
+
+
+kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+
+
+def run_kernels(*args):
+    from pcg_compile.lora.kernels import add_adapters_on_gpu
+
+    add_adapters_on_gpu(*args)
+
+
+@kernels
+@pytest.mark.parametrize(("tokens", "width", "slices", "max_rank", "ranks", "slots"), CASES)
+def test_cases_on_kernels(tokens, width, slices, max_rank, ranks, slots):
+    check(run_kernels, tokens, width, slices, max_rank, ranks, slots, device=DEVICE)
+
+
+@kernels
+# The interpreter multiplies the bits of bfloat16 as whole numbers.
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if CUDA else [])])
+def test_half_precision_on_kernels(dtype):
+    slots = [0, 1, -1, 1, 2, 0, 0]
+    check(run_kernels, 7, 64, [48], 16, [16, 4, 9], slots, dtype=dtype, device=DEVICE, tolerance=2e-2)
+
+
+mixes = st.lists(st.integers(-1, 3), min_size=1, max_size=40)
+
+
+@kernels
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(mixes, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_random_mixes_on_kernels(slots, ranks):
+    check(run_kernels, len(slots), 40, [24, 9], 12, ranks, slots, device=DEVICE)
+
+
+@hypothesis.given(mixes, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_random_mixes(slots, ranks):
+    check(add_adapters, len(slots), 8, [6, 3], 12, ranks, slots)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_one_node_for_compilers(backend):
+    def function(x, w, *rest):
+        y = x @ w
+        torch.ops.pcg.lora_apply(y, x, *rest, [8])
+        return y + 1
+
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    for slots in ([0, 1, -1, 0], [1, 1, 0], [-1, 0, 0, 0, 1, 1]):
+        _, x, *rest = make(len(slots), 5, [8], 4, [4, 2])
+        routing = route(torch.tensor(slots), 2)
+        w = torch.randn(5, 8)
+        want = expected(x @ w, x, *rest, slots, [8]) + 1
+        torch.testing.assert_close(compiled(x, w, *rest, *routing).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_one_recording_serves_every_mix():
+    y, *rest = make(64, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
+    start, routing = y.clone(), route(torch.full((64,), -1, device="cuda"), 4)
+    lora_apply(y, *rest, *routing, [128, 64])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora_apply(y, *rest, *routing, [128, 64])
+    for seed in range(5):
+        slots = torch.randint(-1, 4, (64,), generator=torch.Generator().manual_seed(seed))
+        route(slots.cuda(), 4, out=routing)
+        y.copy_(start)
+        graph.replay()
+        want = expected(start, *rest, slots.tolist(), [128, 64])
+        torch.testing.assert_close(y.double(), want, rtol=0.03, atol=0.03 * float(want.abs().max()))
