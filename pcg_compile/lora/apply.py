@@ -31,7 +31,8 @@ def lora_apply(
     """Adds to each token's row of ``y`` what its adapter makes of its row of ``x``; base tokens stay as they are.
 
     For token t of segment s and slice j of the columns, with r = ranks[s] and i = j * max_rank:
-    ``y[t, slice j] += scalings[s] * (x[t] @ a[s, i : i + r].T) @ b[s, slice j, :r].T``, accumulated in float32. Entries at or above an adapter's rank are not read: they may be another adapter's.
+    ``y[t, slice j] += scalings[s] * (x[t] @ a[s, i : i + r].T) @ b[s, slice j, :r].T``, accumulated in float32.
+    Entries at or above an adapter's rank are not read: they may be another adapter's.
 
     Args:
         y: ``[..., out]``, written; its leading dimensions are contiguous rows. x: ``[..., in]`` of the same dtype.

@@ -2,9 +2,9 @@
 
 A program works on one tile of tokens that share an adapter. Grids follow from shapes alone, so that a recording serves
 every mix: a tile finds its segment from ``seg_indptr``, and tiles behind the last segment, where base and padding
-tokens lie, end at once. The shrink may split its sum over several programs, each with a place of its own for its part, which
-the expand adds up: two launches, no atomics, and the same sum in every run. The idea of grouping tokens by adapter is
-that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
+tokens lie, end at once. The shrink may split its sum over several programs, each with a place of its own for its part,
+which the expand adds up: two launches, no atomics, and the same sum in every run. The idea of grouping tokens by
+adapter is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 """
 
 from __future__ import annotations
