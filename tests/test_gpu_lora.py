@@ -24,7 +24,7 @@ class Source:
     def begin_step(self, slots):
         pass
 
-    def end_step(self):
+    def end_step(self, slots):
         pass
 
 

@@ -28,7 +28,7 @@ class Source:
     def begin_step(self, slots):
         self.calls.append("begin")
 
-    def end_step(self):
+    def end_step(self, slots):
         self.calls.append("end")
 
 

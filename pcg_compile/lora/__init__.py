@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .pool import AdapterPool
 from .route import Routing, route
 
-__all__ = ["Routing", "route"]
+__all__ = ["AdapterPool", "Routing", "route"]

@@ -28,8 +28,8 @@ class SlotSource(Protocol):
     def begin_step(self, slots: Sequence[int]) -> None:
         """Called when a step begins to use slots, which must not change until :meth:`end_step`."""
 
-    def end_step(self) -> None:
-        """Called when the step is over."""
+    def end_step(self, slots: Sequence[int]) -> None:
+        """Called with the same slots when the step is over."""
 
 
 class _Area:
@@ -111,14 +111,15 @@ class Router:
         if adapters is None:
             return None
         if isinstance(adapters, torch.Tensor):
-            self.source.begin_step(range(self.max_adapters))
+            used: Sequence[int] = range(self.max_adapters)
             slots: Any = adapters.to(self.device, non_blocking=True)
         else:
             slots = np.asarray(self.source.slots_of(adapters), dtype=np.int64)
             if not (slots >= 0).any():
                 return None
-            self.source.begin_step(sorted(set(slots[slots >= 0].tolist())))
-        state.on_exit(self.source.end_step)
+            used = sorted(set(slots[slots >= 0].tolist()))
+        self.source.begin_step(used)
+        state.on_exit(lambda: self.source.end_step(used))
         return slots
 
     def _route_on_host(self, state: StepState, slots: np.ndarray[Any, Any], area: _Area, rows: int) -> None:
