@@ -43,7 +43,9 @@ def warmup(
     bar = _Bar(compiled) if progress else None
     request = WarmUp(buckets, bar.report if bar else lambda done, total, name: None)
     try:
-        with warming_up(request), compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets)):
+        sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
+        # With gradients there would be nothing to record.
+        with warming_up(request), sizes, torch.no_grad():
             return compiled(*example_args, **kwargs)
     finally:
         if bar is not None:

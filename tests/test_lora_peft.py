@@ -15,7 +15,8 @@ ADAPTERS = {
     "b": {"r": 16, "lora_alpha": 4, "target_modules": TARGETS},
     "root": {"r": 8, "lora_alpha": 6, "use_rslora": True, "target_modules": ["k_proj", "down_proj"]},
     "mixed": {
-        "r": 2, "lora_alpha": 2, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 5, "layers.0.self_attn.q_proj": 9},
+        "r": 2, "lora_alpha": 2, "rank_pattern": {"q_proj": 7},
+        "alpha_pattern": {"v_proj": 5, "layers.0.self_attn.q_proj": 9},
         "target_modules": ["q_proj", "v_proj"],
     },
 }  # fmt: skip

@@ -88,7 +88,7 @@ def test_the_least_recently_used_adapter_leaves(folders):
 
 
 def test_a_reload_reads_no_file(folders, tmp_path):
-    model, pool = make(folders)
+    model, _ = make(folders)
     files = {name: folder.rename(tmp_path / f"moved-{name}") for name, folder in folders.items()}
     check(model, files, ["a", "b"])
     check(model, files, ["c", None])

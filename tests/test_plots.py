@@ -200,3 +200,23 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install \"pcg-compile\[plots\]\""):
         report.plot()
     assert "matplotlib" not in str(report)
+
+
+def test_each_run_routes_its_adapters_anew():
+    """A step routes once; a timeline of five runs must not show four that found it done."""
+    from test_route_lora import Model as WithAdapters
+
+    model = WithAdapters()
+    compiled = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(model.forward)
+    batch = pcg.Batch([4, 3], adapters=["b", None])
+    x = torch.randn(7, 6)
+    with pcg.step(batch):
+        compiled(x)
+    model.source.calls.clear()
+    with pcg.step(batch):
+        timeline = timeline_of(compiled, x)
+        want = compiled(x)
+    begun = model.source.calls.count("begin")
+    assert begun > 5 and model.source.calls.count("end") == begun
+    assert [s.name for s in timeline.spans if s.kind == "metadata"] == ["pcg::prepare_lora"]
+    torch.testing.assert_close(want, model.expected(x, [1] * 4 + [-1] * 3))

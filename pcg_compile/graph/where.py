@@ -133,5 +133,5 @@ def _plain(target: object) -> str:
 
 def place_parts(where: str) -> tuple[str | None, int]:
     """File and line of a place that was turned into text, None and 0 where it names none."""
-    match = re.match(r"(?P<file>.+?):(?P<line>\d+) in ", where)
+    match = re.match(r"(?P<file>.+?)(?::|, line )(?P<line>\d+)(?=[: ]|$)", where)
     return (match["file"], int(match["line"])) if match else (None, 0)

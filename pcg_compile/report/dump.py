@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -118,7 +119,7 @@ def _piece_script(site: PieceSite) -> str:
     for name in ("<lambda>", "GraphModule"):
         code = code.replace(f"class {name}", "class Piece")
     imports = ("import operator", "import torch", "from torch import device, inf, nan", "import pcg_compile")
-    lines = [f'"""{site.where}"""', "", *imports, "", code, "", 'if __name__ == "__main__":', "    inputs = ["]
+    lines = [f"# {site.where}", "", *imports, "", code, "", 'if __name__ == "__main__":', "    inputs = ["]
     for value in site.piece.example:
         lines.append(f"        {_example(value)},")
     lines += ["    ]", "    print(Piece().forward(*inputs))", ""]
@@ -137,13 +138,16 @@ def _example(value: Any) -> str:
 
 
 def _write_index(root: Path, problems: list[str]) -> None:
+    """One page that holds every file, and links to each; pcg's own come before depyf's."""
+    names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    names = sorted((n for n in names if n != "index.html"), key=lambda name: (name.startswith("depyf/"), name))
+    anchors = {name: re.sub(r"[^\w.-]", "_", name) for name in names}
     parts = ["<!doctype html><meta charset=utf-8><title>pcg dump</title><h1>pcg dump</h1>"]
     parts += [f"<p>{html.escape(problem)}</p>" for problem in problems]
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "index.html" and p.suffix != ".lock"):
-        name = path.relative_to(root).as_posix()
-        text = path.read_text(errors="replace")
-        anchor = re.sub(r"[^\w.-]", "_", name)
-        parts.append(
-            f'<details id="{anchor}"><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>'
-        )
+    items = "".join(f'<li><a href="#{anchors[name]}">{html.escape(name)}</a></li>' for name in names)
+    parts.append(f"<ul>{items}</ul>")
+    for name in names:
+        text = html.escape((root / name).read_text(errors="replace"))
+        link = f'<a href="{html.escape(quote(name))}">{html.escape(name)}</a>'
+        parts.append(f'<details open id="{anchors[name]}"><summary>{link}</summary><pre>{text}</pre></details>')
     (root / "index.html").write_text("\n".join(parts))

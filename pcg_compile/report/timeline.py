@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 
 from ..runtime.program import Program
-from ..step import DoesNotFit
+from ..step import RUNNING, DoesNotFit, StepState
 from .sites import CallKind, CallName, name_calls
 
 __all__ = ["Span", "Timeline", "time_step"]
@@ -62,7 +65,7 @@ class Timeline:
         return max((span.start + span.seconds for span in spans), default=0.0) - sum(span.seconds for span in spans)
 
 
-def time_step(runtime: Any, args: Sequence[Any], step: Any) -> Timeline:
+def time_step(runtime: Any, args: Sequence[Any], step: StepState | None) -> Timeline:
     """Runs a step of a :class:`GraphRuntime` a few times and times its calls.
 
     It is served from recordings where its bucket has them, else at its exact sizes: nothing is recorded. Written cache
@@ -83,8 +86,6 @@ def time_step(runtime: Any, args: Sequence[Any], step: Any) -> Timeline:
             return Timeline(tuple(sizes), program.bucket, tuple(spans), seconds)
     finally:
         counters.replays = replays
-        if step is not None:
-            step.prepared = None
 
 
 def _fastest(
@@ -92,17 +93,15 @@ def _fastest(
     calls: _Calls,
     program: Program,
     device: torch.device,
-    step: Any,
+    step: StepState | None,
 ) -> tuple[float, list[Span]]:
     runs = []
     for _ in range(_WARM_UPS + _RUNS):
-        if step is not None:
-            # A step prepares its metadata once; each run does so again.
-            step.prepared = None
-        try:
-            runs.append(run(calls, device))
-        finally:
-            program.frame[:] = [None] * len(program.frame)
+        with _once_more(step):
+            try:
+                runs.append(run(calls, device))
+            finally:
+                program.frame[:] = [None] * len(program.frame)
     return min(runs[_WARM_UPS:], key=lambda one: one[0])
 
 
@@ -119,9 +118,18 @@ def _calls(runtime: Any, program: Program, args: Sequence[Any]) -> _Calls:
         calls.append((CallName("metadata", "prepare the step", ""), whole.prepare))
         calls.append((CallName("replay", "whole step", ""), recording.replay))
     else:
-        calls += zip(name_calls(runtime.plan, program), program.ops, strict=True)
+        named = zip(program.op_sites, name_calls(runtime.plan, program), program.ops, strict=True)
+        # With what goes before and after it, such as zeroing the rows behind the real ones, a split op is one call.
+        for _, group in groupby(named, itemgetter(0)):
+            _, names, ops = zip(*group, strict=True)
+            calls.append((names[0], ops[0] if len(ops) == 1 else partial(_run_each, ops)))
     calls.append((CallName("outputs", "copy outputs", ""), lambda: program.emit(args)))
     return calls
+
+
+def _run_each(ops: Sequence[Callable[[], Any]]) -> None:
+    for op in ops:
+        op()
 
 
 def _run_on_host(calls: _Calls, device: torch.device) -> tuple[float, list[Span]]:
@@ -172,12 +180,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _slots_unchanged(step: Any) -> Iterator[None]:
+def _slots_unchanged(step: StepState | None) -> Iterator[None]:
     """Puts back the cache slots of the step's tokens, which a run writes."""
-    cache = step.cache if step is not None else None
-    if cache is None:
+    if step is None or step.cache is None:
         yield
         return
+    cache = step.cache
     slots = torch.as_tensor(step.batch.tables(cache.page_size).slots, dtype=torch.int64).to(cache.device)
     layers = (*cache.flat_k, *cache.flat_v)
     before = [layer[slots] for layer in layers]
@@ -186,3 +194,18 @@ def _slots_unchanged(step: Any) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer[slots] = old
+
+
+@contextmanager
+def _once_more(step: StepState | None) -> Iterator[None]:
+    """A step of the same batch, which has prepared nothing yet: a step prepares its metadata once."""
+    if step is None:
+        yield
+        return
+    again = StepState(step.batch, step.cache, step.outer)
+    token = RUNNING.set(again)
+    try:
+        yield
+    finally:
+        RUNNING.reset(token)
+        again.close()
