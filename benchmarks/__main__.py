@@ -6,6 +6,7 @@ import argparse
 import importlib
 import time
 import traceback
+from collections.abc import Sequence
 
 from .common import add_common, resolve
 
@@ -19,8 +20,8 @@ _COMMANDS = {
 }
 
 
-def main() -> None:
-    """Reads the command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads a command line, the process's by default, and runs what it names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of pcg.")
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(f".{name}", __package__) for name in _COMMANDS}
@@ -33,7 +34,7 @@ def main() -> None:
     add_common(everything)
     report = commands.add_parser("report", help="tables and plots of results that exist")
     importlib.import_module(".report", __package__).add_arguments(report)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "report":
         args.run(args)
         return

@@ -147,7 +147,9 @@ class Results(AbstractContextManager["Results"]):
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(args.device),
             "versions": versions(),
-            "settings": {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in settings.items()},
+            "settings": {
+                k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in settings.items()
+            },
             "notes": dict(notes or {}),
             "rows": [],
         }
@@ -189,7 +191,11 @@ def _short(value: Any) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor and GPU."""
-    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

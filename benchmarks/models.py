@@ -16,9 +16,9 @@ import pcg_compile as pcg
 
 __all__ = [
     "ATTEND",
-    "Attend",
     "PAGE_SIZE",
     "SHAPES",
+    "Attend",
     "BoundAttention",
     "Lists",
     "Llama",
@@ -137,7 +137,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Llama(nn.Module):
-    """ids ``[n]`` int64, positions ``[n]`` int64 -> hidden states ``[n, hidden]``; slots for :class:`BoundAttention`."""
+    """ids ``[n]`` and positions ``[n]`` int64 -> hidden states ``[n, hidden]``; slots for BoundAttention."""
 
     frequencies: torch.Tensor
 
@@ -149,9 +149,7 @@ class Llama(nn.Module):
         half = torch.arange(shape.head_dim // 2, dtype=torch.float32)
         self.register_buffer("frequencies", 500000.0 ** (-half / half.numel()))
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
         x = self.embed(ids)
         angles = positions[:, None, None].float() * self.frequencies
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

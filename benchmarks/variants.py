@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,27 +13,20 @@ import torch
 import pcg_compile as pcg
 from pcg_compile.attention import AttentionShape
 from pcg_compile.runtime.buckets import default_table
-from pcg_compile.step import StepState, require_step
-from pcg_compile.torch_internals import compile_for_all_sizes, mark_dynamic
 
-from .models import ATTEND, PAGE_SIZE, Attend, Lists, Llama, Shape, dtype_of, share
-from .wrappers import Wrapper, pages
+from .models import Lists, Llama, Shape, dtype_of, share
 
 __all__ = [
-    "Bound",
     "Call",
-    "Compiled",
     "Eager",
     "NotHere",
-    "Partition",
     "Pcg",
     "PcgInputs",
     "PcgSlice",
     "PcgWhole",
-    "ReduceOverhead",
     "Variant",
     "World",
-    "attending",
+    "attention_of",
     "bucket_of",
 ]
 
@@ -57,12 +49,11 @@ class World:
     sizes: Sequence[int]
     built: dict[str, Variant] = field(default_factory=dict)
 
-    def attention(self) -> str:
-        """The attention shape of all layers, as plans are keyed by it."""
-        shape = self.shape
-        return AttentionShape(
-            shape.heads, shape.kv_heads, shape.head_dim, None, None, shape.head_dim**-0.5, dtype_of(self.device)
-        ).encode()
+
+def attention_of(shape: Shape, device: torch.device) -> str:
+    """The attention shape of all layers, as plans are keyed by it."""
+    scale = shape.head_dim**-0.5
+    return AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, None, None, scale, dtype_of(device)).encode()
 
 
 def bucket_of(n: int) -> int:
@@ -80,7 +71,7 @@ class Variant(ABC):
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def build(self, example: Lists) -> None:
+    def build(self, example: Lists) -> None:  # noqa: B027 - nothing to compile is no error
         """Compiles, with a batch of the largest size as the example.
 
         Raises:
@@ -102,7 +93,7 @@ class Variant(ABC):
         """How the last size ran, where that is not as asked for."""
         return None
 
-    def done(self) -> None:
+    def done(self) -> None:  # noqa: B027
         """Lets go of what only this size needs."""
 
 
@@ -136,11 +127,14 @@ class Pcg(Eager):
 
     def build(self, example: Lists) -> None:
         compiled = self.compile()
-        buckets = sorted({bucket_of(n) for n in self.world.sizes})
         batch = example.batch()
         with pcg.step(batch, self.world.cache):
-            pcg.warmup(compiled, example.ids, batch.positions, buckets=buckets, progress=False)
+            pcg.warmup(compiled, example.ids, batch.positions, buckets=self.buckets(), progress=False)
         self.model = compiled
+
+    def buckets(self) -> list[int]:
+        """What is recorded ahead of time."""
+        return sorted({bucket_of(n) for n in self.world.sizes})
 
     def ready(self, examples: Sequence[Lists]) -> None:
         super().ready(examples)
@@ -179,137 +173,3 @@ class PcgWhole(Pcg):
         super().ready(examples)
         if self.replays != 1:
             raise NotHere(self.remark() or f"{self.replays} recordings were replayed, not one")
-
-
-class Bound:
-    """Attention of one step, bound by hand with pcg's planner: what ``bench::attend`` calls."""
-
-    def __init__(self, world: World, state: StepState, rows: int, padded: bool) -> None:
-        text = world.attention()
-        self.cache, self.impl = world.cache, world.cache.impl(text)
-        self.slots = state.prepare(rows, "request" if padded else "slice", [text]).slots
-        self.plan = state.plan(text, rows)
-
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, layer: int) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.run(q, k_cache, v_cache, out)
-        return out
-
-    def run(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
-        self.impl.bind(q, pages(k_cache), pages(v_cache), out)(self.plan)
-
-
-@contextmanager
-def attending(attend: Attend) -> Iterator[None]:
-    """``bench::attend`` calls ``attend`` inside."""
-    token = ATTEND.set(attend)
-    try:
-        yield
-    finally:
-        ATTEND.reset(token)
-
-
-class Compiled(Variant):
-    """Inductor, one graph for all sizes; the limit and breakable graphs record what it compiled."""
-
-    about = "torch.compile, dynamic sizes; attention bound by hand, its metadata from pcg's planner"
-    mode: dict[str, Any] = {}
-    padded = False
-
-    def build(self, example: Lists) -> None:
-        if self.world.compiler == "eager":
-            raise NotHere("needs Inductor: leave out --tiny, or pass --compiler inductor")
-        options = self.options()
-        self.model = torch.compile(share(self.world.model, self.world.shape, self.world.cache), **options)
-        for _ in range(2):
-            with self.enter(example) as call:
-                call()
-
-    def options(self) -> dict[str, Any]:
-        return dict(self.mode)
-
-    def rows(self, n: int) -> int:
-        """Rows that the model sees."""
-        return bucket_of(n) if self.padded else n
-
-    def attender(self, bound: Bound, lists: Lists) -> Attend:
-        return bound.attend
-
-    def inputs(self, lists: Lists, positions: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and positions ``[rows]``, padded by the caller with zeros."""
-        if rows == positions.numel():
-            return lists.ids, positions
-        padded = torch.zeros(2, rows, dtype=torch.int64, device=positions.device)
-        padded[0, : lists.ids.numel()].copy_(lists.ids)
-        padded[1, : lists.ids.numel()].copy_(positions)
-        return padded[0], padded[1]
-
-    @contextmanager
-    def enter(self, lists: Lists) -> Iterator[Call]:
-        batch = lists.batch()
-        with pcg.step(batch, self.world.cache):
-            n = batch.num_tokens
-            rows = self.rows(n)
-            bound = Bound(self.world, require_step("a benchmark"), rows, self.padded)
-            ids, positions = self.inputs(lists, batch.positions, rows)
-            with attending(self.attender(bound, lists)):
-                yield lambda: self._call(ids, positions, bound.slots[:rows])[:n]
-
-    def _call(self, *tensors: torch.Tensor) -> torch.Tensor:
-        with compile_for_all_sizes(lambda: [mark_dynamic(t, [0]) for t in tensors]):
-            return self.model(*tensors)
-
-
-class ReduceOverhead(Compiled):
-    """What one gets who is not told that attention holds a plan."""
-
-    about = 'torch.compile(mode="reduce-overhead"), attention op not excluded, FlashInfer planned as its manual says'
-    mode = {"mode": "reduce-overhead"}
-
-    def build(self, example: Lists) -> None:
-        if self.world.device.type != "cuda":
-            raise NotHere("needs CUDA")
-        if importlib.util.find_spec("flashinfer") is not None:
-            self.wrapper: Wrapper | None = Wrapper(self.world.cache, self.world.shape.heads)
-        else:
-            self.wrapper = None
-        super().build(example)
-
-    def attender(self, bound: Bound, lists: Lists) -> Attend:
-        if self.wrapper is None:
-            return bound.attend
-        batch = lists.batch()
-        self.wrapper.plan(batch.padded(batch.num_tokens, PAGE_SIZE))
-        return self.wrapper.attend
-
-    def _call(self, *tensors: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return super()._call(*tensors)
-
-
-class Partition(Compiled):
-    about = "Inductor's graph_partition at the attention op, cudagraph_capture_sizes, padding by the caller"
-    padded = True
-
-    def options(self) -> dict[str, Any]:
-        buckets = tuple(sorted({bucket_of(n) for n in self.world.sizes}))
-        options = {
-            "triton.cudagraphs": True,
-            "graph_partition": True,
-            "custom_should_partition_ops": ["bench::attend"],
-            "triton.cudagraph_capture_sizes": buckets,
-        }
-        known = torch._inductor.config.get_config_copy()
-        missing = [name for name in options if name not in known]
-        if missing:
-            raise NotHere(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
-        return {"options": options}
-
-    def build(self, example: Lists) -> None:
-        if self.world.device.type != "cuda":
-            raise NotHere("needs CUDA")
-        super().build(example)
-
-    def _call(self, *tensors: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return super()._call(*tensors)
