@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -125,7 +125,7 @@ class _Analysis:
         value = node.meta.get("val")
         position = self.placeholders.index(node)
         if isinstance(value, torch.Tensor):
-            self.values[node] = Tracked(dims_of(value.shape), position in self.scratch, position)
+            self.values[node] = _one_tracked(Tracked(dims_of(value.shape), position in self.scratch, position), value)
         else:
             self.values[node] = value
 
@@ -229,12 +229,14 @@ def _dynamic_numbers(arguments: dict[str, Any]) -> bool:
 
 
 def _tracked(result: Any, value: Any) -> Any:
-    def one(dims: Any) -> Tracked:
-        return dims if isinstance(dims, Tracked) else Tracked(dims)
-
     if isinstance(value, (list, tuple)):
         parts = iter(result if isinstance(result, list) else [result])
-        return [one(next(parts)) if isinstance(v, torch.Tensor) else v for v in value]
+        return [_one_tracked(next(parts), v) if isinstance(v, torch.Tensor) else v for v in value]
     if isinstance(value, torch.Tensor):
-        return one(result[0] if isinstance(result, list) else result)
+        return _one_tracked(result[0] if isinstance(result, list) else result, value)
     return value
+
+
+def _one_tracked(dims: Any, value: torch.Tensor) -> Tracked:
+    tracked = dims if isinstance(dims, Tracked) else Tracked(dims)
+    return replace(tracked, is_mask=value.dtype is torch.bool)

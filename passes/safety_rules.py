@@ -27,6 +27,8 @@ class Tracked:
     source: Any = None
     #: A dynamic size that the values count up to (an arange): they pick real rows of a dimension of that size.
     below: Any = None
+    #: Whether it is boolean: as an index it selects.
+    is_mask: bool = False
 
 
 @dataclass
@@ -505,6 +507,11 @@ def index_put(call: Call) -> Dims:
     source = call.tensor("self")
     indices = call.arguments.get("indices")
     indices = [call.tensor("index")] if indices is None else [t for t in indices if isinstance(t, Tracked)]
+    values = call.arguments.get("values")
+    if len(indices) == 1 and indices[0].is_mask and isinstance(values, Tracked) and not values.dims:
+        # One value for what a mask selects fills it, entry by entry.
+        mask = indices[0].dims
+        return (*broadcast([source.dims[: len(mask)], mask]), *source.dims[len(mask) :])
     for tensor in indices:
         if any(has_tokens(d) for d in tensor.dims) and not tensor.scratch:
             raise Mixing("padding rows would be written where their index points")

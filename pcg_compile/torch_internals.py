@@ -186,6 +186,7 @@ def compile_whole_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Ca
 
 
 _MARK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_mark", default=None)
+_MARKED: ContextVar[list[tuple[torch.Tensor, dict[str, Any]]] | None] = ContextVar("pcg_marked", default=None)
 _WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
 
 
@@ -217,15 +218,27 @@ def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
         handler.register_start_callback(_on_compile_start)
     if _on_compile_end not in handler.end_callbacks:
         handler.register_end_callback(_on_compile_end)
-    token = _MARK.set(mark)
+    token, marked = _MARK.set(mark), _MARKED.set([])
     try:
         yield
     finally:
+        # Other compiled models must not find the marks.
+        for tensor, before in reversed(_MARKED.get() or ()):
+            for name in [name for name in vars(tensor) if name.startswith("_dynamo_") and name not in before]:
+                delattr(tensor, name)
+            vars(tensor).update(before)
+        _MARKED.reset(marked)
         _MARK.reset(token)
 
 
 def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int], strict: bool = True) -> None:
-    """Marks dimensions as dynamic for Dynamo; not ``strict``: unless the code fixes them (2.11 to 2.13)."""
+    """Marks dimensions as dynamic for Dynamo; not ``strict``: unless the code fixes them (2.11 to 2.13).
+
+    Inside :func:`compile_for_all_sizes` the mark is taken back at the end.
+    """
+    marked = _MARKED.get()
+    if marked is not None:
+        marked.append((tensor, {k: v for k, v in vars(tensor).items() if k.startswith("_dynamo_")}))
     (torch._dynamo.mark_dynamic if strict else torch._dynamo.maybe_mark_dynamic)(tensor, list(dims))
 
 

@@ -25,6 +25,12 @@ for _name, _function in {
 W = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 CONV = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(1))
 
+
+def _fill(x, mask):
+    x[mask] = 0.0
+    return x
+
+
 ROW_WISE = {
     "pointwise": lambda x: torch.relu(x) * 2 + x.exp(),
     "linear": lambda x: F.linear(x, W) @ W,
@@ -45,6 +51,8 @@ ROW_WISE = {
     "all but some": lambda x: x[1:] * 2 if x.shape[0] > 1 else x,
     "per-token quantization": lambda x: (x / x.abs().amax(-1, keepdim=True)).mul(127).round().to(torch.int8),
     "pairs": lambda x: (x[:, None, :] * W[None]).sum(-1),
+    "masked by index": lambda x: _fill(x * 2, x[:, 0] > 0) + _fill(x * 3, x < 0.5),
+    "counting": lambda x: x[torch.arange(x.shape[0])] + torch.arange(64.0)[: x.shape[0], None],
     "masked": lambda x: x.masked_fill(x > 0, 0.0) + torch.where(x < 0, x, 1.0),
     "in place": lambda x: x.clone().add_(1).mul_(2),
     "in place on a view": lambda x: _write(x),

@@ -115,3 +115,17 @@ def test_addresses_are_compared_at_their_inputs_positions():
     assert data_ptrs_equal([a, b, c], [0, b.data_ptr(), c.data_ptr()], [1, 2])
     assert not data_ptrs_equal([a, b, c], [0, b.data_ptr(), a.data_ptr()], [1, 2])
     assert data_ptrs_equal([a, 3, c], [], [])
+
+
+def test_a_mark_does_not_outlast_the_call():
+    x = torch.randn(3, 4)
+    marked = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8], compiler="eager")(lambda x: x + 1)
+    with torch.no_grad():
+        marked(x)
+        assert not [name for name in vars(x) if name.startswith("_dynamo_")]
+        own = torch.randn(5, 4)
+        torch._dynamo.mark_dynamic(own, 0)
+        marked(own)
+        assert own._dynamo_dynamic_indices == {0}
+        marked(torch.randn(7, 4))
+    assert pcg.stats(marked).graphs == 1

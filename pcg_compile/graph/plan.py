@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import sympy
@@ -123,6 +124,14 @@ class Plan:
     last_use: dict[fx.Node, int] = field(default_factory=dict)
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
+
+    @cached_property
+    def users_memory(self) -> frozenset[int]:
+        """Storages of parameters, buffers and what else is read where the user has it."""
+        kinds = ("static", "bound", "step")
+        return frozenset(
+            storage_of(s.value) for s in self.inputs if s.kind in kinds and isinstance(s.value, torch.Tensor)
+        )
 
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""

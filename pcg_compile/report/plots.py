@@ -115,7 +115,7 @@ def _lanes(timeline: Timeline) -> list[str]:
 
 
 def _bar(axes: Any, row: int, start: float, width: float, kind: str, name: str, whole: float) -> None:
-    axes.barh(row, width, left=start, height=0.7, color=_COLOURS[kind], linewidth=0)
+    axes.barh(row, width, left=start, height=0.7, color=_COLOURS[kind], edgecolor="black", linewidth=0.3)
     if width > _ROOM_FOR_A_NAME * whole:
         text = name if len(name) < 100 * width / whole else name.rpartition("::")[2]
         axes.text(

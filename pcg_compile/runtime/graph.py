@@ -14,7 +14,7 @@ import torch
 
 from ..batch import StepState, current_step, require_step, scratch_step
 from ..graph.plan import CallSite, PieceSite, Plan
-from ..graph.scalars import evaluate, shape_at
+from ..graph.scalars import evaluate, expr_of, shape_at
 from ..torch_internals import data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
@@ -84,6 +84,7 @@ class GraphRuntime:
         self._uses_step = bool(ours)
         self._needs_step = any(not op.optional_step for op in ours)
         self._token_sizes = self.plan.token_sizes
+        self._places = {symbol: i for i, symbol in enumerate(self.plan.symbols)}
         self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
@@ -160,10 +161,16 @@ class GraphRuntime:
 
     def _check_tokens(self, step: StepState, sizes: tuple[int, ...]) -> None:
         """The step's batch must be the call's, wherever it matters."""
-        named = dict(zip(self.plan.symbols, sizes, strict=True))
         for size, op in self._token_sizes:
             if not op.optional_step or step.batch.adapters is not None:
-                step.check_tokens(int(evaluate(size, named)))
+                step.check_tokens(self._size(size, sizes))
+
+    def _size(self, size: Any, sizes: tuple[int, ...]) -> int:
+        """A size at the real ones; usually it is one of them, which must not cost an evaluation at every step."""
+        place = self._places.get(expr_of(size))
+        if place is not None:
+            return sizes[place]
+        return int(evaluate(size, dict(zip(self.plan.symbols, sizes, strict=True))))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
         real, padded, name = 1, 1, []
@@ -276,6 +283,7 @@ class GraphRuntime:
             inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
         self.plan.inputs = tuple(inputs)
         self._bound = [s.position for s in inputs if s.kind in ("static", "bound")]
+        self.plan.__dict__.pop("users_memory", None)
         self.bindings.clear()
         addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
 

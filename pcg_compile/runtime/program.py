@@ -797,11 +797,7 @@ class _Builder:
         return view
 
     def _is_users_memory(self, fake: torch.Tensor) -> bool:
-        return any(
-            storage_of(fake) == storage_of(s.value)
-            for s in self.plan.inputs
-            if s.kind in ("static", "bound", "step") and isinstance(s.value, torch.Tensor)
-        )
+        return storage_of(fake) in self.plan.users_memory
 
     def _from_frame(self, node: fx.Node) -> Callable[[Sequence[Any]], Any]:
         slot, frame = self._late(node), self.program.frame
