@@ -106,7 +106,12 @@ def broadcast(shapes: Sequence[Dims]) -> Dims:
 def _alike(one: Dim, other: Dim) -> bool:
     if not has_tokens(one) and not has_tokens(other):
         return True
-    return _merged(one) == _merged(other)
+    first, second = _merged(one), _merged(other)
+    if first == second:
+        return True
+    # Sizes that are written otherwise and must be equal for the op to run, both with their real entries first.
+    factors = (*first, *second)
+    return len(first) == len(second) == 1 and all(is_dynamic(f) and not isinstance(f, Causal) for f in factors)
 
 
 def _merged(dim: Dim) -> Dim:
