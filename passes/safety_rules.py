@@ -627,3 +627,17 @@ for _name in (
     "sym_constrain_range", "_assert_tensor_metadata",
 ):  # fmt: skip
     register_row_rule(f"aten::{_name}", _check_only)
+
+
+# A sum over ranks leaves every row where it is; what gathers over ranks puts the ranks' rows one after the other.
+for _name in ("all_reduce", "wait_tensor", "all_reduce_coalesced", "broadcast"):
+    for _namespace in ("_c10d_functional", "_c10d_functional_autograd"):
+        register_row_rule(f"{_namespace}::{_name}", same)
+
+
+def _gathered_over_ranks(call: Call) -> Dims:
+    dims = call.tensors()[0].dims
+    return ((as_expr(call.arguments["group_size"]), *dims[0]), *dims[1:])
+
+
+register_row_rule("_c10d_functional::all_gather_into_tensor", _gathered_over_ranks)

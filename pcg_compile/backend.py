@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.facts import NodeFacts, trace_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
@@ -57,6 +58,13 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
     """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
     specialize_floats(gm)
+    if has_subclasses(real_inputs) and not torch.is_grad_enabled():
+        ends_step = not ends_in_graph_break(gm)
+        return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
+    return _compile(gm, real_inputs, options, owner, not ends_in_graph_break(gm))
+
+
+def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, ends_step: bool) -> Any:
     example_inputs = fake_inputs(real_inputs)
     device = recording_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)
@@ -68,7 +76,6 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
         )
         add_runtime(owner, counters, None)
         return compile_whole_with_inductor(gm, real_inputs)
-    ends_step = not ends_in_graph_break(gm)
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
@@ -83,7 +90,8 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     counters.compiled = compiled
     orders = {order: None for site in pieces if site.safety is not None for order in site.safety.orders}
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
-    shared = Shared(plan, options, counters, chooser, engine_for(device), device)
+    agreement = agreement_of(plan.facts)
+    shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
@@ -158,7 +166,7 @@ def plan_pieces(
         counters.fall_back(str(error).splitlines()[0] + " here; the model has several graphs")
 
     facts = context.facts
-    cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing)
+    cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing, collective_outside_recordings)
     values: dict[sympy.Symbol, Any] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         value = facts[node].value

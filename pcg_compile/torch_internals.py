@@ -99,6 +99,60 @@ def inductor_output(function: Callable[..., Any]) -> str | None:
     return None
 
 
+def is_subclass(value: Any) -> bool:
+    """Whether a tensor is made of others and can be taken apart, as a DTensor can (2.11 to 2.13)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def lower_subclasses(
+    gm: fx.GraphModule, inputs: list[Any], compile_plain: Callable[[fx.GraphModule, Sequence[Any]], Any]
+) -> Callable[..., Any]:
+    """AOTAutograd's inference graph over plain tensors, compiled by ``compile_plain`` (2.11 to 2.13).
+
+    Parameters keep being known as such, so that they are bound by address.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    def compile_lowered(lowered: fx.GraphModule, fakes: Sequence[Any]) -> Any:
+        metadata = getattr(TracingContext.try_get(), "fw_metadata", None)
+        static = set(getattr(metadata, "static_input_indices", None) or ())
+        for position, node in enumerate(lowered.graph.find_nodes(op="placeholder")):
+            if position in static:
+                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return compile_plain(lowered, fakes)
+
+    return aot_module_simplified(
+        gm,
+        inputs,
+        fw_compiler=compile_lowered,
+        inference_compiler=compile_lowered,
+        decompositions={},
+        keep_inference_input_mutations=True,
+    )
+
+
+def default_store() -> Any:
+    """The key-value store that a process group was made with (2.11 to 2.13)."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+def group_backend(name: str) -> str | None:
+    """The backend ("nccl", "gloo") of a process group by its name; None where no group has it (2.11 to 2.13)."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    try:
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (LookupError, RuntimeError, ValueError):
+        return None
+    return str(dist.get_backend(group))
+
+
 def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]) -> bool:
     """Whether ``tensors[i].data_ptr()`` is ``data_ptrs[i]`` for each index ``i`` (2.11 to 2.13).
 

@@ -19,6 +19,7 @@ from pcg_compile.lora.plain import add_adapters
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CASES = [
     # tokens, in, slices, max_rank, ranks, slots
     pytest.param(7, 24, [40], 8, [8, 3, 1], [0, 1, 2, 0, -1, 2, 0], id="mixed ranks"),
@@ -28,6 +29,8 @@ CASES = [
     pytest.param(150, 64, [64], 64, [64, 1, 33], [i // 50 for i in range(150)], id="prefill"),
     pytest.param(1, 16, [16], 256, [256], [0], id="rank 256"),
     pytest.param(1100, 32, [16], 4, [4, 2], [i % 3 - 1 for i in range(1100)], id="many tokens"),
+    pytest.param(20, 1100, [16], 96, [96, 65, 64, 1], [i % 5 - 1 for i in range(20)], id="a sum in parts"),
+    pytest.param(40, 16, [1, 150, 16, 1], 8, [3, 7, 8], [i % 4 - 1 for i in range(40)], id="four slices, some of 1"),
 ]
 
 
@@ -42,7 +45,7 @@ def make(tokens, width, slices, max_rank, ranks, dtype=torch.float32, device="cp
     x, y = torch.randn(tokens, width), torch.randn(tokens, out + 3)[:, :out]
     scalings = torch.linspace(0.5, 2, adapters)
     floats = [t.to(device, dtype) for t in (x, a, b)]
-    wide = torch.empty(tokens, out + 3, dtype=dtype, device=device)
+    wide = torch.zeros(tokens, out + 3, dtype=dtype, device=device)
     wide[:, :out] = y.to(device, dtype)
     return wide[:, :out], *floats, scalings.to(device), torch.tensor(ranks, dtype=torch.int32, device=device)
 
@@ -61,12 +64,18 @@ def expected(y, x, a, b, scalings, ranks, slots, slices):
 
 
 def check(run, tokens, width, slices, max_rank, ranks, slots, dtype=torch.float32, device="cpu", tolerance=1e-4):
+    """Adapters that no token has, and rows of x that no adapter is for, hold NaN: none of it may arrive."""
     torch.manual_seed(0)
-    y, *rest = make(tokens, width, slices, max_rank, ranks, dtype, device)
-    want = expected(y, *rest, slots, slices)
-    routing = route(torch.tensor(slots, device=device), len(ranks))
-    run(y, *rest, *routing, slices)
+    y, x, a, b, scalings, ranks = make(tokens, width, slices, max_rank, ranks, dtype, device)
+    base = torch.tensor([slot < 0 for slot in slots], device=device)
+    x[base] = float("nan")
+    for slot in set(range(len(ranks))) - set(slots):
+        a[slot], b[slot], scalings[slot] = float("nan"), float("nan"), float("nan")
+    before, beside = y.clone(), y._base[:, y.shape[1] :].clone()
+    want = expected(y, x, a, b, scalings, ranks, slots, slices)
+    run(y, x, a, b, scalings, ranks, *route(torch.tensor(slots, device=device), len(ranks)), slices)
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    assert torch.equal(y[base], before[base]) and torch.equal(y._base[:, y.shape[1] :], beside)
 
 
 @pytest.mark.parametrize(("tokens", "width", "slices", "max_rank", "ranks", "slots"), CASES)
@@ -97,13 +106,22 @@ def test_kernels_under_the_interpreter():
     assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
 
 
-kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+def kernels(test):
+    """For a GPU; the interpreter's process runs it too."""
+    skip = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+    return skip(test if INTERPRETED else pytest.mark.gpu(test))
 
 
 def run_kernels(*args):
     from pcg_compile.lora.kernels import add_adapters_on_gpu
 
     add_adapters_on_gpu(*args)
+
+
+def launches(*args):
+    from pcg_compile.lora.kernels import launches
+
+    return launches(*args)
 
 
 @kernels
@@ -123,16 +141,82 @@ def test_half_precision_on_kernels(dtype):
 mixes = st.lists(st.integers(-1, 3), min_size=1, max_size=40)
 
 
+@st.composite
+def four_ranks(draw, most):
+    """A pool's largest rank, and what four adapters have of it; 0 is an empty slot."""
+    max_rank = draw(st.sampled_from(most))
+    return max_rank, draw(st.lists(st.integers(0, max_rank), min_size=4, max_size=4))
+
+
 @kernels
-@hypothesis.settings(max_examples=15, deadline=None)
-@hypothesis.given(mixes, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(mixes, four_ranks([1, 8, 12, 64, 256]))
 def test_random_mixes_on_kernels(slots, ranks):
-    check(run_kernels, len(slots), 40, [24, 9], 12, ranks, slots, device=DEVICE)
+    check(run_kernels, len(slots), 40, [24, 9], *ranks, slots, device=DEVICE)
 
 
-@hypothesis.given(mixes, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+@hypothesis.given(mixes, four_ranks([1, 12, 256]))
 def test_random_mixes(slots, ranks):
-    check(add_adapters, len(slots), 8, [6, 3], 12, ranks, slots)
+    check(add_adapters, len(slots), 8, [6, 3], *ranks, slots)
+
+
+@pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="needs Triton's compiler")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("tokens", [64, 1000, 4000])
+@pytest.mark.parametrize(("width", "slices", "max_rank"), [(2048, [2048], 64), (4096, [4096, 1024, 1], 256)])
+def test_kernels_compile_for_a_gpu(tokens, width, slices, max_rank, dtype):
+    """As a launch would compile them for an H100, on any machine; the shared memory of smaller GPUs is enough."""
+    y, *rest = make_empty(tokens, width, slices, max_rank, dtype)
+    for launch in launches(y, *rest, slices):
+        compiled = compile_for_hopper(launch)
+        assert compiled.metadata.shared <= 64 * 1024
+        assert ("mma" in compiled.asm["ptx"]) == (dtype != torch.float32)
+        assert ".v4" in compiled.asm["ptx"]
+
+
+def make_empty(tokens, width, slices, max_rank, dtype, adapters=8):
+    """Arguments of the op, up to the slices."""
+    out = sum(slices)
+    shapes = ((tokens, out), (tokens, width), (adapters, len(slices) * max_rank, width), (adapters, out, max_rank))
+    integers = [torch.empty(n, dtype=torch.int32) for n in (adapters, tokens, adapters + 1)]
+    return *(torch.empty(shape, dtype=dtype) for shape in shapes), torch.empty(adapters), *integers
+
+
+def compile_for_hopper(launch):
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature, constants, hints = dict.fromkeys(names, "constexpr"), dict(launch.constants), {}
+    for i, (name, argument) in enumerate(zip(names, launch.args)):
+        if isinstance(argument, torch.Tensor):
+            signature[name] = "*" + TYPES.get(argument.dtype, "i32")
+        elif argument == 1:
+            constants[name] = 1
+            continue
+        else:
+            signature[name] = "i32"
+        if isinstance(argument, torch.Tensor) or argument % 16 == 0:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=values, attrs=hints)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+
+
+@pytest.mark.parametrize("in_features", [1, 32, 300, 2048, 14336])
+@pytest.mark.parametrize("tokens", [1, 16, 129, 1000, 4000, 100_000])
+def test_every_token_and_feature_has_a_program(tokens, in_features):
+    pytest.importorskip("triton")
+    with torch.device("meta"):
+        shrink, expand = launches(*make_empty(tokens, in_features, [100, 33], 80, torch.bfloat16), [100, 33])
+    tiles, ranks, splits = shrink.grid
+    h, size = shrink.args[0], shrink.args[-1]
+    assert tiles == expand.grid[0] and tiles * shrink.constants["ROWS"] >= tokens + 8
+    assert ranks == 2 * 2 and splits == h.shape[0] == expand.constants["SPLITS"]
+    # No part of the sum is empty: what no program writes, the expand would read.
+    assert (splits - 1) * size < in_features <= splits * size and size % shrink.constants["SUM"] == 0
+    assert expand.grid[1] == sum(-(-width // expand.constants["COLUMNS"]) for width in (100, 33))
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])

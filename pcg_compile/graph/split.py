@@ -79,10 +79,12 @@ def find_cuts(
     extra: Iterable[str],
     isolated: Mapping[fx.Node, str],
     on_missing: Callable[[SplitOpNotFound], None],
+    outside: Callable[[fx.Node, NodeFacts | None], str | None] = lambda node, facts: None,
 ) -> dict[fx.Node, Cut]:
     """The nodes to run between pieces: registered split ops, ``extra`` ones by name, unsafe and ``isolated`` ones.
 
-    ``on_missing`` is handed the error for a name in ``extra`` that matches nothing, and may raise it.
+    ``outside`` gives a reason why no recording can hold a node, or None. ``on_missing`` is handed the error for a name
+    in ``extra`` that matches nothing, and may raise it.
     """
     registry = registered_split_ops()
     wanted = {name: registry.get(name, SplitOp(name)) for name in extra}
@@ -109,7 +111,7 @@ def find_cuts(
         elif node in isolated:
             cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), isolated[node])
         else:
-            tag = _unsafe_tag(facts.get(node), known_sizes)
+            tag = _unsafe_tag(facts.get(node), known_sizes) or outside(node, facts.get(node))
             if tag:
                 cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), tag)
     for name in wanted.keys() - found:

@@ -32,7 +32,9 @@ def lora_apply(
 
     For token t of segment s and slice j of the columns, with r = ranks[s] and i = j * max_rank:
     ``y[t, slice j] += scalings[s] * (x[t] @ a[s, i : i + r].T) @ b[s, slice j, :r].T``, accumulated in float32.
-    Entries at or above an adapter's rank are not read: they may be another adapter's.
+    Factors at or above an adapter's rank have no part in it: they may be another adapter's. The Triton kernels round
+    what lies between the two products to x's dtype, as two linear layers in a row do; plain PyTorch, on the CPU and
+    for float64, keeps it.
 
     Args:
         y: ``[..., out]``, written; its leading dimensions are contiguous rows. x: ``[..., in]`` of the same dtype.
@@ -43,10 +45,11 @@ def lora_apply(
             they add up to ``out``.
     """
     rows_y, rows_x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    if y.device.type == "cuda":
+    if y.device.type == "cuda" and y.dtype != torch.float64:
         from .kernels import add_adapters_on_gpu
 
-        add_adapters_on_gpu(rows_y, rows_x, a, b, scalings, ranks, permutation, seg_indptr, slices)
+        with torch.cuda.device_of(y):  # Triton launches on the current device, whatever its arguments' is.
+            add_adapters_on_gpu(rows_y, rows_x, a, b, scalings, ranks, permutation, seg_indptr, slices)
     else:
         add_adapters(rows_y, rows_x, a, b, scalings, ranks, permutation, seg_indptr, slices)
 

@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["add_adapters_on_gpu"]
+__all__ = ["Blocks", "Launch", "add_adapters_on_gpu", "blocks_for", "launches"]
 
 _MOST_SLICES = 4
+#: Programs of the shrink that keep a large GPU's memory busy: two for each of 132 multiprocessors.
+_PROGRAMS = 256
 
 
 @triton.jit
@@ -55,6 +57,8 @@ def _shrink(
     if (block % blocks) * RANK >= rank:
         return
     column = (block // blocks) * MAX_RANK + r
+    # Up to a multiple of 8, so that a whole vector has one mask; between the rank and that are zeros.
+    is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
     rows = first + tl.arange(0, ROWS)
     is_row = rows < end
     tokens = tl.load(permutation + rows, mask=is_row, other=0).to(tl.int64)
@@ -70,9 +74,9 @@ def _shrink(
             mask=(r < rank)[None, :] & is_k[:, None],
             other=0.0,
         )
-        sums = tl.dot(inputs, factors, sums, input_precision=PRECISION)
+        sums = tl.dot(inputs, factors.to(inputs.dtype), sums, input_precision=PRECISION)
     place = h + split.to(tl.int64) * h_split + rows[:, None].to(tl.int64) * h_row + column[None, :]
-    tl.store(place, sums, mask=is_row[:, None] & (r < rank)[None, :])
+    tl.store(place, sums, mask=is_row[:, None] & is_place[None, :])
 
 
 @triton.jit
@@ -113,43 +117,117 @@ def _expand(
     rows = first + tl.arange(0, ROWS)
     is_row = rows < end
     tokens = tl.load(permutation + rows, mask=is_row, other=0).to(tl.int64)
+    place = y + tokens[:, None] * y_row + n[None, :]
+    mask = is_row[:, None] & is_n[None, :]
+    # Asked for first: it comes while the rest is loaded and multiplied.
+    before = tl.load(place, mask=mask, other=0.0)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     b_base = b + slot.to(tl.int64) * out_features * MAX_RANK
     for start in range(0, rank, RANK):
         r = start + tl.arange(0, RANK)
-        is_r = r < rank
+        is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
         hidden = tl.zeros((ROWS, RANK), dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            place = h + split * h_split + rows[:, None].to(tl.int64) * h_row + (part * MAX_RANK + r)[None, :]
-            hidden += tl.load(place, mask=is_row[:, None] & is_r[None, :], other=0.0)
+            part_h = h + split * h_split + rows[:, None].to(tl.int64) * h_row + (part * MAX_RANK + r)[None, :]
+            hidden += tl.load(part_h, mask=is_row[:, None] & is_place[None, :], other=0.0)
         factors = tl.load(
-            b_base + n[None, :].to(tl.int64) * MAX_RANK + r[:, None], mask=is_n[None, :] & is_r[:, None], other=0.0
+            b_base + n[None, :].to(tl.int64) * MAX_RANK + r[:, None], mask=is_n[None, :] & is_place[:, None], other=0.0
         )
-        sums = tl.dot(hidden.to(factors.dtype), factors, sums, input_precision=PRECISION)
-    place = y + tokens[:, None] * y_row + n[None, :]
-    mask = is_row[:, None] & is_n[None, :]
-    before = tl.load(place, mask=mask, other=0.0)
+        # Above the rank may be what another adapter left, and it may not be finite.
+        factors = tl.where((r < rank)[:, None], factors, 0.0).to(before.dtype)
+        sums = tl.dot(hidden.to(before.dtype), factors, sums, input_precision=PRECISION)
     scaling = tl.load(scalings + slot)
     tl.store(place, (before.to(tl.float32) + scaling * sums).to(before.dtype), mask=mask)
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """Sizes of tiles: rows (tokens), the shrink's sum and the parts that it is split into, the expand's columns."""
 
     rows: int
     sum: int
     splits: int
     columns: int
-    warps: int
 
 
-def _blocks_for(tokens: int, in_features: int) -> _Blocks:
-    """Few tokens: short tiles, and the sum split so that the GPU is full. Many: tiles that fill the tensor cores."""
+class Launch(NamedTuple):
+    """One kernel with its grid, its arguments in order, and its compile-time constants and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[torch.Tensor | int, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def blocks_for(tokens: int, in_features: int, out_features: int, itemsize: int = 2) -> Blocks:
+    """Few tokens: short tiles, and the sum split so that the GPU is full. Many: tiles that fill the tensor cores.
+
+    Args:
+        itemsize: bytes of an element of x; wide ones get smaller tiles, for what they take of memory and registers.
+    """
     if tokens <= 128:
-        return _Blocks(16, 128, max(1, min(8, in_features // 256)), 64, 4)
-    if tokens <= 1024:
-        return _Blocks(32, 64, max(1, min(4, in_features // 512)), 128, 4)
-    return _Blocks(64, 64, 1, 128, 4)
+        rows, most, columns = 16, 8, 64 if out_features <= 4096 else 128
+    else:
+        rows, most, columns = 32 if tokens <= 1024 else 64, 4, 128 if itemsize <= 2 else 64
+    tiles = triton.cdiv(tokens, rows)
+    splits = 1
+    # Each part has two steps of the loop at least, or its start and end cost more than it saves.
+    while splits < most and splits * tiles < _PROGRAMS and in_features >= 512 * splits:
+        splits *= 2
+    return Blocks(rows, (128 if rows < 64 else 64) * 2 // max(2, itemsize), splits, columns)
+
+
+def launches(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scalings: torch.Tensor,
+    ranks: torch.Tensor,
+    permutation: torch.Tensor,
+    seg_indptr: torch.Tensor,
+    slices: Sequence[int],
+    blocks: Blocks | None = None,
+) -> tuple[Launch, Launch]:
+    """The shrink and the expand of :func:`add_adapters_on_gpu`, to run in this order; ``blocks`` overrides the rule."""
+    tokens, in_features = x.shape
+    adapters, out_features, max_rank = b.shape
+    if len(slices) > _MOST_SLICES:
+        raise ValueError(f"a layer is fused of at most {_MOST_SLICES} slices, not {len(slices)}")
+    if y.stride(1) != 1:
+        raise ValueError("the columns of y are not contiguous")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    blocks = blocks or blocks_for(tokens, in_features, out_features, x.element_size())
+    rank = min(64, max(16, triton.next_power_of_2(max_rank)))
+    tiles = triton.cdiv(tokens, blocks.rows) + adapters
+    split_size = triton.cdiv(triton.cdiv(in_features, blocks.splits), blocks.sum) * blocks.sum
+    splits = triton.cdiv(in_features, split_size)
+    h = torch.empty((splits, tokens, len(slices) * max_rank), dtype=torch.float32, device=x.device)
+    common = {
+        "MAX_RANK": max_rank,
+        "ADAPTERS": adapters,
+        "PADDED": triton.next_power_of_2(adapters),
+        "ROWS": blocks.rows,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+    }
+    routing = (permutation, seg_indptr)
+    shrink = Launch(
+        _shrink,
+        (tiles, len(slices) * triton.cdiv(max_rank, rank), splits),
+        (h, x, a, ranks, *routing, x.stride(0), in_features, h.stride(0), h.stride(1), split_size),
+        {"SLICES": len(slices), "RANK": rank, "SUM": blocks.sum, **common},
+        {"num_warps": 4, "num_stages": 3},
+    )
+    widths = [*slices, *[0] * (_MOST_SLICES - len(slices))]
+    expand = Launch(
+        _expand,
+        (tiles, sum(triton.cdiv(width, blocks.columns) for width in slices)),
+        (y, h, b, scalings, ranks, *routing, y.stride(0), out_features, h.stride(0), h.stride(1), *widths),
+        {"SPLITS": splits, "RANK": 16, "COLUMNS": blocks.columns, **common},
+        # What keeps registers few enough for two programs or more at a time, which hide each other's waits.
+        {"num_warps": 4 if blocks.rows == 16 else 8, "num_stages": 2},
+    )
+    return shrink, expand
 
 
 def add_adapters_on_gpu(
@@ -166,40 +244,9 @@ def add_adapters_on_gpu(
     """:func:`pcg_compile.lora.apply.lora_apply` on rows: ``y [n, out]``, ``x [n, in]``. Can be recorded.
 
     Raises:
-        ValueError: more than 4 slices; tensors whose last dimension is not contiguous.
+        ValueError: more than 4 slices; columns of y that are not contiguous.
     """
-    tokens, in_features = x.shape
-    adapters, out_features, max_rank = b.shape
-    if len(slices) > _MOST_SLICES:
-        raise ValueError(f"a layer is fused of at most {_MOST_SLICES} slices, not {len(slices)}")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if y.stride(1) != 1:
-        raise ValueError("the columns of y are not contiguous")
-    if tokens == 0:
+    if x.shape[0] == 0:
         return
-    blocks = _blocks_for(tokens, in_features)
-    rank = min(64, max(16, triton.next_power_of_2(max_rank)))
-    tiles = triton.cdiv(tokens, blocks.rows) + adapters
-    split_size = triton.cdiv(triton.cdiv(in_features, blocks.splits), blocks.sum) * blocks.sum
-    splits = triton.cdiv(in_features, split_size)
-    h = torch.empty((splits, tokens, len(slices) * max_rank), dtype=torch.float32, device=x.device)
-    common: dict[str, Any] = {
-        "MAX_RANK": max_rank,
-        "ADAPTERS": adapters,
-        "PADDED": triton.next_power_of_2(adapters),
-        "ROWS": blocks.rows,
-        "RANK": rank,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-        "num_warps": blocks.warps,
-    }
-    _shrink[(tiles, len(slices) * triton.cdiv(max_rank, rank), splits)](
-        h, x, a, ranks, permutation, seg_indptr, x.stride(0), in_features, h.stride(0), h.stride(1), split_size,
-        SLICES=len(slices), SUM=blocks.sum, **common,
-    )  # fmt: skip
-    widths = [*slices, *[0] * (_MOST_SLICES - len(slices))]
-    column_blocks = sum(triton.cdiv(width, blocks.columns) for width in slices)
-    _expand[(tiles, column_blocks)](
-        y, h, b, scalings, ranks, permutation, seg_indptr, y.stride(0), out_features, h.stride(0), h.stride(1), *widths,
-        SPLITS=splits, COLUMNS=blocks.columns, **common,
-    )  # fmt: skip
+    for launch in launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
+        launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, message
+from ..torch_internals import is_subclass
 from .peft_folder import Factors
 
 __all__ = ["LoRALayer", "find_layers"]
@@ -42,6 +43,14 @@ class LoRALayer:
         weight = self.module.weight
         if hasattr(self.module, _BUFFERS[0]):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
+        if is_subclass(weight):
+            raise AdapterError(
+                message(
+                    f"the weight of {self.name} is a {type(weight).__name__}",
+                    why="Adapters are not split over ranks, and not added to quantized weights.",
+                    cure="Make the pool on a model whose weights are plain tensors.",
+                )
+            )
         inputs, outputs = features_of(self.module)
         dtype = dtype or weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:

@@ -14,6 +14,7 @@ from ..graph.plan import CallSite, Plan
 from ..graph.scalars import symbols_of
 from ..options import Options
 from ..report.stats import Counters
+from .agreement import Agreement
 from .buckets import BucketChooser
 from .buffers import FlatBuffers
 from .capture import Engine, Recording
@@ -35,6 +36,8 @@ class Shared:
     chooser: BucketChooser
     engine: Engine
     device: torch.device
+    #: For a graph with collectives: what ranks must decide together.
+    agreement: Agreement | None = None
 
 
 @dataclass

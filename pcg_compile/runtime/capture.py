@@ -35,6 +35,7 @@ class Engine(ABC):
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> Recording:
         """Records ``run``, which reads static inputs only.
 
@@ -44,6 +45,7 @@ class Engine(ABC):
             warm_up: runs the piece once without effects, where that has not happened yet.
             pool: recordings with the same value reuse each other's freed memory. They must always be replayed in the
                 order in which they were recorded, see Note [pools].
+            ready: called when the recording is made, before anything with a collective in it has run.
         """
 
     @contextlib.contextmanager
@@ -61,6 +63,7 @@ class StaticReplay(Engine):
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> Recording:
         outputs: list[torch.Tensor] = []
         copies: list[int] = []
@@ -71,6 +74,7 @@ class StaticReplay(Engine):
                 assign(target, result)
                 copies.append(i)
             outputs.append(target)
+        ready()
 
         def replay() -> None:
             again = run()
@@ -102,6 +106,7 @@ class CudaGraphs(Engine):
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> Recording:
         current = torch.cuda.current_stream(self.device)
         before = torch.cuda.memory_reserved(self.device)
@@ -121,6 +126,7 @@ class CudaGraphs(Engine):
                 raise
             graph.capture_end()
         current.wait_stream(self.stream)
+        ready()
         graph.replay()
         return Recording(outputs, graph.replay, torch.cuda.memory_reserved(self.device) - before)
 

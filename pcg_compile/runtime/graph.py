@@ -189,6 +189,8 @@ class GraphRuntime:
     ) -> tuple[Any, Program]:
         """The first step of some sizes, for one set of addresses."""
         named = dict(zip(self.plan.symbols, sizes, strict=True))
+        if self.shared.agreement is not None:
+            self.shared.agreement.same("sizes", list(sizes))
         if step is not None:
             self._check_tokens(step, sizes)
         if self._may_alias and self._overlap(args):
@@ -295,7 +297,8 @@ class GraphRuntime:
         budget = self.shared.options.memory_budget
         if budget is None or newest.bucket is None:
             return
-        while self.nbytes() > budget:
+        agreement = self.shared.agreement
+        while agreement.any_of(self.nbytes() > budget) if agreement is not None else self.nbytes() > budget:
             buckets = {
                 p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)
             }
@@ -339,7 +342,9 @@ class GraphRuntime:
         step = self._step()
         wanted = self._wanted(request, sizes)
         # The largest bucket comes first: once one pays, so do the smaller ones.
-        doubtful = len(self._bucketed) == 1 and self.shared.device.type == "cuda"
+        # Ranks measure different times, and must not choose by them.
+        alone = self.shared.agreement is None
+        doubtful = alone and len(self._bucketed) == 1 and self.shared.device.type == "cuda"
         for done, bucket in enumerate(wanted):
             request.report(done, len(wanted), self._name(tuple(bucket[s] for s in self.plan.symbols)))
             real = {s: min(n, bucket[s]) for s, n in sizes.items()}
@@ -456,7 +461,7 @@ class GraphRuntime:
 
         Attention's workspace grows with tokens and request slots, so that "auto" leaves large buckets alone.
         """
-        if whole.wanted is None and self.shared.device.type != "cuda":
+        if whole.wanted is None and (self.shared.device.type != "cuda" or self.shared.agreement is not None):
             return False
         return whole.wanted is not None or step is None or whole.at_tokens() <= _LARGEST_AUTO_WHOLE
 

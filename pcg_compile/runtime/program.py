@@ -22,6 +22,7 @@ from ..graph.plan import CallSite, InputSpec, PieceSite, Site
 from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
 from ..report.stats import Counters
 from ..torch_internals import foreach_copy, unowned_alias
+from .agreement import RankFailed
 from .binding import Binding, wants_static
 from .buffers import extent
 from .capture import StaticReplay
@@ -463,6 +464,7 @@ class _Builder:
                 run()
             restore()
 
+        agreement = self.shared.agreement if not site.trivial else None
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
@@ -471,11 +473,14 @@ class _Builder:
                     self._placer(site, inputs),
                     None if compiled.warm else warm_up,
                     frozenset(piece.symbols),
+                    agreement.all_ready if agreement is not None else lambda: None,
                 )
         except PCGError:
             raise
         except Exception as error:
             restore()
+            if agreement is not None and not isinstance(error, RankFailed):
+                agreement.all_ready(False)
             self.binding.failures[key] = self.binding.failures.get(key, 0) + 1
             self.program.complete = False
             reason = f"recording failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -19,6 +19,7 @@ from ..errors import PCGError
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate
 from ..step import DoesNotFit, current_step
+from .agreement import RankFailed
 from .timing import seconds_of
 
 if TYPE_CHECKING:
@@ -129,14 +130,23 @@ class WholeStep:
                 self._run_all()
             restore()
 
+        agreement = self.shared.agreement
         started = time.perf_counter()
         try:
             with engine.session(), torch.inference_mode(False), torch.no_grad():
-                recording = engine.record(self._run_all, lambda i, t: t, warm_up, "whole step")
+                recording = engine.record(
+                    self._run_all,
+                    lambda i, t: t,
+                    warm_up,
+                    "whole step",
+                    agreement.all_ready if agreement is not None else lambda: None,
+                )
         except PCGError:
             raise
         except Exception as error:
             restore()
+            if agreement is not None and not isinstance(error, RankFailed):
+                agreement.all_ready(False)
             self._failures += 1
             first = str(error).splitlines()[0] if str(error) else ""
             counters.fall_back(f"recording the whole step failed: {type(error).__name__}: {first}")
