@@ -144,6 +144,33 @@ def split_op_raises():
     return {"error": None}
 
 
+def transformers_plan(folder):
+    """transformers' own plan: each rank loads its part of a saved model."""
+    from transformers import AutoModelForCausalLM
+
+    import pcg_compile.integrations.transformers  # noqa: F401 - registers the attention
+
+    def run(call, kv):
+        logits = []
+        for n, batch in batches([3, 5, 6, 9, 4]):
+            with pcg.step(batch, kv):
+                ids = torch.arange(n)[None]
+                logits.append(call(input_ids=ids, position_ids=batch.positions[None]).logits[0])
+        return logits
+
+    options = {"attn_implementation": "pcg", "dtype": torch.float32}
+    want = run(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), cache(1))
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", **options).eval()
+    compiled = compiled_of(model)
+    got = run(compiled, cache(WORLD))
+    stats = pcg.stats(compiled)
+    return {
+        "worst": max((a - b).abs().max().item() for a, b in zip(want, got, strict=True)),
+        "kind": type(model.model.layers[0].self_attn.q_proj.weight).__name__,
+        "replays": stats.replays, "fallbacks": [f.reason for f in stats.fallbacks], "pieces": stats.pieces,
+    }  # fmt: skip
+
+
 class _Checked(nn.Module):
     def forward(self, x):
         return torch.ops.parallel.checked(x)

@@ -73,3 +73,15 @@ def test_an_error_on_one_rank_is_an_error_on_the_other():
     assert second["n"] == 6 and "rank 1 gives up" in second["error"]
     assert first["n"] == 6 and first["error"]
     assert time.monotonic() - started < 90
+
+
+def test_the_plan_of_transformers(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=60,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for result in ranks("transformers_plan", str(tmp_path)):
+        assert result["worst"] < 1e-5 and result["replays"] > 0, result

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -40,12 +40,19 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "trainable_token_indices": (None, [], {}),
         "target_parameters": (None, []),
         "alora_invocation_tokens": (None, []),
-        "arrow_config": (None,),
         "megatron_config": (None,),
         # Others change the base model's weights as well.
         "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
     }
 )
+#: Fields that say how an adapter was trained, or that are read elsewhere here.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "rank_pattern",
+        "alpha_pattern", "runtime_config", "target_modules", "use_rslora", "velora_config",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,12 @@ class Adapter:
     modules: Mapping[str, Factors]
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, check: Callable[[str, int, int, int], None] | None = None) -> Adapter:
     """Reads a folder that PEFT's ``save_pretrained`` wrote; tensors stay on the CPU in the dtype they have there.
+
+    Args:
+        check: called as ``check(module, inputs, outputs, rank)`` for each module, before any weight is read; raises
+            for what must not be read.
 
     Raises:
         AdapterError: no such folder, a damaged or hostile file, or something that is not computed here, such as DoRA;
@@ -82,12 +93,13 @@ def read_adapter(folder: str | Path) -> Adapter:
     _refuse_unsupported(config, path)
     file = _file(path, _WEIGHTS, None)
     shapes = _read_header(file)
-    pairs = _pairs(shapes, file)
+    pairs = sorted(_pairs(shapes, file).items())
+    scalings = {module: _scaling(config, module, shapes[a][0], path) for module, (a, _) in pairs}
+    if check is not None:
+        for module, (a, b) in pairs:
+            check(module, shapes[a][1], shapes[b][0], shapes[a][0])
     tensors = _load(file)
-    modules = {
-        module: Factors(tensors[a], tensors[b], _scaling(config, module, shapes[a][0], path))
-        for module, (a, b) in sorted(pairs.items())
-    }
+    modules = {module: Factors(tensors[a], tensors[b], scalings[module]) for module, (a, b) in pairs}
     for module, factors in modules.items():
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
             raise AdapterError(message(f"the weights for {module} hold NaN or infinity", where=str(file)))
@@ -112,16 +124,46 @@ def _file(folder: Path, name: str, most: int | None) -> Path:
                 )
             )
         size = file.stat().st_size
-    except (OSError, ValueError) as error:
+        inside = _is_inside(file, folder)
+    except (OSError, ValueError, RuntimeError) as error:
         raise AdapterError(message(f"{str(folder)!r} cannot be read", why=str(error))) from None
+    if not inside:
+        raise AdapterError(
+            message(
+                f"{name} is a link to a file outside of the folder",
+                where=str(file),
+                why="A folder from somebody else could have any file read.",
+                cure="Copy the file into the folder.",
+            )
+        )
     if most is not None and size > most:
         raise AdapterError(message(f"{name} has {size} bytes; at most {most} are read", where=str(file)))
     return file
 
 
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether the file lies in the folder once links are followed, or in the hub cache that the folder belongs to."""
+    root = folder.resolve()
+    # The Hugging Face cache: models--x/snapshots/<commit>/file links to models--x/blobs/<hash>.
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return any(file.resolve().is_relative_to(one) for one in roots)
+
+
+def _parse(text: str | bytes) -> Any:
+    """JSON, in which no name may stand twice: readers differ in which of the two they take."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return entries
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = _parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(message(f"{_CONFIG} is no JSON", where=str(file), why=str(error))) from None
     if not isinstance(config, dict):
@@ -133,13 +175,18 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(message(f"peft_type is {_shown(kind)}; only LORA is computed here", where=str(folder)))
-    for name, allowed in _PLAIN.items():
+    for name in [*_PLAIN, *(config.keys() - _PLAIN.keys() - _HARMLESS)]:
         value = config.get(name)
-        # 1 equals True, and is none of PEFT's values.
-        if not any(value == one and type(value) is type(one) for one in allowed):
+        if name in _PLAIN:
+            # 1 equals True, and is none of PEFT's values.
+            supported = any(value == one and type(value) is type(one) for one in _PLAIN[name])
+        else:
+            # A field of a later PEFT: variants of LoRA are switched on, or have settings of their own.
+            supported = value is not True and not (isinstance(value, (dict, list)) and value)
+        if not supported:
             raise AdapterError(
                 message(
-                    f"{name}={_shown(value)} is not supported",
+                    f"{_shown(name)[1:-1]}={_shown(value)} is not supported",
                     where=str(folder),
                     why="What the adapter adds would be computed otherwise than PEFT computes it.",
                     cure="Merge the adapter into a model of its own with PEFT: model.merge_and_unload()",
@@ -196,7 +243,7 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
                 raise AdapterError(
                     message(f"{_WEIGHTS} has {size} bytes, and says that its header alone has {length}", str(file))
                 )
-            header = json.loads(stream.read(length))
+            header = _parse(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(message(f"{_WEIGHTS} has no readable header", where=str(file), why=str(error))) from None
     if not isinstance(header, dict):
