@@ -278,7 +278,7 @@ def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
     finally:
         # Other compiled models must not find the marks.
         for tensor, before in reversed(_MARKED.get() or ()):
-            for name in [name for name in vars(tensor) if name.startswith("_dynamo_") and name not in before]:
+            for name in [name for name in vars(tensor) if "_dynamo_" in name and name not in before]:
                 delattr(tensor, name)
             vars(tensor).update(before)
         _MARKED.reset(marked)
@@ -292,7 +292,7 @@ def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int], strict: bool = True)
     """
     marked = _MARKED.get()
     if marked is not None:
-        marked.append((tensor, {k: v for k, v in vars(tensor).items() if k.startswith("_dynamo_")}))
+        marked.append((tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k}))
     (torch._dynamo.mark_dynamic if strict else torch._dynamo.maybe_mark_dynamic)(tensor, list(dims))
 
 

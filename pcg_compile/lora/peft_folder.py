@@ -6,10 +6,8 @@ shapes before anything is allocated, and no pickle is ever opened.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError, message
+from .file_header import parse_json, read_shapes, shown
 
 __all__ = ["Adapter", "Factors", "read_adapter"]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_MOST_CONFIG, _MOST_HEADER = 1 << 20, 16 << 20
+_MOST_CONFIG = 1 << 20
 _MOST_RANK = 1 << 14
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _KEY = re.compile(r"base_model\.model\.(?P<module>\w+(?:\.\w+)*)\.lora_(?P<factor>[AB])\.weight", re.ASCII)
 #: Fields of a configuration that change what an adapter computes, and the only values that are computed here.
 _PLAIN: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -92,7 +90,7 @@ def read_adapter(folder: str | Path, check: Callable[[str, int, int, int], None]
     config = _read_config(_file(path, _CONFIG, _MOST_CONFIG))
     _refuse_unsupported(config, path)
     file = _file(path, _WEIGHTS, None)
-    shapes = _read_header(file)
+    shapes = read_shapes(file)
     pairs = sorted(_pairs(shapes, file).items())
     scalings = {module: _scaling(config, module, shapes[a][0], path) for module, (a, _) in pairs}
     if check is not None:
@@ -149,21 +147,9 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return any(file.resolve().is_relative_to(one) for one in roots)
 
 
-def _parse(text: str | bytes) -> Any:
-    """JSON, in which no name may stand twice: readers differ in which of the two they take."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            raise ValueError("a name stands twice in one object")
-        return entries
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = _parse(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(message(f"{_CONFIG} is no JSON", where=str(file), why=str(error))) from None
     if not isinstance(config, dict):
@@ -174,7 +160,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(message(f"peft_type is {_shown(kind)}; only LORA is computed here", where=str(folder)))
+        raise AdapterError(message(f"peft_type is {shown(kind)}; only LORA is computed here", where=str(folder)))
     for name in [*_PLAIN, *(config.keys() - _PLAIN.keys() - _HARMLESS)]:
         value = config.get(name)
         if name in _PLAIN:
@@ -186,17 +172,12 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
         if not supported:
             raise AdapterError(
                 message(
-                    f"{_shown(name)[1:-1]}={_shown(value)} is not supported",
+                    f"{shown(name)[1:-1]}={shown(value)} is not supported",
                     where=str(folder),
                     why="What the adapter adds would be computed otherwise than PEFT computes it.",
                     cure="Merge the adapter into a model of its own with PEFT: model.merge_and_unload()",
                 )
             )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
@@ -205,15 +186,15 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     if isinstance(declared, bool) or not isinstance(declared, int) or declared != rank:
         raise AdapterError(
             message(
-                f"the weights for {module} have rank {rank}, the configuration says {_shown(declared)}", str(folder)
+                f"the weights for {module} have rank {rank}, the configuration says {shown(declared)}", str(folder)
             )
         )
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), folder, "alpha_pattern")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-        raise AdapterError(message(f"lora_alpha of {module} is {_shown(alpha)}, which is no number", where=str(folder)))
+        raise AdapterError(message(f"lora_alpha of {module} is {shown(alpha)}, which is no number", where=str(folder)))
     rooted = config.get("use_rslora", False)
     if not isinstance(rooted, bool):
-        raise AdapterError(message(f"use_rslora is {_shown(rooted)}, not true or false", where=str(folder)))
+        raise AdapterError(message(f"use_rslora is {shown(rooted)}, not true or false", where=str(folder)))
     return float(alpha) / (math.sqrt(rank) if rooted else rank)
 
 
@@ -222,51 +203,14 @@ def _by_pattern(patterns: Any, module: str, general: Any, folder: Path, field: s
     if patterns is None:
         return general
     if not isinstance(patterns, dict):
-        raise AdapterError(message(f"{field} is {_shown(patterns)}, not an object", where=str(folder)))
+        raise AdapterError(message(f"{field} is {shown(patterns)}, not an object", where=str(folder)))
     for pattern, value in patterns.items():
         # A name, as PEFT writes it; a general expression could take for ever to match.
         if not re.fullmatch(r"\^?[\w.\\]+\$?", pattern, re.ASCII):
-            raise AdapterError(message(f"{field} has the pattern {_shown(pattern)}; names are read", str(folder)))
+            raise AdapterError(message(f"{field} has the pattern {shown(pattern)}; names are read", str(folder)))
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
             return value
     return general
-
-
-def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes by name, once all that the header says is consistent with the file."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(size - 8, _MOST_HEADER):
-                raise AdapterError(
-                    message(f"{_WEIGHTS} has {size} bytes, and says that its header alone has {length}", str(file))
-                )
-            header = _parse(stream.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(message(f"{_WEIGHTS} has no readable header", where=str(file), why=str(error))) from None
-    if not isinstance(header, dict):
-        raise AdapterError(message(f"the header of {_WEIGHTS} is no object", where=str(file)))
-    header.pop("__metadata__", None)
-    return {name: _shape(name, entry, size - 8 - length, file) for name, entry in header.items()}
-
-
-def _shape(name: str, entry: Any, room: int, file: Path) -> tuple[int, ...]:
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= room
-
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(message(f"tensor {_shown(name)} has dtype {_shown(dtype)}, which no adapter has", str(file)))
-    if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(n) and n > 0 for n in shape):
-        raise AdapterError(message(f"tensor {_shown(name)} has shape {_shown(shape)}; factors are matrices", str(file)))
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise AdapterError(message(f"tensor {_shown(name)} lies outside of the file", where=str(file)))
-    if offsets[1] - offsets[0] != shape[0] * shape[1] * _DTYPES[dtype]:
-        raise AdapterError(message(f"tensor {_shown(name)} has other bytes than its shape needs", where=str(file)))
-    return tuple(shape)
 
 
 def _pairs(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple[str, str]]:
@@ -277,7 +221,7 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple
         if match is None:
             raise AdapterError(
                 message(
-                    f"tensor {_shown(name)} is no factor of a linear layer",
+                    f"tensor {shown(name)} is no factor of a linear layer",
                     where=str(file),
                     why="Only lora_A and lora_B weights of linear layers are computed here.",
                 )
