@@ -1,5 +1,4 @@
-"""The LoRA kernels against the time that their bytes and multiplications need at least: ``python -m
-benchmarks.lora_kernels``."""
+"""The LoRA kernels against the least time for their work: ``python -m benchmarks.lora_kernels``."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ _SLOTS, _MAX_RANK = 16, 64
 _CACHE = 128 << 20
 _NOTES = {
     "adapters": "distinct ones in the batch; 0: all tokens are the base model's, no work is left",
-    "cold_us": "shrink and expand, inputs, outputs and factors in no cache, as the factors are in a step of many layers",
+    "cold_us": "shrink and expand; inputs, outputs and factors in no cache, as factors are in a step of many layers",
     "hot_us": "the same call again and again",
     "shrink_us, expand_us": "each by itself, cold",
     "floor_us": "bytes that must move over the memory's bandwidth, or multiplications over the peak, the larger",
@@ -72,12 +71,12 @@ def start(launch: Any) -> None:
 def make(
     n: int, in_features: int, out_features: int, rank: int, adapters: int, device: torch.device, seed: int = 0
 ) -> Work:
-    """Tokens shared evenly among some adapters of a pool of 16: one each in turn up to 128 tokens, else long requests."""
+    """Tokens shared evenly among some adapters of a pool of 16: in turn up to 128 tokens, else in long requests."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        return drawn if shape[0] == n and len(shape) == 2 else drawn / 8
+        return drawn / 8 if len(shape) == 3 else drawn
 
     token = torch.arange(n, device=device)
     slots = token if n <= 128 else token * 4 * adapters // n

@@ -118,7 +118,8 @@ def pointwise(call: Call) -> Dims | Tracked:
     tensors = call.tensors()
     if len(tensors) == 1 and tensors[0].below is not None and _adds_nothing(call):
         return tensors[0]
-    return broadcast([t.dims for t in tensors])
+    dims = broadcast([t.dims for t in tensors])
+    return dims if len(call.shapes) <= 1 else [dims] * len(call.shapes)  # type: ignore[return-value]
 
 
 def _adds_nothing(call: Call) -> bool:
@@ -229,7 +230,7 @@ def arange(call: Call) -> Dims | Tracked:
     return Tracked(dims, below=size_of(dims[0])) if counts and has_tokens(dims[0]) else dims
 
 
-@_rule("mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "mv", "dot", "linear", "addmv")
+@_rule("mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "dot", "linear", "addmv")
 def matmul(call: Call) -> Dims:
     _numbers_are_static(call)
     a, b = (call.arguments.get(k) for k in (("mat1", "mat2") if "mat1" in call.arguments else ("self", "mat2")))
@@ -284,10 +285,22 @@ def _along(call: Call, what: str) -> Any:
     return source
 
 
-@_rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "sort", "argsort", "renorm")
+@_rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "sort", "argsort")
 def along_static(call: Call) -> Any:
     source = _along(call, "works along")
     return [source.dims] * len(call.shapes)
+
+
+@_rule("renorm")
+def renorm(call: Call) -> Dims:
+    """Each entry along ``dim`` is scaled by the norm over all other dimensions."""
+    source = call.tensor("self")
+    _numbers_are_static(call)
+    axis = _axis(source.dims, call.arguments["dim"])
+    for i, dim in enumerate(source.dims):
+        if i != axis:
+            _need_static(dim, "takes the norm over")
+    return source.dims
 
 
 @_rule("topk")
@@ -604,7 +617,10 @@ _rule("nonzero", "unique", "_unique2", "unique_consecutive", "bincount", "histc"
       "masked_scatter", "index_reduce", "choose_qparams", "_local_scalar_dense", "item", "max_pool2d_with_indices",
       "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "mean_all", "dist", "cdist", "_cdist_forward", "trace",
       "unfold", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "im2col",
-      "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave")(_whole_size)  # fmt: skip
+      "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",
+      # These raise where a value is out of range, that of padding too.
+      "binary_cross_entropy", "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss",
+      "multilabel_margin_loss_forward")(_whole_size)  # fmt: skip
 
 
 @_rule("tril", "triu")

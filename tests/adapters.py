@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def save_with_peft(folder: Path, model: nn.Module, **config: Any) -> Path:
     """An adapter with random weights in place of trained ones."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(hash(folder.name) % 1000)
+    torch.manual_seed(zlib.crc32(folder.name.encode()))
     get_peft_model(model, LoraConfig(init_lora_weights=False, **config)).save_pretrained(folder)
     return folder
 

@@ -35,6 +35,15 @@ def test_a_plain_folder(tmp_path):
     assert rooted == pytest.approx(3.0)
 
 
+def test_fields_of_training_are_no_matter(tmp_path):
+    folder = fields(
+        save_plain(tmp_path / "a", MODULES), inference_mode=True, layers_to_transform=[0], exclude_modules=["k_proj"],
+        qalora_group_size=16, loftq_config={}, runtime_config={"ephemeral_gpu_offload": False}, later_number=3,
+        auto_mapping={"base_model_class": "X"}, fan_in_fan_out=True, lora_dropout=0.5,
+    )  # fmt: skip
+    assert set(read_adapter(folder).modules) == set(MODULES)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -44,7 +53,7 @@ def test_a_plain_folder(tmp_path):
         {"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"use_dora": 1}, {"bias": 0},
         {"lora_alpha": "x"}, {"lora_alpha": float("nan")}, {"lora_alpha": 1e12}, {"r": 3}, {"r": "2"}, {"r": True},
         {"rank_pattern": [1]}, {"rank_pattern": {"q_proj": 5}}, {"alpha_pattern": {"(a+)+$": 1}},
-        {"use_rslora": "yes"},
+        {"use_rslora": "yes"}, {"alpha_pattern": {"q_proj\\": 1}}, {"kasa_config": {"beta": 1}}, {"later": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -189,3 +198,63 @@ def test_sizes_are_checked_before_anything_is_read(tmp_path):
         stream.truncate(1 << 33)
     with pytest.raises(AdapterError, match="header alone"):
         read_adapter(folder)
+
+
+def test_a_module_is_checked_before_its_weights_are_read(tmp_path):
+    folder = save_plain(tmp_path / "a", MODULES, 2)
+    seen = []
+    read_adapter(folder, lambda *facts: seen.append(facts))
+    assert seen == [("layers.0.q_proj", 6, 8, 2), ("layers.0.v_proj", 6, 4, 2)]
+    file = folder / "adapter_model.safetensors"
+    header, _ = header_of(file.read_bytes())
+    # Gigabytes of nothing, as the header says it: a file system gives them for free.
+    header = {"base_model.model.q.lora_A.weight": {}, "base_model.model.q.lora_B.weight": {}}
+    size = 4 * 2 * (1 << 32)
+    for i, (entry, shape) in enumerate(zip(header.values(), ([2, 1 << 32], [1 << 32, 2]), strict=True)):
+        entry.update(dtype="F32", shape=shape, data_offsets=[i * size, (i + 1) * size])
+    file.write_bytes(with_header(header, b""))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size + 2 * size)
+
+    def refuse(module, inputs, outputs, rank):
+        raise AdapterError(f"{inputs} -> {outputs}")
+
+    with pytest.raises(AdapterError, match="4294967296 -> 4294967296"):
+        read_adapter(folder, refuse)
+    file.unlink()
+
+
+def test_names_that_stand_twice(tmp_path):
+    folder = save_plain(tmp_path / "a", MODULES)
+    file = folder / "adapter_model.safetensors"
+    header, rest = header_of(file.read_bytes())
+    name = sorted(header)[0]
+    text = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + rest)
+    with pytest.raises(AdapterError, match="stands twice"):
+        read_adapter(folder)
+
+
+def test_links_out_of_the_folder(tmp_path):
+    folder = save_plain(tmp_path / "a", MODULES)
+    # The hub's cache links to its own blobs.
+    cache = tmp_path / "models--x"
+    snapshot = cache / "snapshots" / "abc"
+    for path in (snapshot, cache / "blobs"):
+        path.mkdir(parents=True)
+    for i, name in enumerate(("adapter_config.json", "adapter_model.safetensors")):
+        (cache / "blobs" / str(i)).write_bytes((folder / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/{i}")
+    assert set(read_adapter(snapshot).modules) == set(MODULES)
+    (tmp_path / "linked").symlink_to(folder)
+    assert set(read_adapter(tmp_path / "linked").modules) == set(MODULES)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        elsewhere = save_plain(tmp_path / f"b-{name}", MODULES)
+        (elsewhere / name).unlink()
+        (elsewhere / name).symlink_to(folder / name)
+        with pytest.raises(AdapterError, match="link to a file outside"):
+            read_adapter(elsewhere)
+    (snapshot / "adapter_config.json").unlink()
+    (snapshot / "adapter_config.json").symlink_to("../../../a/adapter_config.json")
+    with pytest.raises(AdapterError, match="link to a file outside"):
+        read_adapter(snapshot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from benchmarks import lora_kernels
 from pcg_compile.lora import route
 from pcg_compile.lora.apply import lora_apply
 from pcg_compile.lora.plain import add_adapters
@@ -237,18 +239,51 @@ def test_one_node_for_compilers(backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-def test_one_recording_serves_every_mix():
-    y, *rest = make(64, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
-    start, routing = y.clone(), route(torch.full((64,), -1, device="cuda"), 4)
+@pytest.mark.parametrize("tokens", [64, 1000, 2000])
+def test_one_recording_serves_every_mix(tokens):
+    y, *rest = make(tokens, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
+    start, routing = y.clone(), route(torch.full((tokens,), -1, device="cuda"), 4)
     lora_apply(y, *rest, *routing, [128, 64])
     torch.cuda.synchronize()
+    assert torch.equal(y, start)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         lora_apply(y, *rest, *routing, [128, 64])
-    for seed in range(5):
-        slots = torch.randint(-1, 4, (64,), generator=torch.Generator().manual_seed(seed))
+    for seed in range(3):
+        slots = torch.randint(-1, 4, (tokens,), generator=torch.Generator().manual_seed(seed))
         route(slots.cuda(), 4, out=routing)
         y.copy_(start)
         graph.replay()
         want = expected(start, *rest, slots.tolist(), [128, 64])
         torch.testing.assert_close(y.double(), want, rtol=0.03, atol=0.03 * float(want.abs().max()))
+        assert torch.equal(y[(slots < 0).cuda()], start[(slots < 0).cuda()])
+
+
+def test_benchmark_says_that_it_needs_a_gpu(tmp_path):
+    lora_kernels.main(["--device", "cpu", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "lora-kernels.json").read_text())
+    assert data["rows"] == [] and data["remarks"] == ["needs a CUDA GPU: nothing is timed"]
+
+
+def test_benchmark_floor():
+    # 4,000 tokens, 2048 -> 512, rank 16, 4 adapters: x 16.384 MB, y twice 4.096 MB, factors 0.32768 MB.
+    assert lora_kernels.bytes_of(4000, 2048, 512, 16, 4) == 16_384_000 + 8_192_000 + 327_680
+    assert lora_kernels.floor_us(4000, 2048, 512, 16, 4, 3.35, 800) == pytest.approx(24.90368 / 3.35)
+    assert lora_kernels.floor_us(4000, 2048, 512, 16, 4, 3.35, 1) == pytest.approx(2 * 4000 * 16 * 2560 / 1e6)
+    assert lora_kernels.floor_us(4000, 2048, 512, 16, 0, 3.35, 800) == 0
+    # A token reads one adapter at most.
+    assert lora_kernels.bytes_of(1, 8, 8, 4, 16) == 2 * (8 + 16 + 4 * 16)
+
+
+@pytest.mark.parametrize(("n", "adapters"), [(64, 16), (64, 0), (200, 4), (1, 16)])
+def test_benchmark_work(n, adapters):
+    """As many adapters as it says have tokens, evenly; both sides of the comparison do the same."""
+    work = lora_kernels.make(n, 64, 32, 4, adapters, torch.device("cpu"))
+    y, *_, indptr = work.tensors
+    sizes = indptr.diff()
+    assert (sizes > 0).sum() == min(n, adapters) and indptr[-1] == (n if adapters else 0)
+    requests = 1 if n <= 128 else 4  # of each adapter; they differ by one token at most
+    assert adapters == 0 or sizes[:adapters].max() - sizes[:adapters].min() <= requests
+    before = y.clone()
+    add_adapters(*work.tensors, work.slices)
+    assert torch.equal(y, before) == (adapters == 0)

@@ -118,3 +118,24 @@ def test_gpt2_whose_linear_layers_are_transposed(tmp_path):
         with pcg.step(pcg.Batch([6], adapters=["x"])):
             got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrapped_model_still_does_what_transformers_asks_of_it(folders, tmp_path):
+    plain, model = llama("sdpa"), llama("sdpa")
+    model.tie_weights()
+    pool = pcg.lora.AdapterPool(model, max_adapters=2, max_rank=16, target_modules="all-linear")
+    assert "lm_head" not in {layer.name for layer in pool._layers}
+    pool.load("b", folders["b"])
+    prompt = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    torch.testing.assert_close(model.generate(prompt, **options), plain.generate(prompt, **options))
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved", attn_implementation="sdpa")
+    assert again.state_dict().keys() == plain.state_dict().keys()
+    for loaded in (model.load_state_dict(again.state_dict()), model.load_state_dict(again.state_dict(), assign=True)):
+        assert not loaded.missing_keys and not loaded.unexpected_keys
+    with torch.no_grad():
+        assert model(prompt).logits.equal(plain(prompt).logits)
+        with pcg.step(pcg.Batch([3], adapters=["b"])):
+            got = model(prompt, use_cache=False).logits[0]
+    assert (got - alone(folders["b"], prompt[0])).abs().max() < 1e-4

@@ -160,9 +160,16 @@ def test_what_a_pool_refuses(folders, tmp_path):
         ({"target_modules": ["embed"]}, "names embed, which is an Embedding"),
         ({"target_modules": ["norm", "up"]}, "names norm, which is a LayerNorm"),
         ({"target_modules": ["q_proj"]}, "Its linear layers are: up, down"),
+        ({"target_modules": ["up", "dwon"]}, "names 'dwon', which no module"),
+        ({"target_modules": []}, "names '', which no module"),
+        ({"target_modules": "(up"}, "is no regular expression"),
+        ({"target_modules": "u"}, "names 'u', which no module"),
         ({"max_adapters": 0}, "max_adapters=0"),
         ({"max_rank": 257}, "max_rank=257"),
         ({"fused": {"up": {"x": 3, "y": 3}}}, "do not add up to its 10 outputs"),
+        ({"fused": {"up": ["x", "y", "z"]}}, "do not add up to its 10 outputs"),
+        ({"fused": {"up": list("abcde")}}, "up has 5 parts"),
+        ({"fused": {"qkv": {"x": 3, "y": 3}}}, "fused names 'qkv', which no module"),
     ]:
         with pytest.raises(AdapterError, match=text):
             make(folders, "", **options)
@@ -202,7 +209,7 @@ def test_parts_of_a_fused_layer(tmp_path):
     model = nn.Sequential()
     model.qkv = nn.Linear(6, 16)
     fused = {"qkv": {"q": 8, "k": 4, "v": 4}}
-    pool = pcg.lora.AdapterPool(model, max_adapters=3, max_rank=4, target_modules=["qkv"], fused=fused)
+    pool = pcg.lora.AdapterPool(model, max_adapters=1, max_rank=4, target_modules=["qkv"], fused=fused)
     apart = save_plain(tmp_path / "apart", {"q": (6, 8), "v": (6, 4)}, 2, lora_alpha=3)
     patterned = save_plain(tmp_path / "patterned", {"q": (6, 8), "k": (6, 4)}, 2, alpha_pattern={"k": 7})
     whole = save_plain(tmp_path / "whole", {"qkv": (6, 16)}, 4)
@@ -210,7 +217,8 @@ def test_parts_of_a_fused_layer(tmp_path):
 
     x = torch.randn(3, 6)
     base = model.qkv.weight.data.clone(), model.qkv.bias.data
-    for folder, scalings in [(apart, {"q": 1.5, "v": 1.5}), (patterned, {"q": 1.0, "k": 3.5}), (whole, {"qkv": 1.0})]:
+    # In one slot, so that each finds what the one before left there.
+    for folder, scalings in [(whole, {"qkv": 1.0}), (apart, {"q": 1.5, "v": 1.5}), (patterned, {"q": 1.0, "k": 3.5})]:
         pool.load(folder.name, folder)
         weights = load_file(folder / "adapter_model.safetensors")
         changed = base[0].clone()
@@ -221,6 +229,135 @@ def test_parts_of_a_fused_layer(tmp_path):
         with torch.no_grad(), pcg.step(pcg.Batch([3], adapters=[folder.name])):
             got = model.qkv(x)
         torch.testing.assert_close(got, nn.functional.linear(x, changed, base[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_one_width_by_name_alone(tmp_path):
+    model = nn.Sequential()
+    model.gate_up = nn.Linear(6, 8)
+    fused = {"gate_up": ["gate", "up"]}
+    pool = pcg.lora.AdapterPool(model, max_adapters=2, max_rank=4, target_modules=["gate_up"], fused=fused)
+    # A part that does nothing beside one that does: the layer's one scaling must not be the first's.
+    folder = save_plain(tmp_path / "x", {"gate": (6, 4), "up": (6, 4)}, 2, alpha_pattern={"gate": 0})
+    pool.load("x", folder)
+    x = torch.randn(3, 6)
+    with pcg.step(pcg.Batch([3], adapters=["x"])):
+        got = model.gate_up(x) - nn.functional.linear(x, model.gate_up.weight, model.gate_up.bias)
+    from safetensors.torch import load_file
+
+    a, b = (load_file(folder / "adapter_model.safetensors")[f"base_model.model.up.lora_{f}.weight"] for f in "AB")
+    torch.testing.assert_close(got, torch.cat([torch.zeros(3, 4), x @ a.t() @ b.t()], 1), rtol=1e-4, atol=1e-5)
+    for modules, text in [({"gate_up": (6, 8), "up": (6, 4)}, "changes up twice"), ({"gate": (6, 5)}, "6 -> 5")]:
+        with pytest.raises(AdapterError, match=text):
+            pool.load("y", save_plain(tmp_path / text[:4], modules))
+    assert pool.names == ("x",)
+
+
+def test_expressions_and_classes_that_look_linear(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 6, 10
+            self.weight = nn.Parameter(torch.randn(10, 6))
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    model = nn.Sequential()
+    model.first, model.second = Own(), nn.Linear(10, 6)
+    pool = pcg.lora.AdapterPool(model, max_adapters=1, max_rank=2, target_modules="f.*st")
+    pool.load("x", save_plain(tmp_path / "x", {"first": (6, 10)}))
+    x = torch.randn(2, 6)
+    with pcg.step(pcg.Batch([2], adapters=["x"])):
+        assert not torch.allclose(model.first(x), x @ model.first.weight.t())
+    with pytest.raises(AdapterError, match="changes second, which the pool does not cover"):
+        pool.load("y", save_plain(tmp_path / "y", {"second": (10, 6)}))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_compiled_model_notices_pools_that_come_and_go(folders, compiler):
+    torch._dynamo.reset()
+    model = Model().eval()
+    compiled = torch.compile(model, backend="pcg", options={"compiler": compiler, "buckets": [4]})
+    ids = torch.tensor([3, 1, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids), model(ids))
+    others = []
+    for widths in ([10], [3, 7], [7, 3]):
+        options = {"max_adapters": 2, "max_rank": 4, "target_modules": ["up", "down"]}
+        parts = {f"part{i}": width for i, width in enumerate(widths)}
+        pool = pcg.lora.AdapterPool(model, **options, fused={"up": parts})
+        pool.load("a", folders["a"])
+        check(compiled, folders, ["a"])
+        check(compiled, folders, [None])
+        pool.close()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids), expected(None, ids))
+        # Takes the number that the next pool would have had.
+        others.append(pcg.lora.AdapterPool(Model(), **options))
+
+
+def test_a_closed_pool(folders):
+    model, pool = make(folders, "a")
+    with pcg.step(pcg.Batch([1], adapters=["a"])):
+        model(torch.tensor([1]))
+        with pytest.raises(AdapterError, match="a running batch uses the pool"):
+            pool.close()
+    pool.close()
+    for act in (lambda: pool.load("b", folders["b"]), lambda: pool.slots_of(["a"])):
+        with pytest.raises(AdapterError, match="is closed"):
+            act()
+
+
+def test_a_model_that_moves(folders):
+    model, pool = make(folders, "a")
+    model.double()
+    pool.load("b", folders["b"])
+    ids = torch.tensor([3, 1, 4])
+    for name in "ab":
+        with pcg.step(pcg.Batch([3], adapters=[name])):
+            torch.testing.assert_close(model(ids).float(), expected(folders[name], ids), rtol=1e-4, atol=1e-4)
+    model.to("meta")
+    with pytest.raises(AdapterError, match="is on meta, and its adapter pool was made on cpu"):
+        pool.load("c", folders["c"])
+
+
+def test_numbers_that_the_layer_cannot_hold(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = folders["a"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.up.lora_A.weight"][0, 0] = 1e6
+    save_file(tensors, file)
+    model = Model().half()
+    pool = pcg.lora.AdapterPool(model, target_modules=["up", "down"])
+    with pytest.raises(AdapterError, match=r"up are too large for torch\.float16"):
+        pool.load("a", folders["a"])
+    pool.load("b", folders["b"])
+
+
+def test_gradients_inside_a_step_are_refused(folders):
+    model, _ = make(folders, "a")
+    refused = pytest.raises(BatchError, match="gradients are enabled")
+    with pcg.step(pcg.Batch([1], adapters=["a"])), torch.enable_grad(), refused:
+        model(torch.tensor([1]))
+
+
+def test_a_copy_that_fails_costs_no_slot(folders, monkeypatch):
+    model, pool = make(folders, "ab")
+    put = type(pool._layers[1]).put
+
+    def failing(layer, slot, factors):
+        if layer.name == "down":
+            raise RuntimeError("out of memory")
+        put(layer, slot, factors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pool._layers[1]), "put", failing)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                pool.load("c", folders["c"])
+    check(model, folders, ["c", None, "a"])
+    check(model, folders, ["b", "c"])
 
 
 def test_loading_from_another_thread(folders):

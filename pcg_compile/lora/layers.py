@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import AdapterError, message
+from ..errors import AdapterError, BatchError, message
+from ..step import current_step
 from ..torch_internals import is_subclass
 from .peft_folder import Factors
 
 __all__ = ["LoRALayer", "find_layers"]
 
 _BUFFERS = ("pcg_lora_a", "pcg_lora_b", "pcg_lora_scalings", "pcg_lora_ranks")
+_FACTS = ("pcg_lora_pool", "pcg_lora_widths")
+#: What the kernels take.
+_MOST_PARTS = 4
 
 
 @dataclass
@@ -24,9 +28,14 @@ class LoRALayer:
     """One layer of the model, and the adapters' factors on it.
 
     The layer itself stays what it is, under its name and with its state dict: a forward hook adds to its output. The
-    factors are buffers of the layer that no state dict holds, at addresses that stay:
+    factors are buffers of the layer that no state dict holds, at addresses that stay (see Note [hooks and guards]):
     ``a [adapters, parts * rank, in]``, ``b [adapters, out, rank]``, ``scalings [adapters]`` float32,
     ``ranks [adapters]`` int32; rank is the pool's largest.
+
+    Note [hooks and guards]
+    Dynamo does not notice hooks that come or go once a model is compiled; it would go on with the graph that it has. It
+    guards what it reads of a layer, though, and whether the layer has a ``forward`` of its own. So the layer gets one,
+    the same as its class's, and the hook reads the pool's number and the widths from the layer.
 
     Attributes:
         name: path in the model. module: the layer. parts: names and widths of the columns with factors of their own.
@@ -37,6 +46,9 @@ class LoRALayer:
     parts: Mapping[str, int]
     max_rank: int
     handle: Any = None
+    own_forward: bool = False
+    #: Scaling and rank that the device has, by slot.
+    held: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def attach(self, adapters: int, router: Any, dtype: torch.dtype | None) -> None:
         """Makes room for adapters, and has the layer add them."""
@@ -68,59 +80,91 @@ class LoRALayer:
             for name, shape, kind in zip(_BUFFERS, shapes, dtypes, strict=True):
                 empty = torch.zeros(shape, dtype=kind, device=weight.device)
                 self.module.register_buffer(name, empty, persistent=False)
+        self.module.pcg_lora_pool, self.module.pcg_lora_widths = router.id, tuple(self.parts.values())
+        if "forward" not in vars(self.module):
+            self.own_forward = True
+            vars(self.module)["forward"] = self.module.forward
         # The router lives as long as a layer that uses it.
-        self.handle = self.module.register_forward_hook(_hook_of(router, list(self.parts.values())))
+        self.handle = self.module.register_forward_hook(_hook_of(router))
 
     def detach(self) -> None:
         """Leaves the layer as it was before :meth:`attach`."""
         if self.handle is not None:
             self.handle.remove()
-            for name in _BUFFERS:
+            for name in (*_BUFFERS, *_FACTS):
                 delattr(self.module, name)
-            self.handle = None
+            if self.own_forward:
+                vars(self.module).pop("forward", None)
+            self.handle, self.own_forward = None, False
 
     @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> None:
-        """Writes an adapter's factors, by part, into a slot; no factors for what it leaves alone."""
+        """Writes an adapter's factors on this device, by part, into a slot; none for what it leaves alone."""
         a, b, scalings, ranks = (getattr(self.module, name) for name in _BUFFERS)
         rank = max((f.rank for f in factors.values()), default=0)
-        scaling = next((f.scaling for f in factors.values()), 0.0)
+        # The parts' common one; b makes up for the difference, and by a factor of at most 1.
+        scaling = max((f.scaling for f in factors.values()), key=abs, default=0.0)
         first = 0
         for i, (part, width) in enumerate(self.parts.items()):
             given = factors.get(part)
-            rows = a[slot, i * self.max_rank : i * self.max_rank + rank]
-            columns = b[slot, first : first + width, :rank]
-            have = given.rank if given is not None else 0
+            top, have = i * self.max_rank, given.rank if given is not None else 0
             if given is not None:
-                rows[:have].copy_(given.a, non_blocking=True)
-                columns[:, :have].copy_(given.b, non_blocking=True)
+                a[slot, top : top + have].copy_(given.a)
+                columns = b[slot, first : first + width, :have]
+                columns.copy_(given.b)
                 if given.scaling != scaling:
-                    columns[:, :have].mul_(given.scaling / scaling)
-            # Parts of one layer share a rank: what a part does not use of it adds nothing.
-            rows[have:].zero_()
-            columns[:, have:].zero_()
+                    columns.mul_(given.scaling / scaling)
+            if have < rank:
+                # Parts of one layer share a rank: what a part does not use of it adds nothing.
+                a[slot, top + have : top + rank].zero_()
+                b[slot, first : first + width, have:rank].zero_()
             first += width
-        scalings[slot : slot + 1].fill_(scaling)
-        ranks[slot : slot + 1].fill_(rank)
+        # Most adapters agree on these: a load is mostly copies.
+        if self.held.get(slot) != (scaling, rank):
+            self.held.pop(slot, None)
+            scalings[slot : slot + 1].fill_(scaling)
+            ranks[slot : slot + 1].fill_(rank)
+            self.held[slot] = (scaling, rank)
 
 
-def _hook_of(router: Any, widths: list[int]) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
-    number = router.id
-
-    def add_adapters(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def _hook_of(router: Any) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
+    def add_adapters(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not output.requires_grad:
             factors = (module.pcg_lora_a, module.pcg_lora_b, module.pcg_lora_scalings, module.pcg_lora_ranks)
-            torch.ops.pcg.lora(output, args[0], *factors, widths, number)
+            torch.ops.pcg.lora(output, args[0], *factors, module.pcg_lora_widths, module.pcg_lora_pool)
+        elif not torch.compiler.is_compiling():
+            _refuse_gradients()
         return output
 
     add_adapters.router = router  # type: ignore[attr-defined]
     return add_adapters
 
 
+def _refuse_gradients() -> None:
+    """Gradients of the base model are the caller's business, those of a batch with adapters would be wrong."""
+    state = current_step()
+    if state is not None and state.batch.adapters is not None:
+        raise BatchError(
+            message("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+        )
+
+
 def features_of(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer; transformers' Conv1D keeps its weight transposed."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if _is_conv1d(module) else (columns, rows)
+    if _is_conv1d(module):
+        rows, columns = module.weight.shape
+        return rows, columns
+    # A quantized weight has a shape of its own.
+    return int(module.in_features), int(module.out_features)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether adapters can be added to it: nn.Linear, Conv1D, and classes that look like nn.Linear."""
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        return True
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and tuple(weight.shape) == sizes
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -130,14 +174,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 def find_layers(
     model: nn.Module,
     target_modules: Sequence[str] | str,
-    fused: Mapping[str, Mapping[str, int]],
+    fused: Mapping[str, Mapping[str, int] | Sequence[str]],
     max_rank: int,
 ) -> list[LoRALayer]:
     """The layers that ``target_modules`` name, as PEFT reads it: ends of paths, a regular expression, "all-linear".
 
     Raises:
-        AdapterError: nothing matches; a module that is no linear layer; parts that do not add up to a fused layer.
+        AdapterError: a name that matches nothing; a module that is no linear layer; parts that do not add up to a
+            fused layer.
     """
+    _check_targets(model, target_modules, fused)
     layers: list[LoRALayer] = []
     seen: set[int] = set()
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -147,7 +193,7 @@ def find_layers(
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if not isinstance(module, nn.Linear) and not _is_conv1d(module):
+        if not is_linear(module):
             raise AdapterError(
                 message(
                     f"target_modules names {name}, which is {_article(type(module).__name__)}",
@@ -155,26 +201,52 @@ def find_layers(
                     cure=f"Name linear layers, such as: target_modules={_candidates(model)[:3]}",
                 )
             )
-        own = name.rsplit(".", 1)[-1]
-        parts = dict(fused.get(own, {own: features_of(module)[1]}))
-        if sum(parts.values()) != features_of(module)[1]:
+        layers.append(LoRALayer(name, module, _parts(name, module, fused), max_rank))
+    return layers
+
+
+def _check_targets(model: nn.Module, target_modules: Sequence[str] | str, fused: Mapping[str, Any]) -> None:
+    """Raises for names that match nothing, and for an expression that is none."""
+    modules = list(model.named_modules())
+    why = f"Its linear layers are: {', '.join(_candidates(model)) or 'none'}."
+    alone: list[Sequence[str] | str] = (
+        [target_modules] if isinstance(target_modules, str) else [[n] for n in target_modules]
+    )
+    for targets in alone or [[]]:
+        try:
+            found = any(_matches(name, module, targets) for name, module in modules)
+        except re.error as error:
+            raise AdapterError(f"target_modules={targets!r} is no regular expression: {error}") from None
+        if not found:
+            shown = targets if isinstance(targets, str) else "".join(targets)
             raise AdapterError(
-                message(f"the parts of {name}, {parts}, do not add up to its {features_of(module)[1]} outputs")
+                message(f"target_modules names {shown!r}, which no module of the model is called", why=why)
             )
-        layers.append(LoRALayer(name, module, parts, max_rank))
-    if not layers:
+    for name in fused:
+        if not any(_matches(path, module, [name]) for path, module in modules):
+            raise AdapterError(message(f"fused names {name!r}, which no module of the model is called", why=why))
+
+
+def _parts(name: str, module: nn.Module, fused: Mapping[str, Mapping[str, int] | Sequence[str]]) -> dict[str, int]:
+    """Names and widths of a layer's parts; it is its own only part where it is not fused."""
+    own, outputs = name.rsplit(".", 1)[-1], features_of(module)[1]
+    given = fused.get(own, {own: outputs})
+    parts = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, outputs // max(1, len(given)))
+    if sum(parts.values()) != outputs or len(parts) > _MOST_PARTS:
         raise AdapterError(
             message(
-                f"target_modules={target_modules!r} names no module of the model",
-                why=f"Its linear layers are: {', '.join(_candidates(model)) or 'none'}.",
+                f"the parts of {name}, {parts}, do not add up to its {outputs} outputs"
+                if len(parts) <= _MOST_PARTS
+                else f"{name} has {len(parts)} parts; {_MOST_PARTS} at most can be added to at once",
+                cure=f'Give their widths: fused={{"{own}": {{"q_proj": 2048, "k_proj": 512, "v_proj": 512}}}}',
             )
         )
-    return layers
+    return parts
 
 
 def _matches(name: str, module: nn.Module, targets: Sequence[str] | str) -> bool:
     if targets == "all-linear":
-        return isinstance(module, nn.Linear) or _is_conv1d(module)
+        return is_linear(module)
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -182,7 +254,7 @@ def _matches(name: str, module: nn.Module, targets: Sequence[str] | str) -> bool
 
 def _candidates(model: nn.Module) -> list[str]:
     """The last parts of the paths of a model's linear layers."""
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)]
+    names = [n for n, m in model.named_modules() if is_linear(m)]
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 

@@ -185,9 +185,7 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"), folder, "rank_pattern")
     if isinstance(declared, bool) or not isinstance(declared, int) or declared != rank:
         raise AdapterError(
-            message(
-                f"the weights for {module} have rank {rank}, the configuration says {shown(declared)}", str(folder)
-            )
+            message(f"the weights for {module} have rank {rank}, the configuration says {shown(declared)}", str(folder))
         )
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), folder, "alpha_pattern")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
@@ -205,8 +203,8 @@ def _by_pattern(patterns: Any, module: str, general: Any, folder: Path, field: s
     if not isinstance(patterns, dict):
         raise AdapterError(message(f"{field} is {shown(patterns)}, not an object", where=str(folder)))
     for pattern, value in patterns.items():
-        # A name, as PEFT writes it; a general expression could take for ever to match.
-        if not re.fullmatch(r"\^?[\w.\\]+\$?", pattern, re.ASCII):
+        # A name, as PEFT writes it, its dots escaped or not; a general expression could take for ever to match.
+        if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", pattern, re.ASCII):
             raise AdapterError(message(f"{field} has the pattern {shown(pattern)}; names are read", str(folder)))
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
             return value

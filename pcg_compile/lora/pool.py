@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, BatchError, message
-from .layers import LoRALayer, features_of, find_layers
-from .peft_folder import Adapter, Factors, read_adapter
+from .fit import Stored, read_fitting
+from .layers import LoRALayer, find_layers
 from .routing import Router
 
 __all__ = ["AdapterPool"]
-
-#: An adapter on the host: by layer, its factors by part.
-_Stored = list[dict[str, Factors]]
 
 
 class AdapterPool:
@@ -38,16 +35,18 @@ class AdapterPool:
         max_rank: int = 64,
         target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
         *,
-        fused: Mapping[str, Mapping[str, int]] | None = None,
+        fused: Mapping[str, Mapping[str, int] | Sequence[str]] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
-            model: any module; its linear layers stay in place. Make the pool before the model is compiled.
+            model: any module; its linear layers stay in place. Move it to its device first; a model that was compiled
+                before is compiled again.
             max_adapters: adapters on the device at once. max_rank: the largest rank, 1 to 256.
             target_modules: as in PEFT: ends of module paths, a regular expression for whole paths, or "all-linear".
-            fused: for layers fused of several, the widths of their parts by the names that adapters have for them:
-                ``{"qkv_proj": {"q_proj": 2048, "k_proj": 512, "v_proj": 512}}``.
+            fused: for layers fused of several, up to 4, the widths of their parts by the names that adapters have for
+                them: ``{"qkv_proj": {"q_proj": 2048, "k_proj": 512, "v_proj": 512}}``; names alone where all parts have
+                one width: ``{"gate_up_proj": ["gate_proj", "up_proj"]}``.
             dtype: of the factors, for layers whose weights are not floating point; else each has its weight's.
 
         Raises:
@@ -74,14 +73,16 @@ class AdapterPool:
                 layer.detach()
             raise
         self._lock = threading.RLock()
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, Stored] = {}
         #: Slots by name, the least recently used first.
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(max_adapters - 1, -1, -1))
         self._pinned: set[str] = set()
         self._running: Counter[int] = Counter()
-        self._step_stream: Any = None
+        #: Streams that steps ran on: few, and none is forgotten.
+        self._step_streams: dict[Any, None] = {}
         self._copied: Any = None
+        self._closed = False
 
     def __repr__(self) -> str:
         return (
@@ -113,7 +114,8 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name:
             raise AdapterError(f"{name!r} is no name for an adapter")
-        stored = self._fit(read_adapter(folder))
+        self._usable()
+        stored = read_fitting(folder, self._layers, self.max_rank, self.device)
         with self._lock:
             if self._running[self._slots.get(name, -1)]:
                 raise AdapterError(
@@ -168,12 +170,20 @@ class AdapterPool:
             self._pinned.discard(name)
 
     def close(self) -> None:
-        """Takes the adapters off the model, which is the base model from then on."""
+        """Takes the adapters off the model, which is the base model from then on.
+
+        Raises:
+            AdapterError: a running batch uses them.
+        """
         with self._lock:
+            if any(self._running.values()):
+                raise AdapterError(message("a running batch uses the pool", cure="Close it after the step."))
             for layer in self._layers:
                 layer.detach()
+            self._closed = True
             self._stored.clear()
             self._slots.clear()
+            self._pinned.clear()
 
     def nbytes(self) -> int:
         """Bytes of device memory for all slots."""
@@ -196,6 +206,8 @@ class AdapterPool:
         """
         with self._lock:
             wanted = dict.fromkeys(name for name in names if name is not None)
+            if wanted:
+                self._usable()
             for name in wanted:
                 if name not in self._stored:
                     request = list(names).index(name)
@@ -233,10 +245,10 @@ class AdapterPool:
         with self._lock:
             self._running.update(slots)
             if self.device.type == "cuda":
-                self._step_stream = torch.cuda.current_stream(self.device)
+                stream = torch.cuda.current_stream(self.device)
+                self._step_streams[stream] = None
                 if self._copied is not None:
-                    self._step_stream.wait_event(self._copied)
-                    self._copied = None
+                    stream.wait_event(self._copied)
 
     def end_step(self, slots: Sequence[int]) -> None:
         """Ends what :meth:`begin_step` began."""
@@ -244,6 +256,18 @@ class AdapterPool:
             self._running.subtract(slots)
 
     # -- slots -------------------------------------------------------------------------------------------------
+
+    def _usable(self) -> None:
+        if self._closed:
+            raise AdapterError(message("the adapter pool is closed", cure="Make another: AdapterPool(model, ...)"))
+        device = self._layers[0].module.pcg_lora_a.device
+        if device != self.device:
+            raise AdapterError(
+                message(
+                    f"the model is on {device}, and its adapter pool was made on {self.device}",
+                    cure="Make the pool after model.to(...).",
+                )
+            )
 
     def _known(self, name: str) -> None:
         if name not in self._stored:
@@ -261,90 +285,23 @@ class AdapterPool:
         return None
 
     def _put(self, name: str, slot: int) -> None:
-        """Copies an adapter into a slot, behind the steps that may still read what was there."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            stream = torch.cuda.current_stream(self.device)
-            if self._step_stream is not None and self._step_stream != stream:
-                stream.wait_stream(self._step_stream)
-        for layer, factors in zip(self._layers, self._stored[name], strict=True):
-            layer.put(slot, factors)
-        if cuda:
-            self._copied = stream.record_event()
+        """Copies an adapter into a slot that nobody has, behind the steps that may still read what was there."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        try:
+            if stream is not None:
+                for other in self._step_streams:
+                    if other != stream:
+                        stream.wait_stream(other)
+                if self._copied is not None:
+                    # Whoever waits for this copy has then waited for those on other streams before it.
+                    stream.wait_event(self._copied)
+            for layer, factors in zip(self._layers, self._stored[name].to(self.device), strict=True):
+                layer.put(slot, factors)
+        except BaseException:
+            self._slots.pop(name, None)
+            self._free.append(slot)
+            raise
+        finally:
+            if stream is not None:
+                self._copied = stream.record_event()
         self._slots[name] = slot
-
-    # -- adapters ----------------------------------------------------------------------------------------------
-
-    def _fit(self, adapter: Adapter) -> _Stored:
-        """The adapter's factors by layer, in the layers' dtypes, in pinned memory where they go to a GPU.
-
-        Raises:
-            AdapterError: something in it that no layer of the pool takes.
-        """
-        places = {
-            f"{layer.name.rsplit('.', 1)[0]}.{part}" if "." in layer.name else part: (i, part)
-            for i, layer in enumerate(self._layers)
-            for part in layer.parts
-        }
-        whole = {layer.name: i for i, layer in enumerate(self._layers) if len(layer.parts) > 1}
-        stored: _Stored = [{} for _ in self._layers]
-        for module, factors in adapter.modules.items():
-            name = _own_name(module, [*places, *whole])
-            if name is None:
-                raise AdapterError(
-                    message(
-                        f"the adapter changes {module}, which the pool does not cover",
-                        where=str(adapter.folder),
-                        cure=f"Name it too: AdapterPool(..., target_modules=[..., {module.rsplit('.', 1)[-1]!r}])",
-                    )
-                )
-            if name in whole:
-                # Trained on the fused layer as one: every part has the same first factor.
-                layer, first = self._layers[whole[name]], 0
-                self._check(layer, module, factors, features_of(layer.module)[1], adapter)
-                for part, width in layer.parts.items():
-                    rows = factors.b[first : first + width]
-                    stored[whole[name]][part] = self._host(layer, Factors(factors.a, rows, factors.scaling))
-                    first += width
-            else:
-                index, part = places[name]
-                layer = self._layers[index]
-                self._check(layer, module, factors, layer.parts[part], adapter)
-                stored[index][part] = self._host(layer, factors)
-        return stored
-
-    def _check(self, layer: LoRALayer, module: str, factors: Factors, outputs: int, adapter: Adapter) -> None:
-        inputs = features_of(layer.module)[0]
-        if factors.a.shape[1] != inputs or factors.b.shape[0] != outputs:
-            raise AdapterError(
-                message(
-                    f"the adapter's {module} is {factors.a.shape[1]} -> {factors.b.shape[0]}, "
-                    f"the model's {inputs} -> {outputs}",
-                    where=str(adapter.folder),
-                )
-            )
-        if factors.rank > self.max_rank:
-            raise AdapterError(
-                message(
-                    f"the adapter's {module} has rank {factors.rank}, the pool max_rank={self.max_rank}",
-                    where=str(adapter.folder),
-                    cure=f"Make the pool with AdapterPool(..., max_rank={factors.rank})",
-                )
-            )
-
-    def _host(self, layer: LoRALayer, factors: Factors) -> Factors:
-        dtype = layer.module.pcg_lora_a.dtype
-
-        def kept(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.to(dtype).contiguous()
-            return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-        return Factors(kept(factors.a), kept(factors.b), factors.scaling)
-
-
-def _own_name(module: str, names: Sequence[str]) -> str | None:
-    """The pool's name for an adapter's module: the same path, or the one that either is the end of."""
-    if module in names:
-        return module
-    ends = [name for name in names if module.endswith(f".{name}") or name.endswith(f".{module}")]
-    return ends[0] if len(ends) == 1 else None

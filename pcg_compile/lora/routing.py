@@ -38,8 +38,10 @@ class _Area:
     def __init__(self, capacity: int, max_adapters: int, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.words = torch.zeros(capacity + max_adapters + 1, dtype=torch.int32, device=device)
+            self.in_order = torch.arange(capacity, dtype=torch.int32, device=device)
         self.seg_indptr = self.words.narrow(0, 0, max_adapters + 1)
         self.permutation = self.words.narrow(0, max_adapters + 1, capacity)
+        self.permutation.copy_(self.in_order)
         #: Whose routing it holds: (step, rows); step None: no token has an adapter, whatever the rows.
         self.owner: tuple[StepState | None, int] = (None, 0)
 
@@ -84,6 +86,8 @@ class Router:
         if slots is None:
             if area.owner[0] is not None:
                 area.seg_indptr.zero_()
+                # Fewer rows than before: what the longer permutation begins with is none of theirs.
+                area.permutation.copy_(area.in_order)
                 area.owner = (None, 0)
             return None
         assert state is not None

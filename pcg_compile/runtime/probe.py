@@ -51,28 +51,41 @@ def probe(
         were.
     """
     with torch.inference_mode(False), torch.no_grad(), _restored(arguments):
-        runs = []
-        for seed in (0, 1):
-            for argument in arguments:
-                if not argument.fixed:
-                    _litter(argument, sizes, seed)
-            written = [a for a in arguments if a.written]
-            before = [a.static.clone() for a in written]
-            outputs = run([a.static for a in arguments], bucket)
-            made = [real_rows(r, f, sizes).clone() for r, f in zip(outputs, results, strict=True)]
-            made += [real_rows(a.static, a.fake, sizes).clone() for a in written]
-            runs.append(made)
-            for argument, old in zip(written, before, strict=True):
-                argument.static.copy_(old)
-        for i, (one, other) in enumerate(zip(*runs, strict=True)):
-            if not torch.equal(_comparable(one), _comparable(other)):
-                return f"result {i} changes with the padding"
-        exact_inputs = [_exact(a, sizes) for a in arguments]
-        exact = [r.clone() for r in run(exact_inputs, sizes)]
-        exact += [t for t, a in zip(exact_inputs, arguments, strict=True) if a.written]
-        for i, (one, other) in enumerate(zip(runs[0], exact, strict=True)):
-            if one.shape != other.shape or not _close(one, other):
-                return f"result {i} changes with the size that the piece is run at"
+        try:
+            return _compare(run, arguments, results, sizes, bucket)
+        except Exception as error:
+            return f"it raises {type(error).__name__} with padding"
+
+
+def _compare(
+    run: Callable[[Sequence[Any], Sizes], Sequence[torch.Tensor]],
+    arguments: Sequence[Argument],
+    results: Sequence[torch.Tensor],
+    sizes: Sizes,
+    bucket: Sizes,
+) -> str | None:
+    runs = []
+    for seed in (0, 1):
+        for argument in arguments:
+            if not argument.fixed:
+                _litter(argument, sizes, seed)
+        written = [a for a in arguments if a.written]
+        before = [a.static.clone() for a in written]
+        outputs = run([a.static for a in arguments], bucket)
+        made = [real_rows(r, f, sizes).clone() for r, f in zip(outputs, results, strict=True)]
+        made += [real_rows(a.static, a.fake, sizes).clone() for a in written]
+        runs.append(made)
+        for argument, old in zip(written, before, strict=True):
+            argument.static.copy_(old)
+    for i, (one, other) in enumerate(zip(*runs, strict=True)):
+        if not torch.equal(_comparable(one), _comparable(other)):
+            return f"result {i} changes with the padding"
+    exact_inputs = [_exact(a, sizes) for a in arguments]
+    exact = [r.clone() for r in run(exact_inputs, sizes)]
+    exact += [t for t, a in zip(exact_inputs, arguments, strict=True) if a.written]
+    for i, (one, other) in enumerate(zip(runs[0], exact, strict=True)):
+        if one.shape != other.shape or not _close(one, other):
+            return f"result {i} changes with the size that the piece is run at"
     return None
 
 

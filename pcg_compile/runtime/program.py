@@ -790,14 +790,17 @@ class _Builder:
     def _view_of_argument(self, fake: torch.Tensor, base: InputSpec) -> Callable[[Sequence[Any]], torch.Tensor]:
         """A result that is a view of an argument in eager is one here, after what was written came back."""
         shape, strides = shape_at(fake, self.sizes), strides_at(fake, self.sizes)
-        offset = int(evaluate(fake.storage_offset(), self.sizes)) - int(
-            evaluate(base.value.storage_offset(), self.sizes)
-        )
+        first = int(evaluate(base.value.storage_offset(), self.sizes)) * base.value.itemsize // fake.itemsize
+        offset = int(evaluate(fake.storage_offset(), self.sizes)) - first
 
         def view(args: Sequence[Any]) -> torch.Tensor:
             argument = args[base.position]
-            typed = argument if argument.dtype == fake.dtype else argument.view(fake.dtype)
-            return typed.as_strided(shape, strides, argument.storage_offset() + offset)
+            if argument.dtype == fake.dtype:
+                return argument.as_strided(shape, strides, argument.storage_offset() + offset)
+            # Counted in the result's elements, as torch.real's are.
+            start = argument.storage_offset() * argument.itemsize // fake.itemsize + offset
+            typed = torch.empty(0, dtype=fake.dtype, device=argument.device)
+            return typed.set_(argument.untyped_storage(), start, shape, strides)
 
         return view
 
