@@ -54,7 +54,7 @@ class Request:
 
 
 class Scheduler:
-    """Chooses each step's tokens: one for every request that decodes, then pieces of prompts until the budget is spent."""
+    """Chooses a step's tokens: one for every request that decodes, then pieces of prompts while there is room."""
 
     def __init__(self, cache: pcg.PagedKVCache, most_tokens: int, most_requests: int) -> None:
         self.cache, self.most_tokens, self.most_requests = cache, most_tokens, most_requests

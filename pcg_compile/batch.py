@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .step import RUNNING, StepState, current_step, require_step
 
 if TYPE_CHECKING:
     from .attention.cache import PagedKVCache
+
+_LOG = logging.getLogger("pcg_compile")
 
 __all__ = ["Batch", "PaddedBatch", "StepState", "current_step", "require_step", "scratch_step", "step"]
 
@@ -181,6 +184,11 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
     try:
         with torch.no_grad():
             yield batch
+        if state.adapters_unread():
+            _LOG.warning(
+                "the batch names adapters, and no LoRA layer ran in its step: all requests got the base model. "
+                "Make a pool first: pcg.lora.AdapterPool(model, ...)"
+            )
     finally:
         RUNNING.reset(token)
         state.close()

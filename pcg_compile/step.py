@@ -61,6 +61,13 @@ class StepState:
         """Calls ``fn`` when the step is left, however that happens."""
         self._exits.append(fn)
 
+    def adapters_unread(self) -> bool:
+        """Whether the batch names adapters that nobody has asked for."""
+        adapters = self.batch.adapters
+        if adapters is None or (not isinstance(adapters, torch.Tensor) and not any(adapters)):
+            return False
+        return not any(isinstance(key, tuple) and key[0] == "lora" for key in self._memo)
+
     def close(self) -> None:
         """Runs what waits for the step's end."""
         exits, self._exits = self._exits, []

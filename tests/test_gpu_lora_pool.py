@@ -90,10 +90,11 @@ def test_a_step_waits_for_loads_on_other_streams(setup):
 
 def test_a_reload_is_one_pinned_copy_and_does_not_wait(setup):
     _, pool, _ = setup
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        with torch.profiler.profile(activities=activities) as trace:
             pool.pin("b")
             pool.unpin("b")
     finally:

@@ -282,7 +282,7 @@ def test_a_compiled_model_notices_pools_that_come_and_go(folders, compiler):
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), model(ids))
     others = []
-    for widths in ([10], [3, 7], [7, 3]):
+    for widths in ([10], [3, 7], [7, 3], [7, 3]):
         options = {"max_adapters": 2, "max_rank": 4, "target_modules": ["up", "down"]}
         parts = {f"part{i}": width for i, width in enumerate(widths)}
         pool = pcg.lora.AdapterPool(model, **options, fused={"up": parts})

@@ -209,3 +209,15 @@ def test_requests_on_the_host_are_routed_as_tokens_are(requests, padding):
     want = pcg.lora.route(tokens, 5)
     assert out[:6].tolist() == want.seg_indptr.tolist()
     assert out[6:].tolist() == want.permutation.tolist()
+
+
+def test_adapters_that_nobody_reads_are_told(caplog):
+    plain = nn.Linear(4, 4)
+    with pcg.step(pcg.Batch([2], adapters=["a"])):
+        plain(torch.randn(2, 4))
+    assert "no LoRA layer ran in its step" in caplog.text
+    caplog.clear()
+    check(Model(), Model(), torch.randn(3, WIDTH), [3], ["a"])
+    with pcg.step(pcg.Batch([2], adapters=[None])):
+        plain(torch.randn(2, 4))
+    assert not caplog.text

@@ -99,6 +99,10 @@ class Binding:
         keys = {key for key in self.recordings if key not in used and _within(key, bucket, self.shared.plan)}
         for key in keys:
             del self.recordings[key]
+        if not self.recordings:
+            # Nobody remembers an address any more.
+            self.placed.clear()
+            self.buffers = FlatBuffers(self.shared.device)
 
 
 def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Plan) -> bool:

@@ -471,8 +471,10 @@ class GraphRuntime:
         written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
         before = [t.clone() for t in written]
         devices = [self.shared.device] if self.shared.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            yield
-        with torch.no_grad():
-            for tensor, old in zip(written, before, strict=True):
-                tensor.copy_(old)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, old in zip(written, before, strict=True):
+                    tensor.copy_(old)

@@ -1,0 +1,95 @@
+"""Several models and threads, and modes that change between steps."""
+
+from __future__ import annotations
+
+import threading
+
+import models  # noqa: F401 - defines the silly ops
+import pytest
+import torch
+from test_faults import Model, check, compile_it, pair, warm
+from test_paged_model import Model as Paged
+from test_paged_model import Traffic
+
+import pcg_compile as pcg
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def together(*functions):
+    errors, barrier = [], threading.Barrier(len(functions))
+
+    def run(function):
+        try:
+            barrier.wait()
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_two_models_in_two_threads():
+    def serve():
+        ours, theirs = pair()
+        compiled = compile_it(ours)
+        warm(compiled, theirs)
+        check(compiled, theirs, *[3, 12, 5, 16, 7, 4] * 4)
+        assert ours.calls.item() == theirs.calls.item() and pcg.stats(compiled).replays > 0
+
+    together(serve, serve)
+
+
+def test_one_model_from_two_threads():
+    class Plain(Model):
+        def forward(self, x):
+            return torch.ops.silly.fresh(self.first(x).relu()) + 1
+
+    model = Plain().eval()
+    compiled = compile_it(model)
+    check(compiled, model, 3, 5, 12, 6)
+    together(*[lambda: check(compiled, model, *[3, 12, 5, 16, 7, 4] * 8)] * 3)
+
+
+def test_steps_of_two_threads_do_not_meet():
+    model = Paged().eval()
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4, 8, 16]})
+    served = [Traffic(), Traffic()]
+    for traffic in served:
+        for qo_lens in ({1: 5}, {1: 1, 2: 3}, {3: 2}):
+            traffic.check(model, compiled, qo_lens)
+
+    def serve(traffic):
+        for _ in range(6):
+            for qo_lens in ({1: 1, 2: 1}, {2: 1, 3: 4}, {1: 2, 2: 1, 3: 1}):
+                traffic.check(model, compiled, qo_lens)
+
+    together(*(lambda traffic=traffic: serve(traffic) for traffic in served))
+
+
+def test_modes_that_change_between_steps():
+    ours, theirs = pair()
+    compiled = compile_it(ours)
+    warm(compiled, theirs)
+    modes = [
+        torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad,
+        lambda: torch.autocast("cpu", enabled=False), torch.inference_mode,
+    ]  # fmt: skip
+    for mode in modes * 2:
+        for n in (3, 7, 12):
+            x = torch.randn(n, 4)
+            with torch.no_grad(), mode():
+                got, want = compiled(x), theirs(x)
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
+    assert ours.calls.item() == theirs.calls.item()
