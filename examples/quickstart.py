@@ -3,8 +3,6 @@
 python examples/quickstart.py            # about 1B parameters in bf16 on a GPU, a small model in fp32 on a CPU
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 
@@ -18,7 +16,7 @@ from pcg_compile.integrations.transformers import cache_for
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-PROMPTS, NEW_TOKENS = (5, 33, 17, 2), 12
+PROMPTS, NEW_TOKENS, BUCKETS = (5, 33, 17, 2), 12, [4, 8, 16, 32, 64]
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPE = dict(zip(NAMES, (2048, 8192, 16, 32, 8) if GPU else (128, 256, 4, 4, 2)))
 
@@ -53,36 +51,24 @@ def main():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32000 if GPU else 1000, **SHAPE)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=DTYPE).to(DEVICE).eval()
-    compiled = torch.compile(model, backend="pcg", options={"buckets": [4, 8, 16, 32, 64], "compiler": compiler})
+    compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS, "compiler": compiler})
     prompts = [torch.randint(3, config.vocab_size, (n,)).tolist() for n in PROMPTS]
     cache = cache_for(model, num_pages=64)
     runs: dict[str, list] = {"eager": [], "pcg": []}
     for _ in range(4):  # the first round compiles and records
         for name, call in (("eager", model), ("pcg", compiled)):
             runs[name].append(serve(call, cache, prompts))
-    table = Table(
-        "step", "tokens", "bucket", "eager ms", "pcg ms", "speed-up", "max difference", title=f"{DEVICE}, {DTYPE}"
-    )
-    steps = zip(*(zip(*(steps for _, steps in runs[name][1:])) for name in ("eager", "pcg")))
-    sizes = sorted(size for size in pcg.stats(compiled).buckets if isinstance(size, int))
-    for i, (slow, fast) in enumerate(steps):
+    table = Table("tokens", "bucket", "eager ms", "pcg ms", "speed-up", "max difference", title=f"{DEVICE}, {DTYPE}")
+    for slow, fast in zip(*(zip(*(steps for _, steps in rounds[1:])) for rounds in runs.values())):
         times, tokens = [min(t for _, t, _ in runs_of) * 1e3 for runs_of in (slow, fast)], slow[0][0]
-        bucket = next((b for b in sizes if b >= tokens), tokens)
-        difference = (slow[0][2] - fast[0][2]).abs().max().item()
-        table.add_row(
-            str(i),
-            str(tokens),
-            str(bucket),
-            *(f"{t:.2f}" for t in times),
-            f"{times[0] / times[1]:.1f}x",
-            f"{difference:.1e}",
-        )
+        bucket, difference = next(b for b in BUCKETS if b >= tokens), (slow[0][2] - fast[0][2]).abs().max().item()
+        row = tokens, bucket, *(f"{t:.2f}" for t in times), f"{times[0] / times[1]:.1f}x", f"{difference:.1e}"
+        table.add_row(*map(str, row))
     Console().print(table, pcg.stats(compiled))
-    answers = runs["pcg"][-1][0]
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPE).to(DEVICE).eval()
     reference.load_state_dict(model.state_dict())
     greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for prompt, answer in zip(prompts, answers):
+    for prompt, answer in zip(prompts, runs["pcg"][-1][0]):
         wanted = reference.generate(torch.tensor([prompt], device=DEVICE), **greedy)
         same = sum(a == b for a, b in zip(answer, wanted[0, len(prompt) :].tolist()))
         print(f"request of {len(prompt):2d} tokens: {same} of {NEW_TOKENS} tokens equal generate()'s")
