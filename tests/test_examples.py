@@ -46,9 +46,8 @@ def test_many_adapters():
 
 
 def test_tensor_parallel():
-    out = run(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", EXAMPLES / "tensor_parallel.py"
-    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = run(*torchrun, EXAMPLES / "tensor_parallel.py")
     assert "14 pieces" in out and out.count("ms in parts") == 4
 
 
