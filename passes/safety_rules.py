@@ -396,8 +396,11 @@ def slice_(call: Call) -> Dims | Tracked:
         dims[axis] = dims_of([new])[0]
     elif new == size and start == 0:
         pass
-    elif len(dims[axis]) == 1 and isinstance(dims[axis][0], sympy.Symbol) and _cuts_few(size, new, start):
+    elif len(dims[axis]) == 1 and isinstance(dims[axis][0], sympy.Basic) and _cuts_few(size, new, start):
         # Entry j is entry j + start of the source: real where the result's own size says so.
+        dims[axis] = (new,)
+    elif isinstance(new, int) and isinstance(start, int) and start >= 0 and is_prefix(dims[axis]) and _one(dims[axis]):
+        # A fixed number of entries, counted from the first: there are as many, or the result would be shorter.
         dims[axis] = (new,)
     elif start != 0:
         raise Mixing("it cuts a dimension that holds padding")
@@ -406,6 +409,11 @@ def slice_(call: Call) -> Dims | Tracked:
     else:
         raise Mixing(f"it cuts a dimension that holds padding to {end}")
     return tuple(dims)
+
+
+def _one(dim: Dim) -> bool:
+    """Whether a dimension is one dynamic size and nothing else."""
+    return len([factor for factor in dim if factor != 1]) == 1
 
 
 def _cuts_few(size: Any, new: Any, start: Any) -> bool:
@@ -436,8 +444,11 @@ def cat(call: Call) -> Dims:
         return (*merged[:axis], (len(tensors),), *merged[axis:])
     if len(tensors) == 1:
         return tensors[0].dims
-    for tensor in tensors:
+    for tensor in tensors[:-1]:
         _need_static(tensor.dims[axis], "joins along")
+    if has_tokens(tensors[-1].dims[axis]) and not (_one(tensors[-1].dims[axis]) and is_prefix(tensors[-1].dims[axis])):
+        raise Mixing("it joins along a dimension that holds padding")
+    # Behind a fixed number of entries the last part's real ones still come first.
     merged = broadcast([(*t.dims[:axis], (1,), *t.dims[axis + 1 :]) for t in tensors])
     return (*merged[:axis], (as_expr(call.shapes[0][axis]),), *merged[axis + 1 :])
 

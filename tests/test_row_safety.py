@@ -52,6 +52,8 @@ ROW_WISE = {
     "per-token quantization": lambda x: (x / x.abs().amax(-1, keepdim=True)).mul(127).round().to(torch.int8),
     "pairs": lambda x: (x[:, None, :] * W[None]).sum(-1),
     "masked by index": lambda x: _fill(x * 2, x[:, 0] > 0) + _fill(x * 3, x < 0.5),
+    "the first row": lambda x: x * x[:1],
+    "behind fixed rows": lambda x: torch.cat([W[:2], x])[2:] + torch.cat([x[:1], x])[:-1],
     "counting": lambda x: x[torch.arange(x.shape[0])] + torch.arange(64.0)[: x.shape[0], None],
     "masked": lambda x: x.masked_fill(x > 0, 0.0) + torch.where(x < 0, x, 1.0),
     "in place": lambda x: x.clone().add_(1).mul_(2),
