@@ -10,7 +10,7 @@ from .batch import Batch, step
 from .capture_guard import capture_guard
 from .decorator import piecewise
 from .ops import register_split_op, split_op
-from .passes.row_safety import register_row_rule
+from .passes.padding_safety import register_row_rule
 from .registry import expect, reset, stats
 from .report.dump import dump
 from .report.explain import Report, check, explain

@@ -22,7 +22,7 @@ from .graph.where import place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
-from .passes.row_safety import analyze_piece
+from .passes.padding_safety import analyze_piece
 from .registry import add_runtime, owners_graphs, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
@@ -135,13 +135,26 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassC
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
         notes, hazards = len(context.notes), len(context.hazards)
+        before = _parts_of(gm)
         gm = one_pass(gm, context)
         context.outcomes.append((one_pass.__name__, context.notes[notes:], context.hazards[hazards:]))
-        if rewrites:
+        if rewrites and not _same_parts(before, _parts_of(gm)):
             context.facts = refresh_facts(gm, example_inputs, context)
     if name_tuple_elements(gm, context.facts):
         context.facts = refresh_facts(gm, example_inputs, context)
     return gm
+
+
+def _parts_of(gm: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """What facts follow from: which nodes there are, and what they call with what."""
+    return [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
+
+
+def _same_parts(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
+    """By identity: whatever is written to a node is another object, and sizes must not be compared."""
+    return len(one) == len(other) and all(
+        a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> dict[fx.Node, NodeFacts]:

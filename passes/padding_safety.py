@@ -20,6 +20,7 @@ from pcg_compile.graph.where import place_of
 from pcg_compile.lora.ops import row_wise_form
 from pcg_compile.torch_internals import functional_aten
 
+from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
 from .safety_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
 from .safety_rules import Call, Tracked, register_row_rule, rule_for
 

@@ -150,7 +150,7 @@ def test_mixing(name):
     run = run_at_all_sizes(MIXING[name], sizes=(5, 17, 16, 4, 3, 2, 8))
     assert "mixing" in kinds(run)
     reasons = [f for f in pcg.stats(run).fallbacks if "mixing" in f.reason]
-    assert reasons and all("test_row_safety.py" in f.where or "test_row_safety.py" in f.reason for f in reasons)
+    assert reasons and all("test_padding_safety.py" in f.where or "test_padding_safety.py" in f.reason for f in reasons)
 
 
 def test_strict_refuses_what_mixes():
