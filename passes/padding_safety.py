@@ -21,7 +21,7 @@ from pcg_compile.lora.ops import row_wise_form
 from pcg_compile.torch_internals import functional_aten
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
-from .safety_dims import Mixing, as_expr, dims_of, has_tokens, is_prefix
+from .safety_dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
 from .safety_rules import Call, Tracked, register_row_rule, rule_for
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
@@ -127,11 +127,18 @@ class _Analysis:
         position = self.placeholders.index(node)
         if isinstance(value, torch.Tensor):
             self.values[node] = _one_tracked(Tracked(dims_of(value.shape), position in self.scratch, position), value)
+            self._sizes(node, [tuple(value.shape)])
         else:
             self.values[node] = value
 
     def _note(self, kind: Kind, node: fx.Node, reason: str) -> None:
         self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node))))
+
+    def _sizes(self, node: fx.Node, shapes: Sequence[tuple[Any, ...]]) -> None:
+        """At a bucket there must be at least as many entries as at the real size."""
+        shrinks = [size for shape in shapes for size in shape if not grows(as_expr(size))]
+        if shrinks:
+            self._note("mixing", node, f"its size {shrinks[0]} may be smaller where there are more tokens")
 
     def _call(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -165,6 +172,7 @@ class _Analysis:
             result = [dims_of(shape) for shape in call.shapes]
         if call.kind == "prefix":
             self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
+        self._sizes(node, call.shapes)
         self.row_indices += call.row_indices
         self.orders += call.orders
         self.values[node] = _tracked(result, value)

@@ -15,7 +15,19 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = ["Dim", "Dims", "Mixing", "as_expr", "broadcast", "dims_of", "has_tokens", "is_prefix", "regroup", "size_of"]
+__all__ = [
+    "Dim",
+    "Dims",
+    "Mixing",
+    "as_expr",
+    "broadcast",
+    "dims_of",
+    "grows",
+    "has_tokens",
+    "is_prefix",
+    "regroup",
+    "size_of",
+]
 
 Dim = tuple[Any, ...]
 Dims = tuple[Dim, ...]
@@ -56,6 +68,21 @@ def is_prefix(dim: Dim) -> bool:
     """Whether the real entries come first: at most the outermost factor (of more than one entry) is dynamic."""
     factors = [factor for factor in dim if factor != 1]
     return not any(is_dynamic(factor) for factor in factors[1:]) and not any(isinstance(f, Causal) for f in factors)
+
+
+def grows(size: Any) -> bool:
+    """Whether a size is known never to shrink as the sizes in it grow: ``64 - s`` and ``s % 4`` are not."""
+    if not isinstance(size, sympy.Basic) or isinstance(size, sympy.Symbol) or not size.free_symbols:
+        return True
+    # Torch has Max and Min of its own, by the same names.
+    kind = type(size).__name__
+    if kind in ("FloorDiv", "CleanDiv"):
+        return grows(size.args[0]) and bool(size.args[1].is_Integer)
+    if isinstance(size, sympy.Mul):
+        return all(bool(part.is_nonnegative) if part.is_Number else grows(part) for part in size.args)
+    if isinstance(size, sympy.Add) or kind in ("Max", "Min"):
+        return all(map(grows, size.args))
+    return isinstance(size, sympy.Pow) and bool(size.exp.is_positive) and grows(size.base)
 
 
 def dim_of(size: Any) -> Dim:

@@ -6,7 +6,7 @@ from typing import Any
 
 import sympy
 
-from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_prefix, regroup, size_of
+from .safety_dims import Causal, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_prefix, regroup, size_of
 from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_static, rule, static_number
 
 
@@ -107,8 +107,8 @@ def select(call: Call) -> Dims:
     axis = axis_of(dims, call.arguments["dim"])
     if has_tokens(dims[axis]):
         index = as_expr(call.arguments["index"])
-        outermost = [f for f in dims[axis] if f != 1]
-        if index != 0 or isinstance(outermost[0], Causal):
+        from_front = isinstance(index, int) and index >= 0 and is_prefix(dims[axis])
+        if not from_front and (index != 0 or isinstance(next(f for f in dims[axis] if f != 1), Causal)):
             raise Mixing(f"it takes entry {index} of a dimension that holds padding")
     else:
         static_number(call.arguments["index"], "index")
@@ -122,41 +122,24 @@ def slice_(call: Call) -> Dims | Tracked:
     if dims_of([call.shapes[0][axis]])[0] == dims[axis]:
         return call.tensor("self")
     start, end = as_expr(call.arguments.get("start") or 0), as_expr(call.arguments.get("end"))
-    if as_expr(call.arguments.get("step", 1)) != 1 and has_tokens(dims[axis]):
-        raise Mixing("it takes every other entry of a dimension that holds padding")
-    size, new = size_of(dims[axis]), as_expr(call.shapes[0][axis])
+    new = as_expr(call.shapes[0][axis])
     if not has_tokens(dims[axis]):
         static_number([start], "slice")
         if isinstance(new, sympy.Basic) and start != 0:
             raise Mixing("it cuts a dimension to a dynamic size")
         # The first entries of what holds no padding: a guard says that there are as many.
         dims[axis] = dims_of([new])[0]
-    elif new == size and start == 0:
-        pass
-    elif len(dims[axis]) == 1 and isinstance(dims[axis][0], sympy.Basic) and _cuts_few(size, new, start):
-        # Entry j is entry j + start of the source: real where the result's own size says so.
-        dims[axis] = (new,)
-    elif isinstance(new, int) and isinstance(start, int) and start >= 0 and is_prefix(dims[axis]) and _one(dims[axis]):
-        # A fixed number of entries, counted from the first: there are as many, or the result would be shorter.
+    elif is_prefix(dims[axis]) and isinstance(start, int) and start >= 0:
+        # Counted from the first, so that the entries of the result at its real size are those of eager.
+        static_number(call.arguments.get("step", 1), "step")
+        dims[axis] = dims_of([new])[0]
+    elif start == 0 and len(dims[axis]) == 1 and isinstance(dims[axis][0], Causal) and new == dims[axis][0].valid:
         dims[axis] = (new,)
     elif start != 0:
         raise Mixing("it cuts a dimension that holds padding")
-    elif len(dims[axis]) == 1 and isinstance(dims[axis][0], Causal) and new == dims[axis][0].valid:
-        dims[axis] = (new,)
     else:
         raise Mixing(f"it cuts a dimension that holds padding to {end}")
     return tuple(dims)
-
-
-def _one(dim: Dim) -> bool:
-    """Whether a dimension is one dynamic size and nothing else."""
-    return len([factor for factor in dim if factor != 1]) == 1
-
-
-def _cuts_few(size: Any, new: Any, start: Any) -> bool:
-    """Whether a slice leaves out a fixed number of entries, ``start`` of them in front."""
-    left_out = sympy.expand(size - new)
-    return left_out.is_Integer and isinstance(start, int) and 0 <= start <= int(left_out)
 
 
 @rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split")  # fmt: skip
@@ -183,7 +166,7 @@ def cat(call: Call) -> Dims:
         return tensors[0].dims
     for tensor in tensors[:-1]:
         need_static(tensor.dims[axis], "joins along")
-    if has_tokens(tensors[-1].dims[axis]) and not (_one(tensors[-1].dims[axis]) and is_prefix(tensors[-1].dims[axis])):
+    if not is_prefix(tensors[-1].dims[axis]):
         raise Mixing("it joins along a dimension that holds padding")
     # Behind a fixed number of entries the last part's real ones still come first.
     merged = broadcast([(*t.dims[:axis], (1,), *t.dims[axis + 1 :]) for t in tensors])

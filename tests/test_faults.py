@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pcg_compile as pcg
+from pcg_compile.errors import StaleAddress
 from pcg_compile.registry import runtimes
 from pcg_compile.runtime.capture import StaticReplay
 
@@ -189,28 +190,79 @@ def copied_over(model):
         model.first.weight.copy_(torch.ones(4, 4))
 
 
-def quantized(model):
+def rounded(model):
     with torch.no_grad():
         model.first.weight = nn.Parameter((model.first.weight * 8).round().half().float() / 8)
 
 
+class Int8Linear(nn.Module):
+    """Weights in eight bits, and a scale for each row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def quantized(model):
+    for name in ("first", "second"):
+        linear = getattr(model, name)
+        if not isinstance(linear, Int8Linear):
+            setattr(model, name, Int8Linear(linear))
+
+
+def narrowed(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float64)
+
+
+def restrided(model):
+    # A copy: at the old address only Dynamo's guards would see it.
+    transposed = torch.empty_strided((4, 4), (1, 4)).copy_(model.second.weight.data)
+    model.second.weight.data = transposed
+
+
+SAME_FORM = [replaced, assigned, converted, data_replaced, registered_anew, copied_over, rounded]
+OTHER_FORM = [resized, quantized, restrided]
+
+
 @pytest.mark.parametrize(
-    "change", [replaced, assigned, converted, data_replaced, registered_anew, resized, copied_over, quantized]
+    ("change", "guards"),
+    [*((c, "dynamo") for c in SAME_FORM + OTHER_FORM), *((c, "inputs") for c in SAME_FORM)],
 )
-@pytest.mark.parametrize("guards", ["dynamo", "inputs"])
 def test_parameters_change_after_recording(change, guards):
-    if guards == "inputs" and change is resized:
-        pytest.skip('guards="inputs" does not see modules that are replaced, as its documentation says')
     ours, theirs = pair()
     compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8, 16], compiler="eager", guards=guards)(ours.forward)
     warm(compiled, theirs)
     change(ours)
     change(theirs)
+    replays = pcg.stats(compiled).replays
     check(compiled, theirs, 5, 6, 3, 12)
     change(ours)
     change(theirs)
-    check(compiled, theirs, 6, 16)
-    assert pcg.stats(compiled).replays > 0
+    check(compiled, theirs, 6, 16, 6)
+    assert pcg.stats(compiled).replays > replays
+
+
+@pytest.mark.parametrize("change", [resized, restrided, narrowed])
+def test_parameters_of_another_form_are_refused_where_no_guard_sees_them(change):
+    ours, theirs = pair()
+    compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8, 16], compiler="eager", guards="inputs")(ours.forward)
+    warm(compiled, theirs)
+    change(ours)
+    for n in (5, 6, 12):
+        with torch.no_grad(), pytest.raises(StaleAddress, match="weight_ is torch.float(.|\n)*_dynamo.reset") as caught:
+            compiled(torch.randn(n, 4))
+        assert len(str(caught.value).splitlines()) == 3
+    torch._dynamo.reset()
+    if change is not narrowed:
+        change(theirs)
+        check(compiled, theirs, 5, 6, 12)
 
 
 def test_resets_between_steps():

@@ -111,7 +111,8 @@ def find_cuts(
         elif node in isolated:
             cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), isolated[node])
         else:
-            tag = _unsafe_tag(facts.get(node), known_sizes) or outside(node, facts.get(node))
+            seen_sizes = known_sizes | symbols_of([facts[n].value for n in node.all_input_nodes if n in facts])
+            tag = _unsafe_tag(facts.get(node), known_sizes, seen_sizes) or outside(node, facts.get(node))
             if tag:
                 cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), tag)
     for name in wanted.keys() - found:
@@ -130,7 +131,7 @@ def find_cuts(
     return cuts
 
 
-def _unsafe_tag(facts: NodeFacts | None, known_sizes: frozenset[Any]) -> str | None:
+def _unsafe_tag(facts: NodeFacts | None, known_sizes: frozenset[Any], seen_sizes: frozenset[Any]) -> str | None:
     for call in facts.ops if facts else ():
         tags = {tag.name for tag in getattr(call.op, "tags", ())}
         if "cudagraph_unsafe" in tags:
@@ -138,6 +139,9 @@ def _unsafe_tag(facts: NodeFacts | None, known_sizes: frozenset[Any]) -> str | N
         # Indexing is tagged as well, for the sake of boolean masks.
         if tags & _DATA_TAGS and facts is not None and not symbols_of(facts.value) <= known_sizes:
             return f"the result of {call.op} depends on data in its size"
+    if facts is not None and facts.ops and not symbols_of(facts.value) <= seen_sizes:
+        # A slice to a size that may be negative: torch gives its result a size of its own.
+        return f"the size of the result of {facts.ops[-1].op} is only known when it has run"
     return None
 
 

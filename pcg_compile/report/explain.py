@@ -17,7 +17,7 @@ from ..runtime.graph import WarmUp, warming_up
 from ..torch_internals import compile_for_all_sizes
 from ..warmup import mark_sizes
 from .private import CheckBackend, ReportBackend, is_compiled
-from .render import as_html, as_rich
+from .render import as_html, as_rich, longest_path
 from .sites import name_sites
 from .stats import Stats
 from .timeline import Timeline, time_step
@@ -66,6 +66,10 @@ class GraphReport:
     timeline: Timeline | None = None
 
 
+#: Of a printed report, in characters, its longest path left aside.
+_WIDTH = 120
+
+
 @dataclass(frozen=True)
 class Report:
     """The graphs of a model and the figures so far. Prints as tables, draws in a notebook."""
@@ -75,7 +79,8 @@ class Report:
 
     def __str__(self) -> str:
         out = StringIO()
-        Console(file=out, width=140).print(*as_rich(self), sep="\n")
+        paths = longest_path(self)
+        Console(file=out, width=_WIDTH + paths).print(*as_rich(self, min_places=paths), sep="\n")
         return out.getvalue()
 
     def __rich_console__(self, console: Any, options: Any) -> Any:

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .explain import GraphReport, Report, SiteReport
 
-__all__ = ["Section", "as_html", "as_rich", "sections"]
+__all__ = ["Section", "as_html", "as_rich", "longest_path", "sections"]
 
 #: Of a site's ops, as many as a line holds.
 _MOST_OPS = 6
@@ -59,13 +59,19 @@ def sections(report: Report) -> Iterator[Section]:
         yield Section("fallbacks: what ran otherwise than recorded", ("times", "why", "where"), falls)
 
 
-def as_rich(report: Report) -> Iterator[Any]:
-    """Rich tables."""
+def longest_path(report: Report) -> int:
+    """How many characters the longest path of a report has."""
+    places = [site.where for graph in report.graphs for site in graph.sites] + [f.where for f in report.stats.fallbacks]
+    return max((len(word) for place in places for word in _nearer(place).split()), default=0)
+
+
+def as_rich(report: Report, min_places: int = 0) -> Iterator[Any]:
+    """Rich tables; columns of paths have at least ``min_places`` characters, so that a path can stay in one piece."""
     for section in sections(report):
         table = Table(title=escape(section.title), caption=escape(section.below) or None)
         for name in section.columns:
             # Cut off, a path would lose its line.
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", min_width=min_places if name == "where" else None)
         for row in section.rows:
             table.add_row(*map(escape, row))
         yield table

@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from ..batch import StepState, current_step, require_step, scratch_step
+from ..errors import StaleAddress, message
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate, expr_of, shape_at
 from ..torch_internals import data_ptrs_equal
@@ -20,7 +21,7 @@ from .binding import Binding, Shared
 from .buffers import FlatBuffers
 from .program import Program, build_and_run
 from .timing import seconds_of
-from .views import real_rows
+from .views import looks_like, real_rows
 from .whole import WholeStep
 
 __all__ = ["GraphRuntime", "WarmUp", "warming_up"]
@@ -258,8 +259,25 @@ class GraphRuntime:
             if binding.addresses == addresses and binding.step_key == key:
                 self._current = binding
                 return binding
+        self._check_parameters(args)
         self._current = self._new_binding(addresses, key)
         return self._current
+
+    def _check_parameters(self, args: Sequence[Any]) -> None:
+        """Raises where a parameter has another form than the code was compiled for: guards="inputs" lets it pass."""
+        sizes = dict(zip(self.plan.symbols, self._sizes(args), strict=True))
+        for spec in self.plan.inputs:
+            if spec.kind != "static":
+                continue
+            new, old = args[spec.position], spec.value
+            if new.dtype != old.dtype or new.device != old.device or not looks_like(new, old, sizes):
+                raise StaleAddress(
+                    message(
+                        f"{spec.node.name} is {_form(new)} now, and was {_form(old)} when the model was compiled",
+                        why='With guards="inputs" a parameter that changes its form does not compile the model again.',
+                        cure='Call torch._dynamo.reset() after the change, or leave out guards="inputs".',
+                    )
+                )
 
     def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
         if self.bindings:
@@ -478,3 +496,7 @@ class GraphRuntime:
             with torch.no_grad():
                 for tensor, old in zip(written, before, strict=True):
                     tensor.copy_(old)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

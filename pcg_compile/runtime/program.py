@@ -715,14 +715,14 @@ class _Builder:
                 sizes[symbol] = value
 
             return note
-        dims = [(d, expr_of(n)) for d, n in enumerate(fake.shape) if not symbols_of(n) <= self.sizes.keys()]
-        if not dims:
+        unknown = [(read, expr_of(n)) for read, n in _layout_of(fake) if not symbols_of(n) <= self.sizes.keys()]
+        if not unknown:
             return lambda value: None
 
         def note_shape(value: Any) -> None:
-            for dim, symbol in dims:
-                if isinstance(symbol, sympy.Symbol):
-                    sizes[symbol] = value.shape[dim]
+            for read, expr in unknown:
+                if isinstance(expr, sympy.Symbol):
+                    sizes[expr] = read(value)
 
         return note_shape
 
@@ -837,6 +837,18 @@ def _path(node: fx.Node, source: fx.Node) -> tuple[int, ...]:
         path.insert(0, node.args[1])  # type: ignore[arg-type]
         node = node.args[0]  # type: ignore[assignment]
     return tuple(path)
+
+
+def _layout_of(tensor: torch.Tensor) -> list[tuple[Callable[[torch.Tensor], int], Any]]:
+    """Every number of a tensor's layout, and how to read it from a tensor like it."""
+    numbers: list[tuple[Callable[[torch.Tensor], int], Any]] = []
+    for d, size in enumerate(tensor.shape):
+        numbers.append((lambda t, d=d: t.shape[d], size))  # type: ignore[misc]
+    if tensor.layout == torch.strided:
+        for d, stride in enumerate(tensor.stride()):
+            numbers.append((lambda t, d=d: t.stride(d), stride))  # type: ignore[misc]
+        numbers.append((torch.Tensor.storage_offset, tensor.storage_offset()))
+    return numbers
 
 
 def _follow(result: Any, path: tuple[int, ...]) -> Any:
