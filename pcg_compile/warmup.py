@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .batch import current_step
 from .registry import runtimes
-from .runtime.graph import WarmUp, warming_up
+from .runtime.warming import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
 
 __all__ = ["mark_sizes", "warmup"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 
 import models  # noqa: F401 - defines the silly ops
 import pytest
@@ -351,3 +352,48 @@ def test_a_child_process_goes_on():
     os.waitpid(child, 0)
     assert os.read(reader, 10) == b"right"
     check(compiled, theirs, 5, 12)
+
+
+def test_recordings_go_with_the_parameters_they_read():
+    ours, theirs = pair()
+    compiled = compile_it(ours)
+    warm(compiled, theirs)
+    for _ in range(5):
+        memory = weakref.ref(ours.first.weight.untyped_storage())
+        weights = {name: torch.randn_like(value) for name, value in ours.state_dict().items()}
+        weights["calls"] = ours.calls
+        ours.load_state_dict(weights, assign=True)
+        assert memory() is None, "a recording keeps replaced weights in memory"
+        theirs.load_state_dict(weights)
+        check(compiled, theirs, 5, 3, 6)
+        assert max(len(runtime.bindings) for runtime in runtimes()) == 1
+    # The object stays, its memory moves.
+    ours.first.weight.data = ours.first.weight.data.clone()
+    check(compiled, theirs, 5, 3, 6)
+    assert max(len(runtime.bindings) for runtime in runtimes()) == 1
+    assert pcg.stats(compiled).replays > 0
+
+
+def test_recordings_go_with_the_cache_they_read():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
+
+        def forward(self, x):
+            return self.attention(x, x + 1, x * 2) * 2
+
+    model = Attends().eval()
+    compiled = compile_it(model)
+    x = torch.randn(3, 1, 4)
+    results = []
+    for _ in range(3):
+        cache = pcg.PagedKVCache(num_layers=1, num_pages=8, page_size=4, num_kv_heads=1, head_dim=4)
+        memory = weakref.ref(cache.k[0].untyped_storage())
+        for _ in range(2):
+            with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
+                results.append(compiled(x))
+        del cache
+        assert memory() is None, "a recording keeps a cache in memory"
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert pcg.stats(compiled).replays > 0 and not any(runtime.bindings for runtime in runtimes())

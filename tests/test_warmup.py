@@ -74,7 +74,7 @@ def test_first_call_records_all():
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
     """The measurement is made where a replay is a CUDA graph; here it is made to happen, with times made up."""
-    from pcg_compile.runtime import graph
+    from pcg_compile.runtime import warming
 
     calls = []
 
@@ -84,13 +84,13 @@ def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
         # Replays are measured first, then the same without recordings; only the largest bucket loses.
         return 2.0 if slow and len(calls) == 1 else 1.0
 
-    record = graph.GraphRuntime._record_bucket
+    record = warming._record_bucket
 
-    def doubtful(self, args, real, bucket, _):
-        return record(self, args, real, bucket, len(calls) < (4 if slow else 2))
+    def doubtful(graph, args, real, bucket, _):
+        return record(graph, args, real, bucket, len(calls) < (4 if slow else 2))
 
-    monkeypatch.setattr(graph, "seconds_of", seconds)
-    monkeypatch.setattr(graph.GraphRuntime, "_record_bucket", doubtful)
+    monkeypatch.setattr(warming, "seconds_of", seconds)
+    monkeypatch.setattr(warming, "_record_bucket", doubtful)
     layer = torch.nn.Linear(4, 4)
     compiled = torch.compile(lambda x: layer(x) + 1, backend="pcg", options={"buckets": [2, 4, 8], "compiler": "eager"})
     with torch.no_grad():

@@ -93,10 +93,13 @@ def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> C
     cache.check(layer, AttentionShape.decode(shape), q.device)
     run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out)
     rows = q.shape[0]
+    # Not the cache itself, which would live as long as its recordings.
+    key = cache.key
+    del cache
 
     def attend() -> None:
         state = require_step(_WHAT)
-        if state.cache is not cache:
+        if state.key is not key:
             raise BatchError(
                 message("attention was bound to another cache than the step's", why="Recordings belong to one cache.")
             )

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..errors import Hazard
 from ..graph.plan import PieceSite
 from ..registry import runtimes, stats
-from ..runtime.graph import WarmUp, warming_up
+from ..runtime.warming import WarmUp, warming_up
 from ..torch_internals import compile_for_all_sizes
 from ..warmup import mark_sizes
 from .private import CheckBackend, ReportBackend, is_compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Shared:
     agreement: Agreement | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Binding:
     """Recordings read the memory at the addresses they were made with, so each set of addresses has its own."""
 
@@ -63,6 +64,20 @@ class Binding:
     bodies: dict[tuple[int, ...], Any] = field(default_factory=dict)
     #: Whole steps as one recording, by bucket.
     wholes: dict[tuple[int, ...], WholeStep] = field(default_factory=dict)
+
+    #: The user's parameters and buffers, with the addresses that recordings read.
+    parameters: list[tuple[weakref.ref[torch.Tensor], int]] = field(default_factory=list)
+    #: The cache that recordings read.
+    cache: weakref.ref[Any] | None = None
+    #: Whether a parameter or the cache is gone.
+    anchor_lost: bool = False
+
+    def stale(self) -> bool:
+        """Whether no step can come back to these recordings: what they read is gone, or lies elsewhere now."""
+        if self.anchor_lost:
+            return True
+        alive = ((parameter(), address) for parameter, address in self.parameters)
+        return any(p is None or p.data_ptr() != address for p, address in alive)
 
     def place(
         self, node: Hashable, slot: Hashable, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype

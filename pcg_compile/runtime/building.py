@@ -1,0 +1,73 @@
+"""What is known while the program of a step is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..graph.plan import InputSpec
+from .binding import Binding
+from .program import Op, Program
+
+__all__ = ["Building"]
+
+
+class Building:
+    """A program under construction, and the step that runs on the way.
+
+    Attributes:
+        sizes: the real sizes. bucket: the sizes to record at, or None. at: those of static memory.
+        compiled: False where pieces run eagerly.
+        static: values that lie in static memory. slots: the frame's slots of those that do not.
+        new: keys of the recordings made so far. keep: results of recordings, by the site that last reads them.
+        copied: inputs that are copied into static memory.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        sizes: Mapping[sympy.Symbol, int],
+        bucket: Mapping[sympy.Symbol, int] | None,
+        args: Sequence[Any],
+        step: Any,
+        compiled: bool,
+    ) -> None:
+        self.binding, self.shared, self.plan = binding, binding.shared, binding.shared.plan
+        self.sizes, self.bucket, self.args, self.step, self.compiled = sizes, bucket, args, step, compiled
+        self.at = bucket if bucket is not None else sizes
+        self.program = Program(
+            None if bucket is None else tuple(bucket[s] for s in self.plan.symbols), self.shared.counters
+        )
+        self.program.sizes.update(sizes)
+        self.static: dict[fx.Node, torch.Tensor] = {}
+        self.slots: dict[fx.Node, int] = {}
+        self.new: list[tuple[int, tuple[int, ...]]] = []
+        self.keep: dict[int, list[Any]] = {}
+        self.copied: list[InputSpec] = []
+
+    def add(self, op: Op) -> Any:
+        """Adds a call to the program, and makes it."""
+        self.program.ops.append(op)
+        return op()
+
+    def late(self, node: fx.Node) -> int:
+        """The frame's slot of a value that nothing static holds."""
+        if node not in self.slots:
+            self.slots[node] = len(self.program.frame)
+            self.program.frame.append(None)
+        return self.slots[node]
+
+    def drop_new_recordings(self) -> None:
+        """No bucket stays half recorded."""
+        for key in self.new:
+            self.binding.recordings.pop(key, None)
+        self.new.clear()
+
+    def bucket_name(self) -> Any:
+        """The bucket as users name it: a size, or a tuple of the dynamic sizes."""
+        names = [self.at[s] for s in self.plan.symbols if s in self.plan.dims]
+        return names[0] if len(names) == 1 else tuple(names)

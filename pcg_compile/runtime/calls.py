@@ -1,0 +1,281 @@
+"""What runs between recordings: split ops, and pieces at their exact size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..graph.contexts import Autocast
+from ..graph.plan import CallSite, PieceSite, Site
+from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
+from .binding import wants_static
+from .building import Building
+from .program import Op
+from .views import assign, looks_like, real_rows, tails
+
+__all__ = ["attribute", "callable_of", "run_call", "run_exact"]
+
+
+@dataclass(frozen=True)
+class _Late:
+    """An argument that is only known when the step runs: a position in the frame."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class _LateNumber:
+    """A number that depends on data of the step."""
+
+    value: Any
+
+
+def run_exact(b: Building, site: PieceSite) -> None:
+    """Runs a piece at the step's real sizes."""
+    piece = site.piece
+    numbers = [b.sizes.get(s, _LateNumber(v)) for s, v in zip(piece.symbols, piece.example, strict=False)]
+    function = site.compiled.function if b.compiled else piece.gm.forward
+    if site.compiled.failure is None and b.compiled:
+        site.compiled.warm = True
+    before: list[Op] = []
+    after: list[Op] = []
+    arguments = [_real(b, node, i in piece.writes, site, before, after) for i, node in enumerate(piece.inputs)]
+    written = [piece.inputs[i] for i in piece.writes]
+    call = _caller(b, function, (*numbers, *arguments), {})
+    _finish(b, site, call, before, after, written, [(node, (i,)) for i, node in enumerate(piece.outputs)], False)
+
+
+def run_call(b: Building, site: CallSite) -> None:
+    """Runs a split op, at the bucket in request mode, else at the real sizes."""
+    request = site.mode == "request" and b.bucket is not None
+    sizes = b.at if request else b.sizes
+    before: list[Op] = []
+    after: list[Op] = []
+    written = set(site.writes)
+    done: dict[fx.Node, Any] = {}
+
+    def resolve(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return attribute(b.plan.gm, str(node.target))
+        value = b.plan.value(node)
+        if is_scalar(value):
+            return evaluate(value, sizes) if symbols_of(value) <= sizes.keys() else _LateNumber(value)
+        if node not in done:
+            if request and node in b.static:
+                done[node] = b.static[node]
+            else:
+                done[node] = _real(b, node, node in written, site, before, after)
+        return done[node]
+
+    arguments = fx.node.map_arg(site.node.args, resolve)
+    keywords = fx.node.map_arg(site.node.kwargs, resolve)
+    extra: dict[str, Any] = {}
+    if site.op.bucket_args:
+        arguments = tuple(
+            _at_bucket(b, site.node.args[i]) if i in site.op.bucket_args else a for i, a in enumerate(arguments)
+        )
+        extra["mode"] = site.mode
+    if site.op.bind is not None:
+        call = _binder(b, site.op.bind, arguments, {**keywords, **extra})
+    else:
+        call = _caller(b, _function_of(site), arguments, keywords)
+    if site.autocast:
+        call = _in_autocast(call, site.autocast)
+    paths = [(node, _path(node, site.node)) for node in site.outputs]
+    _finish(b, site, call, before, after, [] if request else list(site.writes), paths, request)
+
+
+def _at_bucket(b: Building, argument: Any) -> Any:
+    return evaluate(b.plan.value(argument), b.at) if isinstance(argument, fx.Node) else argument
+
+
+def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op], after: list[Op]) -> Any:
+    """A tensor argument at its real size, looking exactly as eager's."""
+    if node not in b.static:
+        return _Late(b.late(node))
+    fake = b.plan.value(node)
+    view = real_rows(b.static[node], fake, b.sizes)
+    if looks_like(view, fake, b.sizes) or (isinstance(site, CallSite) and site.op.any_strides):
+        return view
+    shape, strides = shape_at(fake, b.sizes), strides_at(fake, b.sizes)
+    with torch.inference_mode(False), torch.no_grad():
+        exact = torch.empty_strided(shape, strides, dtype=view.dtype, device=view.device)
+    before.append(partial(exact.copy_, view))
+    if written:
+        after.append(partial(view.copy_, exact))
+    return exact
+
+
+def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> Op:
+    flat, spec = tree_flatten((tuple(arguments), dict(keywords)))
+    late = [(i, leaf.slot) for i, leaf in enumerate(flat) if isinstance(leaf, _Late)]
+    numbers = [(i, leaf.value) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
+    if not late and not numbers:
+        return partial(function, *arguments, **keywords)
+    frame, sizes = b.program.frame, b.program.sizes
+
+    def call() -> Any:
+        leaves = list(flat)
+        for i, slot in late:
+            leaves[i] = frame[slot]
+        for i, value in numbers:
+            leaves[i] = evaluate(value, sizes)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _binder(b: Building, bind: Callable[..., Op], arguments: Any, keywords: Mapping[str, Any]) -> Op:
+    flat, _ = tree_flatten((tuple(arguments), dict(keywords)))
+    if any(isinstance(leaf, (_Late, _LateNumber)) for leaf in flat):
+        late = _caller(b, bind, arguments, keywords)
+        return lambda: late()()
+    return bind(*arguments, **keywords)
+
+
+def _finish(
+    b: Building,
+    site: Site,
+    call: Op,
+    before: list[Op],
+    after: list[Op],
+    written: Sequence[fx.Node],
+    paths: Sequence[tuple[fx.Node, tuple[int, ...]]],
+    request: bool,
+) -> None:
+    """Adds a call and what its results need: copies into static memory, zeroed padding rows."""
+    for node in written:
+        if node in b.static:
+            after.extend(partial(t.zero_) for t in tails(b.static[node], b.plan.value(node), b.sizes))
+    late_results = isinstance(site, CallSite) and site.op.late
+    stores = [_store(b, node, path, request, late_results, after) for node, path in paths]
+    for op in before:
+        b.add(op)
+    if not stores:
+        b.add(call)
+    else:
+
+        def call_and_store() -> None:
+            result = call()
+            for store in stores:
+                store(result)
+
+        b.add(call_and_store)
+    for op in after:
+        b.add(op)
+
+
+def _store(
+    b: Building, node: fx.Node, path: tuple[int, ...], request: bool, late: bool, after: list[Op]
+) -> Callable[[Any], None]:
+    fake = b.plan.value(node)
+    learn = _learner(b, fake)
+    if not isinstance(fake, torch.Tensor):
+        return lambda result: learn(_follow(result, path))
+    if b.bucket is None or late or not (request or wants_static(b.plan, node)):
+        slot, frame = b.late(node), b.program.frame
+
+        def keep(result: Any) -> None:
+            frame[slot] = value = _follow(result, path)
+            learn(value)
+
+        return keep
+    shape, strides = shape_at(fake, b.at), strides_at(fake, b.at)
+    place = b.binding.place(node, ("value", b.plan.slots[node]), shape, strides, fake.dtype)
+    b.static[node] = place
+    target = place if request else real_rows(place, fake, b.sizes)
+    if not request:
+        after.extend(partial(t.zero_) for t in tails(place, fake, b.sizes))
+    if not path and 0 not in target.stride():
+        return target.copy_
+    return lambda result: assign(target, _follow(result, path))  # type: ignore[func-returns-value]
+
+
+def _learner(b: Building, fake: Any) -> Callable[[Any], None]:
+    """Notes the sizes that only a result tells."""
+    sizes = b.program.sizes
+    if not isinstance(fake, torch.Tensor):
+        symbol = expr_of(fake)
+
+        def note(value: Any) -> None:
+            sizes[symbol] = value
+
+        return note
+    unknown = [(read, expr_of(n)) for read, n in _layout_of(fake) if not symbols_of(n) <= b.sizes.keys()]
+    if not unknown:
+        return lambda value: None
+
+    def note_shape(value: Any) -> None:
+        for read, expr in unknown:
+            if isinstance(expr, sympy.Symbol):
+                sizes[expr] = read(value)
+
+    return note_shape
+
+
+def _function_of(site: CallSite) -> Callable[..., Any]:
+    target: Any = site.node.target
+    if site.op.function is not None:
+        return site.op.function
+    if site.node.op == "call_method":
+        name = str(target)
+        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+    return target
+
+
+def callable_of(site: CallSite) -> Callable[..., Any]:
+    """What a split op calls, under the autocast regions that it stood in."""
+    function = _function_of(site)
+    return _in_autocast(function, site.autocast) if site.autocast else function
+
+
+def _path(node: fx.Node, source: fx.Node) -> tuple[int, ...]:
+    path: list[int] = []
+    while node is not source:
+        path.insert(0, node.args[1])  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    return tuple(path)
+
+
+def _layout_of(tensor: torch.Tensor) -> list[tuple[Callable[[torch.Tensor], int], Any]]:
+    """Every number of a tensor's layout, and how to read it from a tensor like it."""
+    numbers: list[tuple[Callable[[torch.Tensor], int], Any]] = []
+    for d, size in enumerate(tensor.shape):
+        numbers.append((lambda t, d=d: t.shape[d], size))  # type: ignore[misc]
+    if tensor.layout == torch.strided:
+        for d, stride in enumerate(tensor.stride()):
+            numbers.append((lambda t, d=d: t.stride(d), stride))  # type: ignore[misc]
+        numbers.append((torch.Tensor.storage_offset, tensor.storage_offset()))
+    return numbers
+
+
+def _follow(result: Any, path: tuple[int, ...]) -> Any:
+    for index in path:
+        result = result[index]
+    return result
+
+
+def attribute(owner: Any, name: str) -> Any:
+    """What a dotted name stands for."""
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _in_autocast(call: Callable[..., Any], regions: Autocast) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled, cache in regions:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            return call(*args, **kwargs)
+
+    return run

@@ -1,0 +1,213 @@
+"""What one compiled graph knows of itself: its sizes, its step, and its bindings."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from ..batch import StepState, current_step, require_step
+from ..errors import StaleAddress, message
+from ..graph.plan import CallSite, PieceSite, Plan
+from ..graph.scalars import evaluate
+from ..torch_internals import data_ptrs_equal
+from .binding import Binding, Shared
+from .buffers import FlatBuffers
+from .program import Program
+from .views import looks_like
+
+__all__ = ["GraphState"]
+
+#: Sets of addresses that one graph keeps recordings for, before it stops binding users' tensors by address.
+_BOUND_CHANGES = 8
+
+
+@dataclass(eq=False)
+class GraphState:
+    """A compiled graph's plan and its bindings."""
+
+    plan: Plan
+    shared: Shared
+    #: Whether a call of it ends a step: the last of the graphs that one forward was broken into.
+    ends_step: bool
+    #: What the passes found and did, for explain() and dump().
+    context: Any = None
+    bindings: list[Binding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self.current: Binding | None = None
+        self._stream: Any = None
+        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
+        self._uses_step = bool(ours)
+        self._needs_step = any(not op.optional_step for op in ours)
+        self.bucketed = self._bucketed_symbols()
+
+    def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
+        used: dict[sympy.Symbol, None] = {}
+        for site in self.plan.sites:
+            if isinstance(site, PieceSite) and site.refusal is None and not site.trivial:
+                used.update(dict.fromkeys(site.piece.symbols))
+        return tuple(s for s in self.plan.symbols if s in used and s in self.plan.dims)
+
+    def sizes_of(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
+
+    def tokens(self, sizes: tuple[int, ...]) -> int:
+        """The tokens that a step's metadata are prepared for."""
+        named = dict(zip(self.plan.symbols, sizes, strict=True))
+        return int(evaluate(self.plan.token_sizes[0][0], named)) if self.plan.token_sizes else 0
+
+    def step(self) -> StepState | None:
+        if not self._uses_step:
+            return None
+        return require_step("a model with paged attention") if self._needs_step else current_step()
+
+    def order_streams(self) -> None:
+        if self.shared.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.shared.device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def binding(self, args: Sequence[Any], step: Any) -> Binding:
+        """The recordings made with the addresses of this call, checked in every step."""
+        key = step.key if step is not None else None
+        current = self.current
+        if (
+            current is not None
+            and current.step_key == key
+            and data_ptrs_equal(list(args), current.by_position, self.bound)
+        ):
+            return current
+        addresses = [args[i].data_ptr() for i in self.bound]
+        for binding in self.bindings:
+            if binding.addresses == addresses and binding.step_key == key:
+                self.current = binding
+                return binding
+        self._check_parameters(args)
+        self.current = self._new_binding(addresses, key)
+        self._watch(self.current, args, step)
+        return self.current
+
+    def _check_parameters(self, args: Sequence[Any]) -> None:
+        """Raises where a parameter has another form than the code was compiled for: guards="inputs" lets it pass."""
+        sizes = dict(zip(self.plan.symbols, self.sizes_of(args), strict=True))
+        for spec in self.plan.inputs:
+            if spec.kind != "static":
+                continue
+            new, old = args[spec.position], spec.value
+            if new.dtype != old.dtype or new.device != old.device or not looks_like(new, old, sizes):
+                raise StaleAddress(
+                    message(
+                        f"{spec.node.name} is {_form(new)} now, and was {_form(old)} when the model was compiled",
+                        why='With guards="inputs" a parameter that changes its form does not compile the model again.',
+                        cure='Call torch._dynamo.reset() after the change, or leave out guards="inputs".',
+                    )
+                )
+
+    def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
+        self._bury([b for b in self.bindings if b.stale()])
+        if self.bindings:
+            self._unbind_what_changes(addresses)
+        binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
+        binding.by_position = [0] * (1 + max(self.bound, default=-1))
+        for position, address in zip(self.bound, addresses, strict=True):
+            binding.by_position[position] = address
+        self.bindings.append(binding)
+        return binding
+
+    def _watch(self, binding: Binding, args: Sequence[Any], step: Any) -> None:
+        """Recordings hold memory, and must not outlive the parameters and the cache that they read."""
+        graph, dying = weakref.ref(self), weakref.ref(binding)
+
+        def bury(_: Any) -> None:
+            state, dead = graph(), dying()
+            if state is None or dead is None:
+                return
+            dead.anchor_lost = True
+            # Where another thread is in a step, the next new binding does it.
+            if state.lock.acquire(blocking=False):
+                try:
+                    state._bury([dead])
+                finally:
+                    state.lock.release()
+
+        statics = [s.position for s in self.plan.inputs if s.kind == "static"]
+        binding.parameters = [(weakref.ref(args[p], bury), args[p].data_ptr()) for p in statics]
+        binding.cache = weakref.ref(step.cache, bury) if step is not None and step.cache is not None else None
+
+    def _bury(self, dead: Sequence[Binding]) -> None:
+        if not dead:
+            return
+        # A new list: this may happen while another one is gone through.
+        self.bindings = [b for b in self.bindings if b not in dead]
+        if self.current in dead:
+            self.current = None
+        for binding in dead:
+            binding.forget()
+
+    def _unbind_what_changes(self, addresses: list[int]) -> None:
+        """A user's tensor that comes at a new address each time is copied in from then on."""
+        if len(self.bindings) < _BOUND_CHANGES:
+            return
+        last = self.bindings[-1].addresses
+        specs = {s.position: i for i, s in enumerate(self.plan.inputs) if s.kind == "bound"}
+        changing = [p for p, old, new in zip(self.bound, last, addresses, strict=True) if old != new and p in specs]
+        if not changing:
+            return
+        inputs = list(self.plan.inputs)
+        for position in changing:
+            inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
+        self.plan.inputs = tuple(inputs)
+        self.bound = [s.position for s in inputs if s.kind in ("static", "bound")]
+        self.plan.__dict__.pop("users_memory", None)
+        self.bindings.clear()
+        addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
+
+    def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
+        positions = sorted([*self.bound, *changed])
+        return (p not in changed for p in positions)
+
+    def respect_budget(self, binding: Binding, newest: Program) -> None:
+        budget = self.shared.options.memory_budget
+        if budget is None or newest.bucket is None:
+            return
+        agreement = self.shared.agreement
+        while agreement.any_of(self.nbytes() > budget) if agreement is not None else self.nbytes() > budget:
+            buckets = {
+                p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)
+            }
+            if not buckets:
+                binding.forget(newest.bucket)
+                binding.given_up[newest.bucket] = f"bucket {newest.bucket} exceeds memory_budget={budget}"
+                return
+            uses = self.shared.counters.buckets
+            least = min(buckets, key=lambda b: uses[self.name(b)].hits if self.name(b) in uses else 0)  # type: ignore[arg-type]
+            for other in self.bindings:
+                other.forget(least)
+            self.shared.counters.fall_back(
+                f"bucket {self.name(least)} dropped: recordings exceed memory_budget={budget}"
+            )
+
+    def name(self, bucket: Any) -> Any:
+        sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+    def nbytes(self) -> int:
+        """Bytes that recordings and their static memory hold."""
+        return sum(
+            sum(r.nbytes for r in b.recordings.values()) + sum(w.nbytes for w in b.wholes.values()) + b.buffers.nbytes()
+            for b in self.bindings
+        )
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -1,0 +1,255 @@
+"""Pieces that run from a recording, made where there is none yet."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..errors import PCGError
+from ..graph.facts import storage_of
+from ..graph.plan import PieceSite
+from ..graph.scalars import evaluate, shape_at, strides_at
+from ..torch_internals import unowned_alias
+from .agreement import RankFailed
+from .buffers import extent
+from .building import Building
+from .capture import StaticReplay
+from .probe import Argument, probe
+from .views import assign, looks_like
+
+__all__ = ["conformer", "run_recorded"]
+
+#: A recording keeps its results: logits of 4,096 tokens would hold a gigabyte.
+_RESULT_LIMIT = 256 << 20
+
+
+def run_recorded(b: Building, site: PieceSite) -> bool:
+    """Runs a piece from a recording, making it where there is none. False: it must run at its exact size."""
+    assert b.bucket is not None
+    if site.refusal is not None:
+        if site.is_piece:
+            b.program.fallbacks.append((site.refusal, site.where))
+        return False
+    if any(node not in b.static for node in site.reads):
+        return False
+    weight = _result_bytes(b, site)
+    if weight > _result_limit(b):
+        reason = f"the results of a piece would hold {weight >> 20} MiB; it runs without a recording"
+        b.program.fallbacks.append((reason, site.where))
+        return _run_unrecorded(b, site)
+    key = (site.index, tuple(b.bucket[s] for s in site.piece.symbols))
+    if b.binding.failures.get(key, 0) > 1:
+        b.program.fallbacks.append(("a piece could not be recorded, twice; it runs without a recording", site.where))
+        return _run_unrecorded(b, site)
+    if site.needs_probe and site.probed is None and not _probe(b, site):
+        return False
+    if site.probed:
+        b.program.fallbacks.append((f"opaque, and by the probe mixing: {site.probed}", site.where))
+        return False
+    recording = b.binding.recordings.get(key)
+    if recording is not None:
+        recording.replay()
+    else:
+        recording = _record(b, site, key)
+        if recording is None:
+            return _run_unrecorded(b, site)
+    b.static.update(zip(site.outputs, recording.outputs, strict=True))
+    if not site.idle:
+        b.program.ops.append(recording.replay)
+    if not site.trivial:
+        b.program.recording_keys.append(key)
+        b.program.replays += 1
+    return True
+
+
+def _run_unrecorded(b: Building, site: PieceSite) -> bool:
+    """False where a piece may run at its exact size; else runs it at the bucket, as a replay that nothing holds.
+
+    Its results share memory with something that is written later, of which exact results would be copies.
+    """
+    if not site.shares_written:
+        return False
+    piece = site.piece
+    inputs = [b.static[node] for node in piece.inputs]
+    numbers = [b.at[s] for s in piece.symbols]
+    function = site.compiled.function if b.compiled else piece.gm.forward
+    with torch.inference_mode(False), torch.no_grad():
+        made = StaticReplay().record(lambda: function(*numbers, *inputs), _placer(b, site, inputs), None)
+    b.static.update(zip(site.outputs, made.outputs, strict=True))
+    b.program.ops.append(made.replay)
+    return True
+
+
+def _probe(b: Building, site: PieceSite) -> bool:
+    """Probes a piece once, with this step's rows; False where this bucket leaves no room for padding."""
+    assert b.bucket is not None
+    piece = site.piece
+    # Where the step fills its bucket, its last row plays the padding.
+    sizes = {s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()}
+    if any(sizes[s] < 1 for s in piece.symbols):
+        reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
+        b.program.fallbacks.append((reason, site.where))
+        return False
+    fixed = {s.node for s in b.plan.inputs if s.pad_value is not None or s.kind == "step"} | b.plan.row_indices.keys()
+    arguments = [
+        Argument(b.static[node], b.plan.value(node), i in piece.writes, node in fixed)
+        for i, node in enumerate(piece.inputs)
+    ]
+
+    def run(tensors: Sequence[Any], at: Mapping[sympy.Symbol, int]) -> Sequence[torch.Tensor]:
+        return site.compiled.function(*(at[s] for s in piece.symbols), *tensors)
+
+    with _rng_unchanged(b.shared.device):
+        verdict = probe(run, arguments, [b.plan.value(node) for node in piece.outputs], sizes, b.bucket)
+    site.compiled.warm = True
+    # "" once the probe found nothing.
+    site.probed = verdict or ""
+    return True
+
+
+def _result_bytes(b: Building, site: PieceSite) -> int:
+    fakes = [b.plan.value(node) for node in site.outputs]
+    return sum(extent(shape_at(f, b.at), strides_at(f, b.at)) * f.element_size() for f in fakes)
+
+
+def _result_limit(b: Building) -> int:
+    budget = b.shared.options.memory_budget
+    return _RESULT_LIMIT if budget is None else budget // 8
+
+
+def _record(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> Any:
+    piece, compiled = site.piece, site.compiled
+    function = compiled.function if b.compiled else piece.gm.forward
+    inputs = [b.static[node] for node in piece.inputs]
+    numbers = [b.at[s] for s in piece.symbols]
+    conform = conformer(b, piece)
+    engine = StaticReplay() if site.trivial else b.shared.engine
+
+    def run() -> Sequence[torch.Tensor]:
+        return conform(function(*numbers, *inputs))
+
+    # What comes from the step is written at the step's slots, so that writing twice is writing once.
+    step_inputs = {s.node for s in b.plan.inputs if s.kind == "step"}
+    written = [inputs[i] for i in piece.writes if piece.inputs[i] not in step_inputs]
+    before = [t.clone() for t in written]
+
+    def restore() -> None:
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(old)
+
+    def warm_up() -> None:
+        with _rng_unchanged(b.shared.device):
+            run()
+        restore()
+
+    agreement = b.shared.agreement if not site.trivial else None
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
+            recording = engine.record(
+                run,
+                _placer(b, site, inputs),
+                None if compiled.warm else warm_up,
+                frozenset(piece.symbols),
+                agreement.all_ready if agreement is not None else lambda: None,
+            )
+    except PCGError:
+        raise
+    except Exception as error:
+        restore()
+        if agreement is not None and not isinstance(error, RankFailed):
+            agreement.all_ready(False)
+        b.binding.failures[key] = b.binding.failures.get(key, 0) + 1
+        b.program.complete = False
+        reason = f"recording failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        b.shared.counters.fall_back(reason, site.where)
+        return None
+    compiled.warm = True
+    if recording.nbytes >= 0 and not isinstance(engine, StaticReplay):
+        b.keep.setdefault(_release_after(b, site), []).extend(recording.outputs)
+        recording.outputs = [unowned_alias(t) for t in recording.outputs]
+    b.binding.recordings[key] = recording
+    b.new.append(key)
+    if not site.trivial:
+        b.shared.counters.captured += 1
+        use = b.shared.counters.bucket(b.bucket_name())
+        use.seconds += time.perf_counter() - started
+        use.bytes += recording.nbytes
+    return recording
+
+
+def _release_after(b: Building, site: PieceSite) -> int:
+    """The site after which later recordings may reuse the memory of this one's results."""
+    ends = [b.plan.last_use.get(node, len(b.plan.sites)) for node in site.outputs]
+    return max(ends, default=site.index)
+
+
+def conformer(b: Building, piece: Any) -> Callable[[Any], Sequence[torch.Tensor]]:
+    """Makes results look as the next piece was compiled for, where a compiler chose other strides."""
+    fakes = [b.plan.value(node) for node in piece.outputs]
+    at = b.at
+
+    def conform(results: Any) -> Sequence[torch.Tensor]:
+        checked = []
+        for result, fake in zip(results, fakes, strict=True):
+            if not looks_like(result, fake, at):
+                shaped = torch.empty_strided(
+                    shape_at(fake, at), strides_at(fake, at), dtype=fake.dtype, device=result.device
+                )
+                result = assign(shaped, result)
+            checked.append(result)
+        return checked
+
+    return conform
+
+
+def _placer(
+    b: Building, site: PieceSite, inputs: Sequence[torch.Tensor]
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    owned = {t.untyped_storage().data_ptr() for t in inputs}
+    groups: dict[int, list[fx.Node]] = {}
+    for node in site.outputs:
+        groups.setdefault(storage_of(b.plan.value(node)), []).append(node)
+
+    def place(i: int, result: torch.Tensor) -> torch.Tensor:
+        node = site.outputs[i]
+        fake = b.plan.value(node)
+        shape, strides = shape_at(fake, b.at), strides_at(fake, b.at)
+        if result.untyped_storage().data_ptr() in owned and result.numel():
+            return result
+        group = groups[storage_of(fake)]
+        if len(group) == 1:
+            return b.binding.place(node, ("value", b.plan.slots[node]), shape, strides, fake.dtype)
+        offset = int(evaluate(fake.storage_offset(), b.at))
+        size = int(evaluate(fake.untyped_storage().nbytes(), b.at))
+        base = b.binding.place((site.index, group[0], "group"), ("group", group[0]), (size,), (1,), torch.uint8)
+        if all(s > 0 or n <= 1 for n, s in zip(shape, strides, strict=True)):
+            usable = base[: size // fake.dtype.itemsize * fake.dtype.itemsize].view(fake.dtype)
+            return usable.as_strided(shape, strides, offset)
+        return b.binding.place(node, ("value", b.plan.slots[node]), shape, strides, fake.dtype)
+
+    return place
+
+
+@contextlib.contextmanager
+def _rng_unchanged(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A cast weight in autocast's cache would be freed under a recording that reads it."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -1,0 +1,220 @@
+"""Warm-up: buckets are recorded ahead of time, and kept where they pay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from ..batch import StepState, scratch_step
+from ..graph.scalars import evaluate, shape_at
+from .binding import Binding
+from .build import build_and_run
+from .graph_state import GraphState
+from .program import Program
+from .timing import seconds_of
+from .views import real_rows
+from .whole import WholeStep
+
+__all__ = ["WarmUp", "requested_warm_up", "warm_up", "warming_up"]
+
+#: A bucket that takes longer than this many times the step without recordings is not used.
+_GAIN_LIMIT = 1.05
+
+#: Tokens from which on one recording of a whole step gains nothing, and attention's workspace takes 100 MB and more.
+_LARGEST_AUTO_WHOLE = 1024
+
+
+@dataclass
+class WarmUp:
+    """A request to record buckets, while it is in force: calls then leave no effects.
+
+    Attributes:
+        buckets: what to record, one size or a tuple for each dynamic size; None: the table.
+        report: called before each recording with (done, total, name of the bucket).
+        observe: called once with (the graph's runtime, the call's arguments, the running step or None).
+    """
+
+    buckets: Sequence[int | tuple[int, ...]] | None = None
+    report: Callable[[int, int, Any], None] = lambda done, total, name: None
+    observe: Callable[[GraphState, Sequence[Any], StepState | None], None] = lambda runtime, args, step: None
+
+
+_WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
+
+
+def requested_warm_up() -> WarmUp | None:
+    """The request in force, if any."""
+    return _WARM_UP.get()
+
+
+@contextlib.contextmanager
+def warming_up(request: WarmUp) -> Iterator[None]:
+    """Calls of compiled graphs inside record instead of serving."""
+    token = _WARM_UP.set(request)
+    try:
+        yield
+    finally:
+        _WARM_UP.reset(token)
+
+
+def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
+    """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
+    graph.order_streams()
+    sizes = dict(zip(graph.plan.symbols, graph.sizes_of(args), strict=True))
+    step = graph.step()
+    wanted = _wanted(graph, request, sizes)
+    # The largest bucket comes first: once one pays, so do the smaller ones.
+    # Ranks measure different times, and must not choose by them.
+    alone = graph.shared.agreement is None
+    doubtful = alone and len(graph.bucketed) == 1 and graph.shared.device.type == "cuda"
+    for done, bucket in enumerate(wanted):
+        request.report(done, len(wanted), graph.name(tuple(bucket[s] for s in graph.plan.symbols)))
+        real = {s: min(n, bucket[s]) for s, n in sizes.items()}
+        doubtful = _record_bucket(graph, _shrunk(graph, args, real), real, bucket, doubtful)
+    request.report(len(wanted), len(wanted), None)
+    with _no_effects(graph, args):
+        request.observe(graph, args, step)
+    with _no_effects(graph, args):
+        if step is None:
+            binding = graph.binding(args, None)
+            _, result = build_and_run(binding, sizes, None, args, None)
+            return result
+        with scratch_step(graph.tokens(tuple(sizes.values())), step.cache) as scratch:
+            binding = graph.binding(args, scratch)
+            _, result = build_and_run(binding, sizes, None, args, scratch)
+            return result
+
+
+def _wanted(graph: GraphState, request: WarmUp, sizes: Mapping[sympy.Symbol, int]) -> list[dict[sympy.Symbol, int]]:
+    if graph.plan.refusal is not None:
+        return []
+    if not graph.bucketed:
+        return [dict(sizes)]
+    if request.buckets is None and len(graph.bucketed) > 1:
+        raise ValueError(
+            f"the model has {len(graph.bucketed)} dynamic sizes: pass buckets=[(b, ...), ...] to pcg.warmup(), "
+            "one tuple a bucket"
+        )
+    table = request.buckets if request.buckets is not None else graph.shared.chooser.table
+    wanted: list[dict[sympy.Symbol, int]] = []
+    for entry in table:
+        entries = entry if isinstance(entry, tuple) else (entry,) * len(graph.bucketed)
+        if len(entries) != len(graph.bucketed):
+            raise ValueError(
+                f"bucket {entry} has {len(entries)} sizes, the model has {len(graph.bucketed)} dynamic ones"
+            )
+        choice = graph.shared.chooser.choose(
+            {**sizes, **dict(zip(graph.bucketed, entries, strict=True))}, graph.bucketed
+        )
+        if choice.sizes is None:
+            graph.shared.counters.fall_back(f"bucket {entry} was not recorded: {choice.reason}")
+        elif dict(choice.sizes) not in wanted:
+            wanted.append(dict(choice.sizes))
+    # Largest first: smaller buckets then fit into the memory of larger ones.
+    return sorted(wanted, key=lambda bucket: tuple(bucket[s] for s in graph.bucketed), reverse=True)
+
+
+def _shrunk(graph: GraphState, args: Sequence[Any], real: Mapping[sympy.Symbol, int]) -> list[Any]:
+    result = list(args)
+    for spec in graph.plan.inputs:
+        if spec.position < 0:
+            continue
+        if isinstance(spec.value, torch.Tensor):
+            if spec.kind == "user":
+                result[spec.position] = real_rows(args[spec.position], spec.value, real)
+        elif spec.kind == "size":
+            result[spec.position] = evaluate(spec.value, real)
+    return result
+
+
+def _record_bucket(
+    graph: GraphState,
+    args: Sequence[Any],
+    real: Mapping[sympy.Symbol, int],
+    bucket: Mapping[sympy.Symbol, int],
+    doubtful: bool,
+) -> bool:
+    """Records one bucket. Where it is ``doubtful`` that this pays, measures it; returns whether it still is."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_effects(graph, args))
+        step = graph.step()
+        if step is not None:
+            tokens = graph.tokens(tuple(bucket[s] for s in graph.plan.symbols))
+            step = stack.enter_context(scratch_step(tokens, step.cache))
+        binding = graph.binding(args, step)
+        program, _ = build_and_run(binding, real, bucket, args, step)
+        if program.complete:
+            if doubtful and not _pays(graph, binding, program, bucket, args, step):
+                return True
+            if program.whole is not None and _may_record_whole(graph, program.whole, step):
+                program.start(args)
+                program.whole.warm_up(program.run_pieces)
+            graph.respect_budget(binding, program)
+    return False
+
+
+def _pays(
+    graph: GraphState,
+    binding: Binding,
+    program: Program,
+    bucket: Mapping[sympy.Symbol, int],
+    args: Sequence[Any],
+    step: Any,
+) -> bool:
+    """Whether replaying a full bucket is as fast as running it without recordings; gives the bucket up if not."""
+    full = [_at_bucket(graph, binding, position, bucket, args) for position in range(len(args))]
+    exact, _ = build_and_run(binding, bucket, None, full, step)
+    device, replays = graph.shared.device, graph.shared.counters.replays
+    replayed = seconds_of(step, program.run_pieces, device, runs=4)
+    plain = seconds_of(step, lambda: exact.run(full), device, runs=4)
+    graph.shared.counters.replays = replays
+    if replayed <= _GAIN_LIMIT * plain:
+        return True
+    assert program.bucket is not None
+    binding.forget(program.bucket)
+    binding.given_up[program.bucket] = (
+        f"bucket {graph.name(program.bucket)} does not pay: {1e3 * replayed:.2f} ms replayed, "
+        f"{1e3 * plain:.2f} ms without recordings"
+    )
+    return False
+
+
+def _at_bucket(
+    graph: GraphState, binding: Binding, position: int, bucket: Mapping[sympy.Symbol, int], args: Sequence[Any]
+) -> Any:
+    """An argument that fills the bucket: the static memory that it is copied to, as warm-up left it."""
+    spec = next(s for s in graph.plan.inputs if s.position == position)
+    if not isinstance(spec.value, torch.Tensor):
+        return evaluate(spec.value, bucket) if spec.kind == "size" else args[position]
+    return binding.placed.get((spec.node, shape_at(spec.value, bucket)), args[position])
+
+
+def _may_record_whole(graph: GraphState, whole: WholeStep, step: StepState | None) -> bool:
+    """Whether warm-up tries one recording for a whole step: on a CPU, where a replay runs the same calls, if told.
+
+    Attention's workspace grows with tokens and request slots, so that "auto" leaves large buckets alone.
+    """
+    if whole.wanted is None and (graph.shared.device.type != "cuda" or graph.shared.agreement is not None):
+        return False
+    return whole.wanted is not None or step is None or whole.at_tokens() <= _LARGEST_AUTO_WHOLE
+
+
+@contextlib.contextmanager
+def _no_effects(graph: GraphState, args: Sequence[Any]) -> Iterator[None]:
+    """Puts back what the graph mutates, and the state of the random number generators."""
+    written = [args[s.position] for s in graph.plan.inputs if s.node in graph.plan.mutated and s.position >= 0]
+    before = [t.clone() for t in written]
+    devices = [graph.shared.device] if graph.shared.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
