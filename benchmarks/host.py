@@ -88,7 +88,7 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         program.ops = []
         emptied = median_us(call, repeats)
         inside = median_us(lambda: runtime(*arguments), repeats)
-        check = median_us(lambda: runtime._binding(arguments, require_step("a benchmark")), repeats)
+        check = median_us(lambda: runtime.binding(arguments, require_step("a benchmark")), repeats)
         program.ops = [_nothing] * len(ops)
         nothing = median_us(lambda: runtime(*arguments), repeats)
         calls = median_us(lambda: [op() for op in program.ops], repeats)
@@ -113,17 +113,17 @@ def _nothing() -> None:
 def _arguments(runtime: Any, call: Callable[[], Any]) -> list[Any]:
     """What Dynamo passes to the runtime."""
     seen: list[Any] = []
-    original = runtime._sizes
+    original = runtime.sizes_of
 
     def spy(args: Any) -> Any:
         seen[:] = args
         return original(args)
 
-    runtime._sizes = spy
+    runtime.sizes_of = spy
     try:
         call()
     finally:
-        del runtime._sizes
+        del runtime.sizes_of
     return seen
 
 

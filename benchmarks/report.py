@@ -127,7 +127,7 @@ def plot(path: Path) -> Path | None:
         if any(lines):
             axes.legend(fontsize="small")
     machine = data["machine"]
-    shape = "tiny" if data["settings"]["tiny"] else data["settings"]["shape"]
+    shape = data.get("model") or ("tiny" if data["settings"]["tiny"] else data["settings"]["shape"])
     figure.suptitle(f"{machine.get('gpu') or machine['cpu']}, torch {data['versions']['torch']}, {shape}")
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=120)
@@ -208,6 +208,16 @@ def _crossover(rows: Sequence[Row]) -> list[Panel]:
     return [("lines", series(rows, "n", "ratio", "fill"), ("tokens", "recorded / exact", "time of a step"))]
 
 
+def _encoder(rows: Sequence[Row]) -> list[Panel]:
+    speeds = series(rows, "tokens", "sentences_per_s", "variant")
+    return [("lines", speeds, ("tokens a batch", "sentences / s", "embeddings"))]
+
+
+def _continuous(rows: Sequence[Row]) -> list[Panel]:
+    named = [{**row, "at": f"{row['requests']} requests"} for row in rows]
+    return [("bars", series(named, "at", "tokens_per_s", "variant"), ("", "new tokens / s", "continuous batching"))]
+
+
 _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "step": _step,
     "host": _host,
@@ -215,4 +225,6 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "capture": _capture,
     "padding": _padding,
     "crossover": _crossover,
+    "encoder": _encoder,
+    "continuous": _continuous,
 }

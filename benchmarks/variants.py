@@ -49,6 +49,10 @@ class World:
     sizes: Sequence[int]
     built: dict[str, Variant] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        #: Of the cache at first, keys of all layers, then values.
+        self.contents = [tensor.clone() for tensor in self.cache.flat_k + self.cache.flat_v]
+
 
 def attention_of(shape: Shape, device: torch.device) -> str:
     """The attention shape of all layers, as plans are keyed by it."""

@@ -109,10 +109,10 @@ def serve(
     """
     scheduler, open_ = Scheduler(cache, most_tokens, most_requests), True
     while open_ or scheduler.queue or scheduler.running:
-        arrived = next(arrivals, False) if open_ else None
-        open_ = arrived is not False
-        if isinstance(arrived, Request):
-            scheduler.add(arrived)
+        while open_ and (arrived := next(arrivals, False)) is not None:
+            open_ = arrived is not False
+            if isinstance(arrived, Request):
+                scheduler.add(arrived)
         chosen = scheduler.next_step()
         if not chosen:
             continue

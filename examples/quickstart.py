@@ -22,11 +22,11 @@ SHAPE = dict(zip(NAMES, (2048, 8192, 16, 32, 8) if GPU else (128, 256, 4, 4, 2))
 
 
 @torch.no_grad()
-def serve(call, cache, prompts):
-    """Greedy tokens of all requests in one ragged batch a step; seconds and logits of each step."""
+def serve(call, cache, prompts, given=None):
+    """Greedy tokens of all requests, one ragged batch a step, going on from ``given`` answers; times and logits."""
     pages = [cache.allocate(-(-(len(p) + NEW_TOKENS) // cache.page_size)) for p in prompts]
     done, new, steps, answers = [0] * len(prompts), [list(p) for p in prompts], [], [[] for _ in prompts]
-    for _ in range(NEW_TOKENS):
+    for i in range(NEW_TOKENS):
         lens = [len(tokens) for tokens in new]
         done = [have + n for have, n in zip(done, lens)]
         batch = pcg.Batch(lens, done, pages)
@@ -37,10 +37,9 @@ def serve(call, cache, prompts):
         last = logits[torch.tensor(lens, device=DEVICE).cumsum(0) - 1].float()
         chosen = last.argmax(-1).tolist()
         steps.append((batch.num_tokens, time.perf_counter() - start, last))
-        new = [[token] for token in chosen]
-        answers = [answer + token for answer, token in zip(answers, new)]
-    for taken in pages:
-        cache.free(taken)
+        answers = [[*answer, token] for answer, token in zip(answers, chosen)]
+        new = [[answer[i]] for answer in (given or answers)]
+    cache.free([page for taken in pages for page in taken])
     return answers, steps
 
 
@@ -49,15 +48,17 @@ def main():
     parser.add_argument("--compiler", default="inductor", help="inductor or eager")
     compiler = parser.parse_args().compiler
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000 if GPU else 1000, **SHAPE)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=DTYPE).to(DEVICE).eval()
+    config, plain = (LlamaConfig(vocab_size=32000 if GPU else 1000, **SHAPE) for _ in range(2))
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=DTYPE).eval()
+        reference = AutoModelForCausalLM.from_config(plain, attn_implementation="sdpa", dtype=DTYPE).eval()
     compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS, "compiler": compiler})
     prompts = [torch.randint(3, config.vocab_size, (n,)).tolist() for n in PROMPTS]
     cache = cache_for(model, num_pages=64)
     runs: dict[str, list] = {"eager": [], "pcg": []}
     for _ in range(4):  # the first round compiles and records
-        for name, call in (("eager", model), ("pcg", compiled)):
-            runs[name].append(serve(call, cache, prompts))
+        runs["eager"].append(serve(model, cache, prompts))
+        runs["pcg"].append(serve(compiled, cache, prompts, given=runs["eager"][-1][0]))
     table = Table("tokens", "bucket", "eager ms", "pcg ms", "speed-up", "max difference", title=f"{DEVICE}, {DTYPE}")
     for slow, fast in zip(*(zip(*(steps for _, steps in rounds[1:])) for rounds in runs.values())):
         times, tokens = [min(t for _, t, _ in runs_of) * 1e3 for runs_of in (slow, fast)], slow[0][0]
@@ -65,7 +66,6 @@ def main():
         row = tokens, bucket, *(f"{t:.2f}" for t in times), f"{times[0] / times[1]:.1f}x", f"{difference:.1e}"
         table.add_row(*map(str, row))
     Console().print(table, pcg.stats(compiled))
-    reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPE).to(DEVICE).eval()
     reference.load_state_dict(model.state_dict())
     greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for prompt, answer in zip(prompts, runs["pcg"][-1][0]):

@@ -2,7 +2,8 @@
 
 For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so that the op can run on bucket-sized
 tensors: the padding tokens form a request of their own, which no real one sees. Each distinct source is padded once,
-for all layers.
+for all layers. Slots of padding tokens lie in the scratch page, and declared maxima are raised to the tokens of the
+bucket, since the padding request may be the longest.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ __all__ = ["pad_metadata"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 
+# Each returns memory of its own, also where there is no padding: that of a source which a piece computed is used again
+# once its last reader has run.
+
 
 def pad_indptr(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
     """``[requests + 1]`` -> ``[requests + 2]``: one more request, of ``bucket - tokens`` tokens in whole pages."""
     pad = bucket - tokens
-    return indptr if pad == 0 else torch.cat([indptr, indptr[-1:] + -(-pad // page_size)])
+    return indptr.clone() if pad == 0 else torch.cat([indptr, indptr[-1:] + -(-pad // page_size)])
 
 
 def pad_indices(indices: torch.Tensor, bucket: int, tokens: int, page_size: int, scratch_page: int) -> torch.Tensor:
@@ -39,20 +43,31 @@ def pad_indices(indices: torch.Tensor, bucket: int, tokens: int, page_size: int,
 def pad_last_page_len(last_page_len: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
     """``[requests]`` -> ``[requests + 1]``."""
     pad = bucket - tokens
-    return last_page_len if pad == 0 else pad_tensor(last_page_len, (0, 1), value=(pad - 1) % page_size + 1)
+    return last_page_len.clone() if pad == 0 else pad_tensor(last_page_len, (0, 1), value=(pad - 1) % page_size + 1)
+
+
+def pad_slots(slots: torch.Tensor, bucket: int, tokens: int, page_size: int, scratch_page: int) -> torch.Tensor:
+    """``[tokens, ...]`` -> ``[bucket, ...]``: the padding tokens go to the first slot of the scratch page."""
+    shape = (bucket - tokens, *slots.shape[1:])
+    return torch.cat([slots, slots.new_full(shape, scratch_page * page_size)])
 
 
 _PADDERS: dict[str, Callable[..., torch.Tensor]] = {
     "pad_indptr": pad_indptr,
     "pad_indices": pad_indices,
     "pad_last_page_len": pad_last_page_len,
+    "pad_slots": pad_slots,
 }
+#: Those that are told the scratch page.
+_SCRATCH = ("pad_indices", "pad_slots")
 _ROLES = {
     "qo_indptr": "pad_indptr",
     "kv_indptr": "pad_indptr",
     "kv_indices": "pad_indices",
     "last_page_len": "pad_last_page_len",
+    "slot_mapping": "pad_slots",
 }
+_MAXIMA = ("max_qo_len", "max_kv_len")
 
 
 def _like_unpadded(source: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -61,7 +76,7 @@ def _like_unpadded(source: torch.Tensor, *args: Any) -> torch.Tensor:
 
 
 for _name, _function in _PADDERS.items():
-    _extra = ", int scratch_page" if _name == "pad_indices" else ""
+    _extra = ", int scratch_page" if _name in _SCRATCH else ""
     _LIBRARY.define(f"{_name}(Tensor source, SymInt bucket, SymInt tokens, int page_size{_extra}) -> Tensor")
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcg::{_name}", _like_unpadded, lib=_LIBRARY)
@@ -82,23 +97,29 @@ def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
         if op is None:
             continue
         arguments = _arguments(node, context)
-        reason = _why_not(op, arguments, context)
+        reason = _why_not(node, op, arguments, context)
         if reason is not None:
             node.meta["pcg_padding"] = "slice"
             context.notes.append(f"{op.name}: real rows only ({reason})")
             continue
         node.meta["pcg_padding"] = "request"
-        tokens = _tokens(arguments, context)
+        tokens = _tokens(node, op, arguments, context)
         for role, argument in op.metadata.items():
             source = arguments.get(argument)
+            if role in _MAXIMA:
+                # Not a node of the graph: an op that takes plain ints would specialize it, and the token count with it.
+                if source is not None:
+                    node.meta.setdefault("pcg_maxima", (tokens, []))[1].append(_place(node, argument, source))
+                continue
             if role == "slot_mapping" and isinstance(source, fx.Node) and source.op == "placeholder":
+                # A piece may read it too.
                 source.meta["pcg_pad_value"] = (op.scratch_page or 0) * op.page_size
             padder = _ROLES.get(role)
             if padder is None or not isinstance(source, fx.Node):
                 continue
             if (source, role) not in padded:
                 page_size = 1 if role == "qo_indptr" else op.page_size
-                extra = (op.scratch_page or 0,) if role == "kv_indices" else ()
+                extra = (op.scratch_page or 0,) if padder in _SCRATCH else ()
                 place = source if source.op != "placeholder" else gm.graph.find_nodes(op="placeholder")[-1]
                 with gm.graph.inserting_after(_later(gm, place, tokens)):
                     new = gm.graph.call_function(
@@ -134,7 +155,7 @@ def _arguments(node: fx.Node, context: PassContext) -> dict[str, Any]:
     return dict(node.kwargs)
 
 
-def _why_not(op: SplitOp, arguments: dict[str, Any], context: PassContext) -> str | None:
+def _why_not(node: fx.Node, op: SplitOp, arguments: dict[str, Any], context: PassContext) -> str | None:
     if context.options.padding == "slice":
         return 'padding="slice"'
     if op.paged and op.scratch_page is None:
@@ -150,7 +171,7 @@ def _why_not(op: SplitOp, arguments: dict[str, Any], context: PassContext) -> st
     given = [name for name in op.needs_none if arguments.get(name) is not None]
     if given:
         return f"its argument {given[0]} is given"
-    if _tokens(arguments, context) is None:
+    if _tokens(node, op, arguments, context) is None:
         return "its tokens have no dynamic size"
     sizes = {
         str(context.facts[a].value.shape[0])
@@ -167,14 +188,23 @@ def _token_arguments(op: SplitOp, arguments: dict[str, Any]) -> list[fx.Node]:
     return [a for name, a in arguments.items() if isinstance(a, fx.Node) and name not in metadata]
 
 
-def _tokens(arguments: dict[str, Any], context: PassContext) -> Any:
-    """The node or number of the token count: the first size of the first tensor that has a dynamic one."""
+def _tokens(node: fx.Node, op: SplitOp, arguments: dict[str, Any], context: PassContext) -> Any:
+    """The node of the token count: the first size of the op's result, its slots, or else its first such argument.
+
+    A cache has a dynamic first size as well, where the caller compiled with ``dynamic=True``.
+    """
     graph_sizes = {
         str(f.value): n for n, f in context.facts.items() if n.op == "placeholder" and isinstance(f.value, torch.SymInt)
     }
-    for argument in arguments.values():
+    result = context.facts[node].value
+    values = [result[0] if isinstance(result, (tuple, list)) and result else result]
+    slots = arguments.get(op.metadata.get("slot_mapping", ""))
+    for argument in (slots, *arguments.values()):
         value = context.facts[argument].value if isinstance(argument, fx.Node) else None
-        if isinstance(value, torch.Tensor) and value.dim() > 1 and isinstance(value.shape[0], torch.SymInt):
+        if isinstance(value, torch.Tensor) and (value.dim() > 1 or argument is slots):
+            values.append(value)
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
             return graph_sizes.get(str(value.shape[0]))
     return None
 
@@ -184,12 +214,19 @@ def _later(gm: fx.GraphModule, first: fx.Node, second: Any) -> fx.Node:
     return max((first, second), key=lambda n: order[n]) if isinstance(second, fx.Node) else first
 
 
-def _replace(node: fx.Node, name: str, old: fx.Node, new: fx.Node) -> None:
-    """Replaces one argument only: the same tensor may be read for another purpose as well."""
+def _place(node: fx.Node, name: str, value: Any) -> str | int:
+    """Where a node holds an argument: the name of a keyword, or a position."""
     if name in node.kwargs:
-        node.kwargs = {**node.kwargs, name: new}
-        return
+        return name
     schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
     positions = [a.name for a in schema.arguments] if schema is not None else []
-    index = positions.index(name) if name in positions else list(node.args).index(old)
-    node.args = (*node.args[:index], new, *node.args[index + 1 :])
+    return positions.index(name) if name in positions else list(node.args).index(value)
+
+
+def _replace(node: fx.Node, name: str, old: fx.Node, new: fx.Node) -> None:
+    """Replaces one argument only: the same tensor may be read for another purpose as well."""
+    place = _place(node, name, old)
+    if isinstance(place, str):
+        node.kwargs = {**node.kwargs, place: new}
+    else:
+        node.args = (*node.args[:place], new, *node.args[place + 1 :])

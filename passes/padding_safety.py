@@ -187,9 +187,13 @@ class _Analysis:
 
     def _check_row_indices(self) -> None:
         """An index that picks rows may do nothing else: its negative values are changed before the piece runs."""
+        fixed = {position for position, symbol in self.row_indices if symbol is None}
+        self.row_indices = [(position, symbol) for position, symbol in self.row_indices if symbol is not None]
         for position, _ in self.row_indices:
             node = self.placeholders[position]
             users = set(_through_copies(node))
+            if position in fixed:
+                self._note("mixing", node, "row indices pick entries of a dimension of fixed size as well")
             allowed = ("index", "index_select", "_unsafe_index")
             bad = [u for u in users if not any(f"aten.{name}." in str(u.target) for name in allowed)]
             if bad:

@@ -39,11 +39,13 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
     Raises:
         BatchError: no step with a cache is running, so that the size of its pages is unknown; a layer that the cache
-            does not fit; attention layers that see different numbers of tokens.
+            does not fit; attention layers that see different numbers of tokens, or that store other keys or values in
+            one layer of the cache.
     """
     calls = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
     if not calls:
         return gm
+    _check_layers(calls)
     rewriter = _Attention(gm, context, _one_size(calls, context))
     shapes: dict[str, None] = {}
     for node in calls:
@@ -59,6 +61,23 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 def _arguments(node: fx.Node) -> list[Any]:
     given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
     return [given[name] for name in _NAMES]
+
+
+def _check_layers(calls: Sequence[fx.Node]) -> None:
+    """Raises :class:`BatchError` where keys and values that one call stored would be overwritten by another."""
+    stored: dict[int, tuple[Any, Any, fx.Node]] = {}
+    for node in calls:
+        _, k, v, layer, _ = _arguments(node)
+        first = stored.setdefault(layer, (k, v, node))
+        if first[:2] != (k, v):
+            raise BatchError(
+                message(
+                    f"two calls of paged attention store other keys or values in layer {layer} of the cache",
+                    where=f"{place_of(first[2])} and {place_of(node)}",
+                    why="Later steps would read what the last one stored.",
+                    cure="Give each a layer of its own: pcg.PagedAttention(layer=i, ...), and the cache as many.",
+                )
+            )
 
 
 def _one_size(calls: Sequence[fx.Node], context: PassContext) -> Any:
@@ -110,6 +129,8 @@ class _Attention(Rewriter):
             self.call(node, torch.ops.pcg.store_kv.default, (k, v, *caches, slots))
             out = self.call(node, torch.empty_like, (q,), lambda: torch.empty(value.shape, **_options(value)))
             self.call(node, torch.ops.pcg.attend.default, (q, out, layer, text))
+        # It may be the next layer's query as it is.
+        self.facts[out] = self.facts[node]
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
         return text

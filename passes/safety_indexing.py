@@ -55,6 +55,8 @@ def scatter(call: Call) -> Dims:
 def _gathered(call: Call, source: Tracked, index: Tracked, axis: int) -> None:
     """Rows picked by index: right where the index tensor's values are the caller's own, counted from the real size."""
     if not has_tokens(source.dims[axis]):
+        if index.source is not None:
+            call.row_indices.append((index.source, None))
         return
     if index.below is not None and is_prefix(source.dims[axis]):
         # 0, 1, 2, ...: in eager these lie within the real entries, or it raises.

@@ -13,7 +13,8 @@ from torch import fx
 
 from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
-from .graph.facts import NodeFacts, trace_facts
+from .graph.contexts import region_without_gradients, switches_gradients_on
+from .graph.facts import NodeFacts, squeezed_sizes, trace_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
@@ -68,7 +69,9 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     example_inputs = fake_inputs(real_inputs)
     device = recording_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)
-    trainable = _requires_grad(gm, example_inputs)
+    plain = not has_subclasses(real_inputs)
+    region = region_without_gradients(gm) if plain and torch.is_grad_enabled() else None
+    trainable = _requires_grad(gm, example_inputs) if region is None else None
     if trainable is not None:
         counters.fall_back(
             f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '
@@ -76,11 +79,20 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         )
         add_runtime(owner, counters, None)
         return compile_whole_with_inductor(gm, real_inputs)
+    if not torch.is_grad_enabled() and switches_gradients_on(gm):
+        counters.fall_back("a part of the graph switches gradients on: it runs eagerly")
+        add_runtime(owner, counters, None)
+        return gm.forward
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
         context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
         context.source = gm
+        # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
+        if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
+            counters.fall_back("a dynamic size is squeezed, and is 1: the graph runs eagerly")
+            add_runtime(owner, counters, None)
+            return gm.forward
         gm = run_passes(rewritable, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
@@ -95,7 +107,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
-    return runtime.__call__
+    return runtime.__call__ if region is None else region()(runtime.__call__)
 
 
 def recording_device(example_inputs: Sequence[Any]) -> torch.device:
@@ -225,9 +237,14 @@ def _judge(plan: Plan, counters: Counters) -> None:
             site.refusal = _refusal(site, plan, counters.strict)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
-    rows = {node: symbol for s in plan.sites if isinstance(s, PieceSite) for node, symbol in _row_indices(s)}
-    for node, symbol in rows.items():
-        reason = _why_not_row_index(node, symbol, plan)
+    rows: dict[fx.Node, set[sympy.Symbol]] = {}
+    for site in plan.sites:
+        if isinstance(site, PieceSite):
+            for node, symbol in _row_indices(site):
+                rows.setdefault(node, set()).add(symbol)
+    for node, (symbol, *others) in rows.items():
+        several = "row indices pick rows of tensors of several sizes"
+        reason = several if others else _why_not_row_index(node, symbol, plan)
         if reason is None:
             plan.row_indices[node] = symbol
             continue

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import BatchError, message
-from .metadata import PageTable, Tables, check_adapters, make_tables, read_lengths
+from .metadata import Ints, PageTable, Tables, check_adapters, make_tables, positions_of, read_lengths
 from .padded import PaddedBatch
 from .step import RUNNING, StepState, current_step, require_step
 
@@ -107,6 +107,11 @@ class Batch:
             tables = self._tables[page_size] = make_tables(self._qo, self._kv, self._pages, page_size)
         return tables
 
+    def host_positions(self) -> Ints:
+        """``[tokens]`` int64: the position of every token in its request."""
+        tables = next(iter(self._tables.values()), None)
+        return positions_of(self._qo, self._kv) if tables is None else tables.positions
+
     def padded(self, bucket: int, page_size: int, slots: int | None = None) -> PaddedBatch:
         """The batch padded to ``bucket`` tokens by one more request, as int32 CPU tensors.
 
@@ -163,6 +168,8 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
     if not isinstance(batch, Batch):
         name = type(batch).__name__
         raise BatchError(message(f"pcg.step() takes a Batch, not {name}", cure="Write: pcg.step(pcg.Batch(...))"))
+    if cache is not None and not hasattr(cache, "slot_mapping"):
+        raise BatchError(message(f"the cache of a step is a PagedKVCache, not {type(cache).__name__}"))
     if RUNNING.get() is not None:
         raise BatchError(message("a step is running already", cure="Leave it before you enter the next one."))
     if cache is not None:

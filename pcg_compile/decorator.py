@@ -46,7 +46,7 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
     Args:
         dynamic: for each argument name, the dimension (or dimensions) whose size changes from call to call. The
             first call then compiles for all sizes, 1 included; a branch on the size becomes a guard. Without it,
-            the first dimension of every tensor argument.
+            the first dimension of every tensor argument, but for a single row beside tensors of more.
         guards: "dynamo" evaluates all of Dynamo's guards at each call. "inputs" evaluates only those on arguments,
             grad mode, autocast and the training flag; it no longer sees: attributes of the module or its children
             that changed (flags, lists, replaced submodules), globals and closure variables, patched functions, and
@@ -90,9 +90,10 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
     def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         if dynamic is None:
-            wanted: list[tuple[torch.Tensor, tuple[int, ...]]] = [
-                (value, (0,)) for value in _tensors(arguments) if value.dim() > 0
-            ]
+            tensors = [value for value in _tensors(arguments) if value.dim() > 0]
+            # Beside tensors of more rows, one row is broadcast rather than a single token.
+            several = [value for value in tensors if value.shape[0] != 1]
+            wanted: list[tuple[torch.Tensor, tuple[int, ...]]] = [(value, (0,)) for value in several or tensors]
         else:
             wanted = [
                 (value, dims if isinstance(dims, tuple) else (dims,))

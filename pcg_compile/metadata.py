@@ -50,7 +50,9 @@ def _integers(name: str, values: Any) -> Ints:
     if array.size and array.dtype.kind not in "iu":
         raise BatchError(
             message(
-                f"{name} holds {array.dtype} values", why="It holds whole numbers.", cure=f"Write: {name}=[1, 1, 57]"
+                f"{name} holds {array.dtype} values",
+                why="It holds whole numbers.",
+                cure="Write: page_table=[[3, 4], [5]]" if name == "page_table" else f"Write: {name}=[1, 1, 57]",
             )
         )
     return array
@@ -81,12 +83,12 @@ class PageTable:
                 raise BatchError(
                     message(f"page_table has {array.ndim} dimensions", why="It is [requests, most pages].")
                 )
-            self.flat = np.ascontiguousarray(array, dtype=np.int32).ravel()
+            self.flat = _pages_of(array).ravel()
             self.counts = np.full(array.shape[0], array.shape[1], dtype=np.int64)
         else:
             try:
                 self.counts = np.fromiter(map(len, table), np.int64)
-                self.flat = _integers("page_table", list(chain.from_iterable(table))).astype(np.int32)
+                self.flat = _pages_of(_integers("page_table", list(chain.from_iterable(table))))
             except TypeError:
                 raise BatchError(
                     message("page_table is no list of lists", cure="Write: page_table=[[3, 4], [5]]")
@@ -96,6 +98,13 @@ class PageTable:
         self.starts = _exclusive(self.counts)
         if not self.roomy:
             _check_pages(self.flat, self.counts, None)
+
+
+def _pages_of(array: Ints) -> Ints:
+    """Pages as int32; those beyond it become the least or the highest, which no cache has, instead of another's page."""
+    if array.dtype.itemsize > 4:
+        array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def _exclusive(counts: Ints) -> Ints:
@@ -257,6 +266,10 @@ def check_adapters(
                 f"[{tokens}], one a token"
             )
         return adapters
+    if isinstance(adapters, str):
+        raise BatchError(
+            message(f"adapters is {adapters!r}; it is one name a request", cure=f"Write: adapters=[{adapters!r}]")
+        )
     result = tuple(adapters)
     if len(result) != requests:
         raise BatchError(f"adapters has {len(result)} entries for {requests} requests")

@@ -182,13 +182,14 @@ class StepState:
         if self._user is None:
             cache, batch = self.cache, self.batch
             device = cache.device if cache is not None else torch.get_default_device()
-            tables = batch.tables(cache.page_size if cache is not None else 1)
-            slots = tables.slots if cache is not None else None
-            both = tables.positions if slots is None else np.concatenate([tables.positions, slots])
+            slots = None if cache is None else batch.tables(cache.page_size).slots
+            # Without a cache the size of a page is unknown, and whether the page table fits is nobody's concern.
+            positions = batch.host_positions()
+            both = positions if slots is None else np.concatenate([positions, slots])
             with torch.inference_mode(False), torch.no_grad():
                 target = torch.empty(len(both), dtype=torch.int64, device=device)
                 self.staging(target.device).send(both, target)
-                n = len(tables.positions)
+                n = len(positions)
                 self._user = (target[:n], None if slots is None else target[n:])
         return self._user
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import sympy
@@ -54,12 +58,64 @@ def python_dispatcher() -> AbstractContextManager[Any]:
     return enable_python_dispatcher()
 
 
-def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | int:
-    """Nodes at the end of ``graph`` that compute ``expr`` from nodes for its symbols (2.11 to 2.13)."""
+class _NodeAnalysis(PythonReferenceAnalysis):
+    """Torch's, with what it leaves to sympy's own functions or to Python protocols that a proxy does not have."""
+
+    # Rounding to whole numbers asks a value's own methods, which a proxy has not.
+    floor_to_int = staticmethod(lambda x, dtype: _call_node(math.floor, x))
+    ceil_to_int = staticmethod(lambda x, dtype: _call_node(math.ceil, x))
+    trunc_to_int = staticmethod(lambda x, dtype: _call_node(torch.sym_int, x))
+    round_to_int = staticmethod(lambda x, dtype: _call_node(round, x))
+    round_decimal = staticmethod(lambda x, digits: _call_node(round, x, digits))
+    floor = staticmethod(lambda x: _call_node(torch.sym_float, _call_node(math.floor, x)))
+    ceil = staticmethod(lambda x: _call_node(torch.sym_float, _call_node(math.ceil, x)))
+    trunc = staticmethod(lambda x: _call_node(torch.sym_float, _call_node(torch.sym_int, x)))
+    int_truediv = staticmethod(operator.truediv)
+    truncdiv = staticmethod(lambda a, b: _call_node(torch.sym_int, a / b))
+    add, sub, mul = staticmethod(operator.add), staticmethod(operator.sub), staticmethod(operator.mul)
+    bitwise_and, bitwise_or = staticmethod(operator.and_), staticmethod(operator.or_)
+    bitwise_xor = staticmethod(operator.xor)
+
+
+for _name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan"):
+    setattr(_NodeAnalysis, _name, staticmethod(partial(lambda f, x: _call_node(f, x), getattr(torch, f"_sym_{_name}"))))
+
+
+def _call_node(function: Callable[..., Any], *args: Any) -> Any:
+    proxies = [a for a in args if isinstance(a, fx.Proxy)]
+    return proxies[0].tracer.create_proxy("call_function", function, args, {}) if proxies else function(*args)
+
+
+def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | Any:
+    """Nodes at the end of ``graph`` that compute ``expr`` from nodes for its symbols (2.11 to 2.13).
+
+    An expression that no nodes are known for is one call, which no compiler can look into.
+    """
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
-    result = sympy_interp(PythonReferenceAnalysis, proxies, expr)
-    return result.node if isinstance(result, fx.Proxy) else int(result)
+    before = set(graph.nodes)
+    try:
+        result = sympy_interp(_NodeAnalysis, proxies, expr)
+    except Exception:
+        for node in reversed([n for n in graph.nodes if n not in before]):
+            graph.erase_node(node)
+        free = sorted(expr.free_symbols, key=str)
+        return graph.call_function(_Expression(expr, tuple(free)), tuple(symbols[s] for s in free))
+    return result.node if isinstance(result, fx.Proxy) else result
+
+
+class _Expression:
+    """An expression of sizes as a function of them."""
+
+    def __init__(self, expr: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> None:
+        self.expr, self.symbols = expr, symbols
+        self.__name__ = self.__qualname__ = "expression"
+
+    def __call__(self, *sizes: int) -> Any:
+        value = self.expr.xreplace({s: sympy.Integer(n) for s, n in zip(self.symbols, sizes, strict=True)})
+        if isinstance(value, sympy.logic.boolalg.BooleanAtom):
+            return bool(value)
+        return int(value) if value.is_integer and not value.is_Float else float(value)
 
 
 @contextmanager
@@ -225,6 +281,29 @@ def unowned_alias(tensor: torch.Tensor) -> torch.Tensor:
     borrowed = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(borrowed, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Ends a capture that failed, so that it leaves no trace (2.11).
+
+    Where CUDA gave the capture up as invalid, ``capture_end`` raises before it has told torch's allocator and random
+    number generator: the allocator would refuse the pool from then on, and every later random number would raise.
+    """
+    try:
+        graph.capture_end()
+        return
+    except Exception:  # what follows does the rest
+        pass
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with suppress(Exception):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    # The end of a capture that succeeds tells the generator.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.cuda.CUDAGraph()
+        empty.capture_begin(capture_error_mode="thread_local")
+        empty.capture_end()
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

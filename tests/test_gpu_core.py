@@ -114,6 +114,45 @@ def test_changed_weights_are_seen():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@torch.library.custom_op("gpu_core::waits", mutates_args=())
+def waits(x: torch.Tensor) -> torch.Tensor:
+    torch.cuda.synchronize()
+    return x + 1
+
+
+@waits.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_a_capture_that_fails_leaves_no_trace():
+    options = {"compiler": "eager", "buckets": [4, 8]}
+    bad = torch.compile(lambda x: torch.ops.gpu_core.waits(x * 2) * 2, backend="pcg", options=options)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.5))
+    good = torch.compile(model.eval(), backend="pcg", options=options)
+    for n in (3, 5, 3, 5, 6):
+        x = torch.randn(n, 8)
+        torch.testing.assert_close(bad(x), (x * 2 + 1) * 2)
+        torch.testing.assert_close(good(x), model(x))
+    reasons = [f.reason for f in pcg.stats(bad).fallbacks]
+    assert any("recording failed" in r for r in reasons) and any("twice" in r for r in reasons), reasons
+    assert not pcg.stats(good).fallbacks and pcg.stats(good).replays > 0
+    before = torch.cuda.get_rng_state()
+    assert not torch.equal(torch.rand(4), torch.rand(4)) and not torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_recordings_are_made_again_after_all_have_gone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4, 8]})
+    for _ in range(4):
+        for n in (3, 5, 8, 3):
+            x = torch.randn(n, 8)
+            torch.testing.assert_close(compiled(x), model(x))
+        model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True)
+    stats = pcg.stats(compiled)
+    assert not stats.fallbacks and stats.captured >= 8 and stats.replays > stats.captured
+
+
 def test_recordings_share_memory():
     model = ToyLlama(hidden=512, mlp=1024, layers=8).eval()
     compiled = torch.compile(

@@ -93,3 +93,34 @@ def test_modes_that_change_between_steps():
             assert got.dtype == want.dtype
             torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
     assert ours.calls.item() == theirs.calls.item()
+
+
+@torch.library.custom_op("threads::opaque", mutates_args=())
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+@opaque.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_a_default_device_is_the_users_business():
+    """What pcg makes for itself, rubbish for probes and metadata among it, lies where it belongs all the same."""
+    attention = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
+    cache = pcg.PagedKVCache(num_layers=1, num_pages=8, page_size=4, num_kv_heads=1, head_dim=4)
+    xs = {n: torch.randn(n, 1, 4) for n in (3, 5, 7, 8)}
+
+    def function(x):
+        return attention(x, x + 1, torch.ops.threads.opaque(x)) * 2
+
+    compiled = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [4, 8]})
+    with torch.device("meta"):
+        for n in (3, 5, 7, 3, 8):
+            results = []
+            for call in (function, compiled):
+                with pcg.step(pcg.Batch([n], [n], [[1, 2]]), cache):
+                    results.append(call(xs[n]))
+            torch.testing.assert_close(*results)
+    stats = pcg.stats(compiled)
+    assert stats.replays > 0 and stats.fallbacks == ()

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
@@ -67,8 +68,14 @@ def encode_shape(
     scale: float,
     dtype: torch.dtype,
 ) -> str:
-    """:meth:`AttentionShape.encode` as a plain function, which Dynamo traces to a constant."""
-    return f"{num_heads},{num_kv_heads},{head_dim},{window},{softcap},{scale},{dtype}"
+    """:meth:`AttentionShape.encode` as a plain function, which Dynamo traces to a constant.
+
+    With ``dynamic=True``, or where layers that share their code differ in it, a number is symbolic: it is specialized.
+    """
+    heads, kv_heads, size = guard_scalar(num_heads), guard_scalar(num_kv_heads), guard_scalar(head_dim)
+    seen = None if window is None else guard_scalar(window)
+    cap = None if softcap is None else guard_scalar(softcap)
+    return f"{heads},{kv_heads},{size},{seen},{cap},{guard_scalar(scale)},{dtype}"
 
 
 class AttentionImpl(ABC):

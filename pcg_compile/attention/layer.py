@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -57,6 +59,8 @@ class PagedAttention(nn.Module):
             )
         if softcap is not None and not softcap > 0:
             raise OptionsError(f"PagedAttention(softcap={softcap!r}): it is a number above 0, or None")
+        if scale is not None and (isinstance(scale, str) or not math.isfinite(scale)):
+            raise OptionsError(f"PagedAttention(scale={scale!r}): it is a number, or None")
         self.layer, self.num_heads, self.num_kv_heads, self.head_dim = layer, num_heads, num_kv_heads, head_dim
         self.window = window
         self.softcap = None if softcap is None else float(softcap)

@@ -120,6 +120,10 @@ def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: in
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _no_gradients(context: Any, *gradients: Any) -> None:
+    raise BatchError(message("paged attention has no gradients", cure="Serve in torch.no_grad(), as pcg.step() does."))
+
+
 def _fake_nothing(*args: Any) -> None:
     return None
 
@@ -131,5 +135,6 @@ for _name, _function, _fake in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcg::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("pcg::paged_attention", _no_gradients, lib=_LIBRARY)
 _LIBRARY.impl("store_kv", store_kv, "CompositeImplicitAutograd")
 torch.fx.node.has_side_effect(torch.ops.pcg.prepare_batch.default)

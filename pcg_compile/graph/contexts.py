@@ -12,14 +12,23 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["Autocast", "autocast_regions", "is_mode_switch"]
+__all__ = [
+    "Autocast",
+    "autocast_regions",
+    "is_grad_switch",
+    "is_mode_switch",
+    "is_transform",
+    "region_without_gradients",
+    "switches_gradients_on",
+    "transform_depth",
+]
 
 #: The arguments of ``torch.amp.autocast_mode._enter_autocast``, outermost region first.
 Autocast = tuple[tuple[Any, ...], ...]
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
-# Everything runs without gradients, so switching them is of no effect.
+# Everything runs without gradients, so switching them is of no effect, but for transforms that compute gradients.
 _GRAD_SWITCHES = frozenset(
     {
         "_set_grad_enabled",
@@ -33,9 +42,51 @@ _GRAD_SWITCHES = frozenset(
 
 def is_mode_switch(node: fx.Node) -> bool:
     """Whether a node opens or closes an autocast region, or switches gradients."""
-    return node.op == "call_function" and (
-        node.target in (_ENTER, _EXIT) or getattr(node.target, "__name__", "") in _GRAD_SWITCHES
-    )
+    return node.op == "call_function" and (node.target in (_ENTER, _EXIT) or is_grad_switch(node))
+
+
+def is_grad_switch(node: fx.Node) -> bool:
+    """Whether a node switches gradients."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _GRAD_SWITCHES
+
+
+def switches_gradients_on(gm: fx.GraphModule) -> bool:
+    """Whether a part of a graph that is traced without gradients asks for them, other than inside a transform."""
+    depth = 0
+    for node in gm.graph.nodes:
+        depth += transform_depth(node)
+        if depth == 0 and is_grad_switch(node) and node.target.__name__ == "_set_grad_enabled" and node.args[0] is True:
+            return True
+    return False
+
+
+def region_without_gradients(gm: fx.GraphModule) -> type[torch.no_grad] | type[torch.inference_mode] | None:
+    """The region that all of a graph's calls lie in, as those of a decorated forward do; None where some do not."""
+    enabled, inference = True, 0
+    seen: set[bool] = set()
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "") if is_grad_switch(node) else ""
+        if name == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        elif name.endswith("_inference_mode"):
+            inference += 1 if name.startswith("_enter") and node.args[0] else -1
+        elif node.op.startswith("call_") and enabled and not inference:
+            return None
+        elif node.op.startswith("call_"):
+            seen.add(inference > 0)
+    return None if not seen else torch.inference_mode if seen == {True} else torch.no_grad
+
+
+def is_transform(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a function transform such as vmap, whose state spans the nodes between."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and "functorch" in module
+
+
+def transform_depth(node: fx.Node) -> int:
+    """1 for a node that enters a function transform, -1 for one that leaves it, else 0."""
+    name = getattr(node.target, "__name__", "") if is_transform(node) else ""
+    return name.endswith("increment_nesting") - name.endswith("decrement_nesting")
 
 
 def autocast_regions(gm: fx.GraphModule) -> Mapping[fx.Node, Autocast]:

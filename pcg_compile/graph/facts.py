@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
 
-__all__ = ["NodeFacts", "OpCall", "alias_of", "storage_of", "tensors_in", "trace_facts", "written_tensors"]
+__all__ = [
+    "NodeFacts", "OpCall", "alias_of", "squeezed_sizes", "storage_of", "tensors_in", "trace_facts", "written_tensors",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,21 @@ def written_tensors(call: OpCall) -> Iterator[torch.Tensor]:
             yield from tensors_in(call.kwargs[argument.name])
         elif position < len(call.args):
             yield from tensors_in(call.args[position])
+
+
+def squeezed_sizes(facts: Mapping[fx.Node, NodeFacts]) -> list[torch.SymInt]:
+    """Dynamic sizes that a squeeze was traced to leave alone, which it does not where they are 1."""
+    found: list[torch.SymInt] = []
+    for call in (call for fact in facts.values() for call in fact.ops):
+        if not str(call.op).startswith(("aten.squeeze.", "aten.squeeze_.")):
+            continue
+        shape = call.args[0].shape
+        chosen = call.args[1] if len(call.args) > 1 else range(len(shape))
+        for dim in [chosen] if isinstance(chosen, int) else chosen:
+            size = shape[dim] if shape else 1
+            if isinstance(size, torch.SymInt) and size.node.has_hint():
+                found.append(size)
+    return found
 
 
 class _Recorder(TorchDispatchMode):

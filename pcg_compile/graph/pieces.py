@@ -55,8 +55,8 @@ class Compiled:
 
     function: Callable[..., Any]
     failure: str | None = None
-    #: False until the first call: kernels that load or tune themselves must not do so while recording.
-    warm: bool = field(default=False)
+    #: Sizes that it has run at: kernels that load or tune themselves for a size must not do so while recording.
+    warm: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class _Builder:

@@ -303,6 +303,9 @@ def _refusal(plan: Plan) -> str | None:
     for spec in plan.inputs:
         if isinstance(spec.value, torch.Tensor) and not _is_plain(spec.value):
             return f"input {spec.node.name} is not a plain strided tensor"
+    for node, fact in plan.facts.items():
+        if any(getattr(getattr(call.op, "_schema", None), "name", "") == "aten::set_" for call in fact.ops):
+            return f"a tensor is given other memory at {place_of(node)}"
     earlier: set[int] = {storage_of(s.value) for s in plan.inputs if isinstance(s.value, torch.Tensor)}
     order = list(plan.gm.graph.nodes)
     rank = {node: i for i, node in enumerate(order)}

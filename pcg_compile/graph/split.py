@@ -13,7 +13,7 @@ from torch import fx
 
 from ..errors import SplitOpNotFound, message
 from ..ops import SplitOp, registered_split_ops
-from .contexts import is_mode_switch
+from .contexts import is_grad_switch, is_mode_switch, is_transform, transform_depth
 from .facts import NodeFacts, tensors_in
 from .scalars import is_scalar, symbols_of
 
@@ -151,7 +151,7 @@ def sets_state(node: fx.Node, facts: NodeFacts | None) -> bool:
         return False
     module = getattr(node.target, "__module__", None) or ""
     name = getattr(node.target, "__name__", "")
-    return not (_is_transform(node) or _is_assertion(node) or name in _NO_EFFECT) and module.startswith("torch")
+    return not (is_transform(node) or _is_assertion(node) or name in _NO_EFFECT) and module.startswith("torch")
 
 
 def _plain_name(node: fx.Node) -> str:
@@ -204,9 +204,11 @@ def segments_of(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], cuts: Ma
     current: Segment | None = None
     depth = 0
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or is_mode_switch(node):
+        depth += transform_depth(node)
+        # Inside a transform, gradients are what is computed.
+        switches = is_mode_switch(node) and not (depth and is_grad_switch(node))
+        if node.op in ("placeholder", "output", "get_attr") or switches:
             continue
-        depth += _transform_depth(node)
         if node not in cuts and is_scalar(facts[node].value) and not _has_effect(node, facts[node]):
             continue
         source = node.args[0] if _is_getitem(node) else None
@@ -233,7 +235,7 @@ def segments_of(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], cuts: Ma
 
 def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
     """Whether a node without a tensor result must still run: it does more than compute with sizes."""
-    if facts.writes or _is_transform(node):
+    if facts.writes or is_transform(node) or is_grad_switch(node):
         return True
     if node.op == "call_function" and _is_assertion(node):
         return False
@@ -247,17 +249,6 @@ def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
 def _is_assertion(node: fx.Node) -> bool:
     """Assertions on sizes held when the graph was traced, and are guards since."""
     return getattr(node.target, "__name__", "").startswith(("_check", "sym_constrain", "_assert_scalar"))
-
-
-def _is_transform(node: fx.Node) -> bool:
-    """Whether a node enters or leaves a function transform such as vmap, whose state spans the nodes between."""
-    module = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and "functorch" in module
-
-
-def _transform_depth(node: fx.Node) -> int:
-    name = getattr(node.target, "__name__", "") if _is_transform(node) else ""
-    return name.endswith("increment_nesting") - name.endswith("decrement_nesting")
 
 
 def _is_size_query(op: Any) -> bool:

@@ -8,12 +8,16 @@
 ``input_ids`` and ``position_ids`` are ``[1, tokens]``, the requests of the batch one after the other; the model's own
 code is unchanged. No mask is made, the paged cache tells what a token sees. ``use_cache`` is switched off in the
 config of every model that is made with, or set to, this implementation, since the paged cache takes the place of
-transformers' own; transformers has no hook for that, so its check of the implementation's name is wrapped.
+transformers' own; transformers has no hook for that, so its check of the implementation's name is wrapped. A model that
+would give wrong numbers with packed requests is refused there (``OptionsError``), with the reason.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -23,12 +27,19 @@ from transformers.modeling_utils import PreTrainedModel
 from ..attention import PagedKVCache
 from ..attention.base import encode_shape
 from ..attention.layer import check_qkv
-from ..errors import BatchError, message
+from ..errors import BatchError, OptionsError, message
 
 __all__ = ["NAME", "attention", "cache_for"]
 
 #: What to pass as ``attn_implementation``.
 NAME = "pcg"
+
+#: Types of layers, as configs name them, in which a token sees others through causal attention alone, or not at all.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention", "dense", "mlp", "moe", "sparse"})
+#: Rotary embeddings whose frequencies follow from the longest position of a call, whoever's it is.
+_ROPE_BY_CALL = frozenset({"dynamic", "longrope"})
+#: Models that attend several times a step under one layer_idx, each time with other keys or values.
+_ATTEND_TWICE = frozenset({"diffllama", "hrm_text"})
 
 
 def attention(
@@ -123,14 +134,17 @@ def cache_for(
         dtype, device: the model's where None; for a config its dtype, and torch's defaults.
 
     Raises:
-        OptionsError: a size out of range.
+        OptionsError: a size out of range, a model without attention heads.
     """
     config = getattr(model, "config", model).get_text_config()
     if isinstance(model, torch.nn.Module):
         parameter = next(model.parameters())
         dtype, device = dtype or parameter.dtype, device if device is not None else parameter.device
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise OptionsError(f"{type(config).__name__} has no num_attention_heads, so that there is nothing to cache")
+    # With latent attention, config.head_dim is its rotary part.
+    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     return PagedKVCache(
         config.num_hidden_layers,
         num_pages,
@@ -143,6 +157,38 @@ def cache_for(
     )
 
 
+def _why_not(model: PreTrainedModel) -> str | None:
+    """Why a token of ``model`` would depend on more than its request's tokens, their positions and the paged cache."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    module = sys.modules.get(type(model).__module__)
+    try:
+        source = "" if module is None else inspect.getsource(module)
+    except (OSError, TypeError):
+        source = ""
+    if re.search(r"^class \w*Attention\w*\(", source, re.M) and "ALL_ATTENTION_FUNCTIONS" not in source:
+        return f"{name} computes attention by itself, whatever attn_implementation says."
+    if getattr(model, "_is_stateful", False):
+        return f"{name} carries a state from token to token, which pages do not hold."
+    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if types:
+        return f"{name} has layers of type {', '.join(sorted(map(str, types)))}; pages hold keys and values alone."
+    if getattr(config, "index_topk", None) is not None:
+        return f"{name} selects the keys that a token sees by an index of its own."
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {str(p.get("rope_type", p.get("type"))) for p in (rope, *rope.values()) if isinstance(p, dict)}
+    if kinds & _ROPE_BY_CALL:
+        return (
+            f"the {min(kinds & _ROPE_BY_CALL)!r} rotary embedding of {name} follows the longest request of a step, "
+            "so that a request would get other numbers in other company."
+        )
+    takes = inspect.signature(type(model).forward).parameters
+    if "input_ids" in takes and "position_ids" not in takes:
+        return f"{name} takes no position_ids: it counts positions by itself, through the packed requests."
+    if config.model_type in _ATTEND_TWICE:
+        return f"{name} attends several times with one layer_idx, and a page holds one key and value a layer."
+    return None
+
+
 def _switch_cache_off(check: Any) -> Any:
     """Wraps the method that every model passes the name of its attention through, when made and when it is set."""
 
@@ -150,6 +196,15 @@ def _switch_cache_off(check: Any) -> Any:
     def checked(self: PreTrainedModel, requested: str | None, *args: Any, **kwargs: Any) -> str:
         name = check(self, requested, *args, **kwargs)
         if name == NAME:
+            reason = _why_not(self)
+            if reason is not None:
+                raise OptionsError(
+                    message(
+                        f'attn_implementation="pcg" would give wrong numbers with {type(self).__name__}',
+                        why=reason,
+                        cure='Use another attn_implementation, such as "sdpa", without pcg.step().',
+                    )
+                )
             self.config.use_cache = False
         return name
 

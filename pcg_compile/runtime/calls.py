@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,18 +33,23 @@ class _Late:
 
 @dataclass(frozen=True)
 class _LateNumber:
-    """A number that depends on data of the step."""
+    """A number that depends on data of the step, and the sizes that are known before."""
 
     value: Any
+    known: Mapping[sympy.Symbol, int]
+    least: int | None = None
+
+    def at(self, learned: Mapping[sympy.Symbol, int]) -> Any:
+        """The number, once the step has told what was unknown."""
+        number = evaluate(self.value, {**learned, **self.known})
+        return number if self.least is None else max(number, self.least)
 
 
 def run_exact(b: Building, site: PieceSite) -> None:
     """Runs a piece at the step's real sizes."""
     piece = site.piece
-    numbers = [b.sizes.get(s, _LateNumber(v)) for s, v in zip(piece.symbols, piece.example, strict=False)]
+    numbers = [b.sizes.get(s, _LateNumber(v, b.sizes)) for s, v in zip(piece.symbols, piece.example, strict=False)]
     function = site.compiled.function if b.compiled else piece.gm.forward
-    if site.compiled.failure is None and b.compiled:
-        site.compiled.warm = True
     before: list[Op] = []
     after: list[Op] = []
     arguments = [_real(b, node, i in piece.writes, site, before, after) for i, node in enumerate(piece.inputs)]
@@ -67,7 +72,7 @@ def run_call(b: Building, site: CallSite) -> None:
             return attribute(b.plan.gm, str(node.target))
         value = b.plan.value(node)
         if is_scalar(value):
-            return evaluate(value, sizes) if symbols_of(value) <= sizes.keys() else _LateNumber(value)
+            return evaluate(value, sizes) if symbols_of(value) <= sizes.keys() else _LateNumber(value, sizes)
         if node not in done:
             if request and node in b.static:
                 done[node] = b.static[node]
@@ -77,6 +82,8 @@ def run_call(b: Building, site: CallSite) -> None:
 
     arguments = fx.node.map_arg(site.node.args, resolve)
     keywords = fx.node.map_arg(site.node.kwargs, resolve)
+    if request and "pcg_maxima" in site.node.meta:
+        arguments, keywords = _raise_maxima(b, site, arguments, keywords)
     extra: dict[str, Any] = {}
     if site.op.bucket_args:
         arguments = tuple(
@@ -91,6 +98,18 @@ def run_call(b: Building, site: CallSite) -> None:
         call = _in_autocast(call, site.autocast)
     paths = [(node, _path(node, site.node)) for node in site.outputs]
     _finish(b, site, call, before, after, [] if request else list(site.writes), paths, request)
+
+
+def _raise_maxima(b: Building, site: CallSite, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+    """Declared maxima are at least the bucket: the padding request may be the longest."""
+    tokens, places = site.node.meta["pcg_maxima"]
+    least = _at_bucket(b, tokens)
+
+    def raised(value: Any) -> Any:
+        return replace(value, least=least) if isinstance(value, _LateNumber) else max(value, least)
+
+    arguments = tuple(raised(value) if i in places else value for i, value in enumerate(arguments))
+    return arguments, {name: raised(value) if name in places else value for name, value in keywords.items()}
 
 
 def _at_bucket(b: Building, argument: Any) -> Any:
@@ -117,7 +136,7 @@ def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op
 def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> Op:
     flat, spec = tree_flatten((tuple(arguments), dict(keywords)))
     late = [(i, leaf.slot) for i, leaf in enumerate(flat) if isinstance(leaf, _Late)]
-    numbers = [(i, leaf.value) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
+    numbers = [(i, leaf) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
     if not late and not numbers:
         return partial(function, *arguments, **keywords)
     frame, sizes = b.program.frame, b.program.sizes
@@ -126,8 +145,8 @@ def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords:
         leaves = list(flat)
         for i, slot in late:
             leaves[i] = frame[slot]
-        for i, value in numbers:
-            leaves[i] = evaluate(value, sizes)
+        for i, number in numbers:
+            leaves[i] = number.at(sizes)
         args, kwargs = tree_unflatten(leaves, spec)
         return function(*args, **kwargs)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..torch_internals import abandon_capture
 from .views import assign
 
 __all__ = ["CudaGraphs", "Engine", "Recording", "StaticReplay", "gc_frozen"]
@@ -50,7 +52,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Around all recordings of one step."""
+        """Around all recordings of one step, or of a whole warm-up."""
         yield
 
 
@@ -85,6 +87,14 @@ class StaticReplay(Engine):
         return Recording(outputs, replay, size)
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """A memory pool, and the recordings that live in it."""
+
+    handle: Any
+    graphs: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
 class CudaGraphs(Engine):
     """CUDA graphs that share memory pools.
 
@@ -97,8 +107,15 @@ class CudaGraphs(Engine):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pools: dict[Hashable, Any] = {}
+        self.pools: dict[Hashable, _Pool] = {}
         self.stream = torch.cuda.Stream(device)
+
+    def _pool(self, name: Hashable) -> _Pool:
+        """The pool of a name; a new one where no recording is left, since torch frees such a pool for good."""
+        pool = self.pools.get(name)
+        if pool is None or not pool.graphs:
+            pool = self.pools[name] = _Pool(torch.cuda.graph_pool_handle())
+        return pool
 
     def record(
         self,
@@ -109,30 +126,30 @@ class CudaGraphs(Engine):
         ready: Callable[[], None] = lambda: None,
     ) -> Recording:
         current = torch.cuda.current_stream(self.device)
-        before = torch.cuda.memory_reserved(self.device)
+        before = _reserved(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             if warm_up is not None:
                 warm_up()
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": another thread's allocation must not break this capture.
-            handle = self.pools.setdefault(pool, torch.cuda.graph_pool_handle())
-            graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+            graph, shared = torch.cuda.CUDAGraph(), self._pool(pool)
             try:
+                # "thread_local": another thread's allocation must not break this capture.
+                graph.capture_begin(pool=shared.handle, capture_error_mode="thread_local")
                 outputs = list(run())
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(Exception):
-                    graph.capture_end()
+                self.pools.pop(pool, None)
+                abandon_capture(graph, shared.handle, self.device)
                 raise
-            graph.capture_end()
+            shared.graphs.add(graph)
         current.wait_stream(self.stream)
         ready()
         graph.replay()
-        return Recording(outputs, graph.replay, torch.cuda.memory_reserved(self.device) - before)
+        return Recording(outputs, graph.replay, _reserved(self.device) - before)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Collects garbage once before, and not while recording: a collection walks all of a model's objects."""
+        """Collects garbage when all is recorded, not in between: a collection walks all of a model's objects."""
         with gc_frozen():
             yield
 
@@ -147,6 +164,11 @@ def gc_frozen() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _reserved(device: torch.device) -> int:
+    """``torch.cuda.memory_reserved()``, which looks up a hundred other figures on the way."""
+    return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
 
 
 def engine_for(device: torch.device) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import sympy
@@ -30,6 +31,9 @@ class GraphRuntime(GraphState):
         self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
+        #: The same, of each tensor that has any.
+        carried = {tuple(self._places[s] for s in symbols) for symbols in self.shared.chooser.products if symbols}
+        self._carried = carried or {(i,) for i in self._dims}
         self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
 
     def __call__(self, *args: Any) -> Any:
@@ -92,16 +96,19 @@ class GraphRuntime(GraphState):
         return int(evaluate(size, dict(zip(self.plan.symbols, sizes, strict=True))))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
-        real, padded, name = 1, 1, []
         assert program.bucket is not None
-        for symbol, n, b in zip(self.plan.symbols, sizes, program.bucket, strict=True):
-            if symbol in self.plan.dims:
-                real, padded = real * n, padded * b
-                name.append(b)
-        use = self.shared.counters.bucket(name[0] if len(name) == 1 else tuple(name))
+        bucket = program.bucket
+        name = tuple(bucket[i] for i in self._dims)
+        use = self.shared.counters.bucket(name[0] if len(name) == 1 else name)
         use.hits += 1
-        use.tokens += real if name else 0
-        use.padded_tokens += padded if name else 0
+        if len(name) == 1:
+            use.tokens += sizes[self._dims[0]]
+            use.padded_tokens += name[0]
+        elif name:
+            # Of one tensor: another may carry the same rows under a symbol of its own, as a mask does.
+            real, padded = max((prod(sizes[i] for i in at), prod(bucket[i] for i in at)) for at in self._carried)
+            use.tokens += real
+            use.padded_tokens += padded
 
     def _first_of(
         self, binding: Binding, sizes: tuple[int, ...], args: Sequence[Any], step: Any

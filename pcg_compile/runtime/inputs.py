@@ -10,7 +10,7 @@ from ..graph.plan import InputSpec
 from ..graph.scalars import evaluate, shape_at, strides_at
 from .binding import wants_static
 from .building import Building
-from .views import looks_like, real_rows, tails
+from .views import expanded_dims, looks_like, real_rows, tails, unexpanded
 
 __all__ = ["bind_inputs"]
 
@@ -47,19 +47,35 @@ def _bind_step_input(b: Building, spec: InputSpec) -> None:
 def _copy_in(b: Building, spec: InputSpec) -> None:
     shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
     target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
+    real = real_rows(target, spec.value, b.sizes)
     b.static[spec.node] = target
-    b.program.targets.append(real_rows(target, spec.value, b.sizes))
-    b.program.sources.append(spec.position)
     b.copied.append(spec)
-    pad_value = 0 if spec.node in b.plan.row_indices else spec.pad_value
+    expanded = expanded_dims(real)
+    real = unexpanded(real, expanded)
+    rows = b.plan.row_indices.get(spec.node)
+    if rows is not None:
+        real = _pick_real_rows(b, spec, real, b.sizes[rows], b.at[rows])
+    pad_value = spec.pad_value if rows is None else 0
+    if expanded:
+        b.program.expanded.append((real, spec.position, expanded))
+    else:
+        b.program.targets.append(real)
+        b.program.sources.append(spec.position)
     if pad_value is not None:
         b.program.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, b.sizes))
-    if spec.node in b.plan.row_indices:
-        _count_from_the_real_size(b, b.program.targets[-1], b.sizes[b.plan.row_indices[spec.node]])
 
 
-def _count_from_the_real_size(b: Building, indices: torch.Tensor, size: int) -> None:
-    with torch.inference_mode(False):
-        negative = torch.empty(indices.shape, dtype=torch.bool, device=indices.device)
-    b.program.prologue.append(partial(torch.lt, indices, 0, out=negative))
-    b.program.prologue.append(partial(indices.add_, negative, alpha=size))
+def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
+    """Where to copy row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
+
+    So a negative one counts from the real size, and one that is out of range is the error that eager raises, where
+    at the bucket's size it would silently be a padding row.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        shape = tuple(indices.shape)
+        strides = torch.empty(shape, device="meta").stride()
+        given = b.binding.place((spec.node, "given"), ("given", spec.position), shape, strides, torch.int64)
+        rows = b.binding.place(("rows", indices.dtype), ("rows", indices.dtype), (bucket,), (1,), indices.dtype)
+        torch.arange(bucket, out=rows, device=rows.device)
+        b.program.prologue.append(partial(torch.take, rows[:size], given, out=indices))
+    return given

@@ -23,7 +23,8 @@ __all__ = ["emitter"]
 def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
     """Makes what turns a step's arguments, and what the program computed, into the results."""
     leaves, spec = tree_flatten(b.plan.outputs, is_leaf=lambda x: isinstance(x, fx.Node))
-    positions = {s.node: s.position for s in b.plan.inputs if s.position >= 0}
+    # By value: what an op in place returns is the argument itself.
+    positions = {id(s.value): s.position for s in b.plan.inputs if s.position >= 0}
     bases = {storage_of(s.value): s for s in b.copied}
     groups: dict[int, list[int]] = {}
     makers: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
@@ -35,8 +36,8 @@ def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
             constants[i] = attribute(b.plan.gm, str(leaf.target))
             continue
         value = b.plan.value(leaf)
-        if leaf in positions and isinstance(value, torch.Tensor):
-            makers.append((i, itemgetter(positions[leaf])))
+        if isinstance(value, torch.Tensor) and id(value) in positions:
+            makers.append((i, itemgetter(positions[id(value)])))
         elif is_scalar(value):
             if symbols_of(value) <= b.sizes.keys():
                 constants[i] = evaluate(value, b.sizes)

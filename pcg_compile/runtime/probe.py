@@ -10,8 +10,8 @@ from typing import Any
 import sympy
 import torch
 
-from ..graph.scalars import strides_at
-from .views import looks_like, real_rows, tails
+from ..graph.scalars import strides_at, symbols_of
+from .views import assign, looks_like, real_rows, tails
 
 __all__ = ["Argument", "probe"]
 
@@ -19,6 +19,10 @@ Sizes = Mapping[sympy.Symbol, int]
 
 #: A size-dependent result differs by far more; a kernel chosen for another row count by less.
 _TOLERANCE = 1e-2
+_INF, _NAN = float("inf"), float("nan")
+#: What padding is filled with, run by run; 2 stands for a value near the largest of the type. NaN alone would not do:
+#: no comparison with it is true, so that a largest value over all rows would be compared with nothing.
+_RUBBISH = ((_NAN, _INF, -_INF, 2.0, -2.0, 0.0, 1.0), (2.0, -2.0, 1.0), (0.0,))
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Argument:
     written: bool
     #: Padding that must stay as it is: indices to memory that nobody owns.
     fixed: bool
+    #: Entries at the front that hold what padding writes: the first slot of a cache's page 0.
+    scratch: int = 0
 
 
 def probe(
@@ -39,7 +45,7 @@ def probe(
     sizes: Sizes,
     bucket: Sizes,
 ) -> str | None:
-    """Runs a piece at the bucket twice, with different rubbish as padding, and once at its exact size.
+    """Runs a piece at the bucket with different rubbish as padding, and once at its exact size.
 
     Args:
         run: calls the piece with tensors and the sizes to tell it. arguments: its static inputs, real rows filled in.
@@ -64,48 +70,77 @@ def _compare(
     sizes: Sizes,
     bucket: Sizes,
 ) -> str | None:
-    runs = []
-    for seed in (0, 1):
-        for argument in arguments:
-            if not argument.fixed:
-                _litter(argument, sizes, seed)
-        written = [a for a in arguments if a.written]
+    written = [a for a in arguments if a.written]
+
+    def at_bucket() -> list[torch.Tensor]:
         before = [a.static.clone() for a in written]
         outputs = run([a.static for a in arguments], bucket)
         made = [real_rows(r, f, sizes).clone() for r, f in zip(outputs, results, strict=True)]
-        made += [real_rows(a.static, a.fake, sizes).clone() for a in written]
-        runs.append(made)
+        made += [real_rows(a.static, a.fake, sizes)[a.scratch :].clone() for a in written]
         for argument, old in zip(written, before, strict=True):
-            argument.static.copy_(old)
-    for i, (one, other) in enumerate(zip(*runs, strict=True)):
-        if not torch.equal(_comparable(one), _comparable(other)):
+            assign(argument.static, old)
+        return made
+
+    runs = []
+    for seed in range(len(_RUBBISH)):
+        for argument in arguments:
+            if not argument.fixed:
+                _litter(argument, sizes, seed)
+        runs.append(at_bucket())
+    for i, (one, *others) in enumerate(zip(*runs, strict=True)):
+        if not all(torch.equal(_comparable(one), _comparable(other)) for other in others):
             return f"result {i} changes with the padding"
-    exact_inputs = [_exact(a, sizes) for a in arguments]
-    exact = [r.clone() for r in run(exact_inputs, sizes)]
-    exact += [t for t, a in zip(exact_inputs, arguments, strict=True) if a.written]
-    for i, (one, other) in enumerate(zip(runs[0], exact, strict=True)):
+    which = _differs(runs[0], _run_exact(run, arguments, sizes))
+    if which is None:
+        # Many rows alike: what counts rows of a kind up to a limit that follows from the size is full then.
+        for argument in arguments:
+            if not argument.fixed:
+                _level(argument, sizes)
+        which = _differs(at_bucket(), _run_exact(run, arguments, sizes))
+    return None if which is None else f"result {which} changes with the size that the piece is run at"
+
+
+def _run_exact(
+    run: Callable[[Sequence[Any], Sizes], Sequence[torch.Tensor]], arguments: Sequence[Argument], sizes: Sizes
+) -> list[torch.Tensor]:
+    inputs = [_exact(a, sizes) for a in arguments]
+    results = [r.clone() for r in run(inputs, sizes)]
+    return results + [t[a.scratch :] for t, a in zip(inputs, arguments, strict=True) if a.written]
+
+
+def _differs(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> int | None:
+    for i, (one, other) in enumerate(zip(ones, others, strict=True)):
         if one.shape != other.shape or not _close(one, other):
-            return f"result {i} changes with the size that the piece is run at"
+            return i
     return None
 
 
+def _level(argument: Argument, sizes: Sizes) -> None:
+    """Makes all real entries along a dynamic dimension like the first."""
+    real = real_rows(argument.static, argument.fake, sizes)
+    for dim, size in enumerate(argument.fake.shape):
+        if symbols_of(size) and real.numel():
+            assign(real, real.narrow(dim, 0, 1).clone().expand_as(real))
+
+
 def _litter(argument: Argument, sizes: Sizes, seed: int) -> None:
-    """Fills the padding: floats with NaN, infinities and large values, integers with values from the real rows."""
+    """Fills the padding: floats as one of ``_RUBBISH``, integers with values from the real rows."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     for tail in tails(argument.static, argument.fake, sizes):
         if tail.numel() == 0:
             continue
         if tail.is_floating_point() or tail.is_complex():
-            largest = torch.finfo(tail.dtype).max / 4
-            pool = [float("nan"), float("inf"), -float("inf"), largest, -largest, 0.0, 1.0]
-            chosen = torch.randint(len(pool), tail.shape, generator=generator)
-            tail.copy_(torch.tensor(pool, dtype=torch.float64)[chosen].to(tail.dtype))
+            pool = torch.tensor(_RUBBISH[seed], dtype=torch.float64, device="cpu")
+            # Large for the type, and finite.
+            pool = torch.where(pool.abs() == 2, pool * (torch.finfo(tail.dtype).max / 8), pool)
+            chosen = torch.randint(len(pool), tail.shape, generator=generator, device="cpu")
+            assign(tail, pool[chosen].to(tail.dtype))
         else:
             real = real_rows(argument.static, argument.fake, sizes).reshape(-1)
             if real.numel() == 0:
                 continue
-            chosen = torch.randint(real.numel(), tail.shape, generator=generator).to(real.device)
-            tail.copy_(real[chosen])
+            chosen = torch.randint(real.numel(), tail.shape, generator=generator, device="cpu").to(real.device)
+            assign(tail, real[chosen])
 
 
 def _exact(argument: Argument, sizes: Sizes) -> torch.Tensor:
@@ -115,7 +150,7 @@ def _exact(argument: Argument, sizes: Sizes) -> torch.Tensor:
     copy = torch.empty_strided(
         tuple(view.shape), strides_at(argument.fake, sizes), dtype=view.dtype, device=view.device
     )
-    return copy.copy_(view)
+    return assign(copy, view)
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,4 +171,4 @@ def _restored(arguments: Sequence[Argument]) -> Iterator[None]:
         yield
     finally:
         for argument, old in zip(arguments, before, strict=True):
-            argument.static.copy_(old)
+            assign(argument.static, old)

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..report.stats import Counters
 from ..torch_internals import foreach_copy
+from .views import unexpanded
 from .whole import WholeStep
 
 __all__ = ["Body", "Op", "Program"]
@@ -44,6 +45,8 @@ class Program:
     whole: WholeStep | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+    #: (static memory, argument, dimensions) of arguments that are expanded: the first entries along those.
+    expanded: list[tuple[torch.Tensor, int, list[int]]] = field(default_factory=list)
     late_inputs: list[tuple[int, int]] = field(default_factory=list)
     frame: list[Any] = field(default_factory=list)
     #: Sizes, and sizes that only the data tell, as the step goes on.
@@ -60,6 +63,8 @@ class Program:
         """Puts the arguments where the program reads them."""
         if self.targets:
             foreach_copy(self.targets, [args[i] for i in self.sources])
+        for target, position, dims in self.expanded:
+            target.copy_(unexpanded(args[position], dims))
         for slot, position in self.late_inputs:
             self.frame[slot] = args[position]
 

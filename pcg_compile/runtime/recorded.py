@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ..errors import PCGError
+from ..graph.blank import blank_results
 from ..graph.facts import storage_of
 from ..graph.plan import PieceSite
 from ..graph.scalars import evaluate, shape_at, strides_at
@@ -96,18 +97,21 @@ def _probe(b: Building, site: PieceSite) -> bool:
         reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
         b.program.fallbacks.append((reason, site.where))
         return False
-    fixed = {s.node for s in b.plan.inputs if s.pad_value is not None or s.kind == "step"} | b.plan.row_indices.keys()
+    from_step = {s.node for s in b.plan.inputs if s.kind == "step"}
+    fixed = {s.node for s in b.plan.inputs if s.pad_value is not None} | from_step | b.plan.row_indices.keys()
     arguments = [
-        Argument(b.static[node], b.plan.value(node), i in piece.writes, node in fixed)
+        Argument(b.static[node], b.plan.value(node), i in piece.writes, node in fixed, int(node in from_step))
         for i, node in enumerate(piece.inputs)
     ]
 
     def run(tensors: Sequence[Any], at: Mapping[sympy.Symbol, int]) -> Sequence[torch.Tensor]:
-        return site.compiled.function(*(at[s] for s in piece.symbols), *tensors)
+        results = site.compiled.function(*(at[s] for s in piece.symbols), *tensors)
+        return [result for i, result in enumerate(results) if i not in blank]
 
+    blank = blank_results(b.plan, site)
+    filled = [b.plan.value(node) for i, node in enumerate(piece.outputs) if i not in blank]
     with _rng_unchanged(b.shared.device):
-        verdict = probe(run, arguments, [b.plan.value(node) for node in piece.outputs], sizes, b.bucket)
-    site.compiled.warm = True
+        verdict = probe(run, arguments, filled, sizes, b.bucket)
     # "" once the probe found nothing.
     site.probed = verdict or ""
     return True
@@ -155,7 +159,7 @@ def _record(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> A
             recording = engine.record(
                 run,
                 _placer(b, site, inputs),
-                None if compiled.warm else warm_up,
+                None if key[1] in compiled.warm else warm_up,
                 frozenset(piece.symbols),
                 agreement.all_ready if agreement is not None else lambda: None,
             )
@@ -170,7 +174,7 @@ def _record(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> A
         reason = f"recording failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         b.shared.counters.fall_back(reason, site.where)
         return None
-    compiled.warm = True
+    compiled.warm.add(key[1])
     if recording.nbytes >= 0 and not isinstance(engine, StaticReplay):
         b.keep.setdefault(_release_after(b, site), []).extend(recording.outputs)
         recording.outputs = [unowned_alias(t) for t in recording.outputs]

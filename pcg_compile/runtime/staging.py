@@ -46,7 +46,7 @@ class StagingBuffer:
 
     def wait(self) -> None:
         """Blocks until it may be written."""
-        if self._recorded:
+        if self.busy:
             self._event.synchronize()
 
     def sent(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from ..graph.scalars import SymType, shape_at, strides_at
 from .buffers import extent
 
-__all__ = ["assign", "copier", "looks_like", "real_rows", "tails"]
+__all__ = ["assign", "copier", "expanded_dims", "looks_like", "real_rows", "tails", "unexpanded"]
 
 Sizes = Mapping[sympy.Symbol, int]
 
@@ -27,13 +27,14 @@ def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.T
 
 
 def tails(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
-    """Views that together cover the padding rows of a bucket-sized tensor."""
+    """Views that together cover the padding rows of a bucket-sized tensor, where they are not the real ones' memory."""
     result: list[torch.Tensor] = []
     rest = static
     with torch.inference_mode(False), torch.no_grad():
         for dim, size in enumerate(shape_at(fake, sizes)):
             if rest.shape[dim] != size:
-                result.append(rest.narrow(dim, size, rest.shape[dim] - size))
+                if rest.stride(dim):
+                    result.append(rest.narrow(dim, size, rest.shape[dim] - size))
                 rest = rest.narrow(dim, 0, size)
     return result
 
@@ -82,9 +83,7 @@ def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> 
         base = torch.empty(total, dtype=views[0][0].dtype, device=views[0][0].device)
         results = []
         for (view, _), (shape, strides, offset) in zip(views, layouts, strict=True):
-            result = base.as_strided(shape, strides, offset - first)
-            result.copy_(view)
-            results.append(result)
+            results.append(assign(base.as_strided(shape, strides, offset - first), view))
         return results
 
     return copy_group
@@ -108,10 +107,19 @@ def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def assign(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``target.copy_(source)``, where the target's entries may share memory because it is expanded."""
-    whole = target
-    if 0 in target.stride():
-        for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-            if size > 1 and stride == 0:
-                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    target.copy_(source)
-    return whole
+    dims = expanded_dims(target)
+    unexpanded(target, dims).copy_(unexpanded(source, dims))
+    return target
+
+
+def expanded_dims(tensor: torch.Tensor) -> list[int]:
+    """The dimensions along which all entries lie in one place."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return [dim for dim, (size, stride) in enumerate(sizes) if size > 1 and stride == 0]
+
+
+def unexpanded(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """The first entries along ``dims``."""
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -73,10 +73,11 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     # Ranks measure different times, and must not choose by them.
     alone = graph.shared.agreement is None
     doubtful = alone and len(graph.bucketed) == 1 and graph.shared.device.type == "cuda"
-    for done, bucket in enumerate(wanted):
-        request.report(done, len(wanted), graph.name(tuple(bucket[s] for s in graph.plan.symbols)))
-        real = {s: min(n, bucket[s]) for s, n in sizes.items()}
-        doubtful = _record_bucket(graph, _shrunk(graph, args, real), real, bucket, doubtful)
+    with graph.shared.engine.session():
+        for done, bucket in enumerate(wanted):
+            request.report(done, len(wanted), graph.name(tuple(bucket[s] for s in graph.plan.symbols)))
+            real = {s: min(n, bucket[s]) for s, n in sizes.items()}
+            doubtful = _record_bucket(graph, _shrunk(graph, args, real), real, bucket, doubtful)
     request.report(len(wanted), len(wanted), None)
     with _no_effects(graph, args):
         request.observe(graph, args, step)

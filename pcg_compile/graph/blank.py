@@ -1,0 +1,29 @@
+"""Results that a piece allocates and leaves as they come, for an op behind it to fill: they hold anything."""
+
+from __future__ import annotations
+
+from .facts import alias_of, storage_of
+from .plan import CallSite, PieceSite, Plan
+
+__all__ = ["blank_results"]
+
+_BLANK = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+
+
+def blank_results(plan: Plan, site: PieceSite) -> frozenset[int]:
+    """Positions of a piece's results that nothing has written when the piece ends."""
+    behind = next((s.node for s in plan.sites[site.index + 1 :] if isinstance(s, CallSite)), None)
+    made: dict[int, bool] = {}
+    for node in plan.gm.graph.nodes:
+        if node is behind:
+            break
+        facts = plan.facts.get(node)
+        if facts is None or node.op in ("placeholder", "output"):
+            continue
+        names = {call.op.name().partition(".")[0] for call in facts.ops if hasattr(call.op, "name")}
+        for storage in alias_of(facts.value):
+            made.setdefault(storage, bool(names & _BLANK))
+        made.update(dict.fromkeys(facts.writes, False))
+    return frozenset(i for i, node in enumerate(site.outputs) if made.get(storage_of(plan.value(node)), False))
