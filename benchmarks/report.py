@@ -218,6 +218,18 @@ def _continuous(rows: Sequence[Row]) -> list[Panel]:
     return [("bars", series(named, "at", "tokens_per_s", "variant"), ("", "new tokens / s", "continuous batching"))]
 
 
+def _tensor_parallel(rows: Sequence[Row]) -> list[Panel]:
+    named = [{**row, "name": f"{row['variant']}, {row['ranks']} ranks"} for row in rows]
+    return [("lines", series(named, "n", "wall_ms", "name"), ("tokens", "ms", "a step, metadata ready"))]
+
+
+def _lora_kernels(rows: Sequence[Row]) -> list[Panel]:
+    named = [
+        {**row, "name": f"{row['layer']}, {row['n']} tokens"} for row in rows if row["rank"] == 16 and row["adapters"]
+    ]
+    return [("lines", series(named, "adapters", "cold_us", "name"), ("adapters", "us", "shrink and expand, rank 16"))]
+
+
 _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "step": _step,
     "host": _host,
@@ -227,4 +239,6 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "crossover": _crossover,
     "encoder": _encoder,
     "continuous": _continuous,
+    "tensor_parallel": _tensor_parallel,
+    "lora_kernels": _lora_kernels,
 }

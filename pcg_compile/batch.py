@@ -191,6 +191,11 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
     try:
         with torch.no_grad():
             yield batch
+        if cache is not None and not state.used:
+            _LOG.warning(
+                "the step has a cache, and no attention used it: a model that attends in its own way takes the packed "
+                'requests for one. Make it with pcg.PagedAttention, or with attn_implementation="pcg"'
+            )
         if state.adapters_unread():
             _LOG.warning(
                 "the batch names adapters, and no LoRA layer ran in its step: all requests got the base model. "
@@ -206,7 +211,10 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
 @contextmanager
 def scratch_step(tokens: int, cache: PagedKVCache | None) -> Iterator[StepState]:
     """A step of padding alone, for recording: it writes no page but 0. Inside a step it takes its place."""
-    state = StepState(Batch._of_padding(tokens), cache, RUNNING.get(), scratch=True)
+    running = RUNNING.get()
+    if running is not None:
+        running.used = True
+    state = StepState(Batch._of_padding(tokens), cache, running, scratch=True)
     token = RUNNING.set(state)
     try:
         with torch.no_grad():

@@ -101,7 +101,7 @@ class PageTable:
 
 
 def _pages_of(array: Ints) -> Ints:
-    """Pages as int32; those beyond it become the least or the highest, which no cache has, instead of another's page."""
+    """Pages as int32; those beyond it become the least or the highest: no cache has them, and they stay errors."""
     if array.dtype.itemsize > 4:
         array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
     return np.ascontiguousarray(array, dtype=np.int32)

@@ -45,6 +45,8 @@ class StepState:
         self.batch, self.cache, self.outer, self.scratch = batch, cache, outer, scratch
         self.key: Hashable = cache.key if cache is not None else None
         self.prepared: Prepared | None = None
+        #: Whether anybody has asked for the metadata, for recordings ahead of time too.
+        self.used = False
         #: Request slots that warm-up asks for, whatever the batch needs.
         self.rung: int | None = None
         self._memo: dict[Hashable, Any] = {}
@@ -160,6 +162,7 @@ class StepState:
 
     def _written(self, bucket: int, rows: int, slots: int | None = None) -> Prepared:
         cache, prepared = self.require_cache(), self.prepared
+        self.used = True
         wanted = (bucket, rows, slots)
         if prepared is None or prepared is not cache.current or prepared.made_for != wanted:
             if bucket < rows:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .batch import current_step
+from .errors import message
 from .registry import runtimes
 from .runtime.warming import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
@@ -37,7 +38,7 @@ def warmup(
         The model's outputs for the example arguments.
 
     Raises:
-        ValueError: ``buckets`` do not fit the model's dynamic sizes.
+        ValueError: ``buckets`` do not fit the model's dynamic sizes, or nothing in the model is compiled by pcg.
         BatchError: a model with paged attention outside ``pcg.step()``.
     """
     bar = _Bar(compiled) if progress else None
@@ -46,7 +47,17 @@ def warmup(
         sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
         # With gradients there would be nothing to record.
         with warming_up(request), sizes, torch.no_grad():
-            return compiled(*example_args, **kwargs)
+            result = compiled(*example_args, **kwargs)
+        if not request.served:
+            name = getattr(compiled, "__name__", type(compiled).__name__)
+            raise ValueError(
+                message(
+                    f"{name} ran, and nothing in it is compiled by pcg",
+                    why="There is nothing to record.",
+                    cure='Compile it first: compiled = torch.compile(model, backend="pcg"); pcg.warmup(compiled, ...)',
+                )
+            )
+        return result
     finally:
         if bar is not None:
             bar.close()

@@ -14,11 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pcg_compile as pcg
-from pcg_compile.runtime.capture import StaticReplay
+from pcg_compile.runtime.capture import CudaGraphs, StaticReplay
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 8
 HIDDEN = HEADS * DIM
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+CUDA = os.environ.get("PCG_TEST_DEVICE") == "cuda"
+DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
+ENGINE = CudaGraphs if CUDA else StaticReplay
 
 
 class Layer(nn.Module):
@@ -48,7 +51,7 @@ def parallel():
     model = make(WORLD)
     plan = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
     plan |= {name: RowwiseParallel() for name in ("out", "down")}
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(DEVICE.type, (WORLD,))
     for layer in model:
         parallelize_module(layer, mesh, plan)
     return model
@@ -69,7 +72,7 @@ def batches(sizes):
 def serve(call, kv, sizes):
     results = []
     for n, batch in batches(sizes):
-        x = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(n))
+        x = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(n), device="cpu").to(DEVICE)
         with pcg.step(batch, kv):
             results.append(call(x))
     return results
@@ -98,7 +101,7 @@ def capture_fails():
     """On rank 1 alone, once."""
     compiled, kv = compiled_of(parallel()), cache(WORLD)
     want = serve(make(1), cache(1), SIZES)
-    record, failed = StaticReplay.record, []
+    record, failed = ENGINE.record, []
 
     def broken(self, run, place, warm_up, pool=None, ready=lambda: None):
         if RANK == 1 and len(failed) < 1 and pool:
@@ -106,7 +109,7 @@ def capture_fails():
             raise RuntimeError("out of memory")
         return record(self, run, place, warm_up, pool, ready)
 
-    StaticReplay.record = broken
+    ENGINE.record = broken
     got = serve(compiled, kv, SIZES)
     return {
         "worst": max((a - b).abs().max().item() for a, b in zip(want, got, strict=True)),
@@ -171,6 +174,21 @@ def transformers_plan(folder):
     }  # fmt: skip
 
 
+def kernels():
+    """Names of the kernels that steady steps launch, and whether the host launched any but by replays."""
+    compiled, kv = compiled_of(parallel()), cache(WORLD)
+    serve(compiled, kv, [3, 6, 3, 6])
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        serve(compiled, kv, [3])
+        torch.cuda.synchronize()
+    names = [event.name for event in trace.events()]
+    return {
+        "nccl": sorted({name for name in names if "nccl" in name.lower() and "kernel" in name.lower()}),
+        "calls": sum("c10d" in name or "_c10d_functional" in name for name in names),
+    }
+
+
 class _Checked(nn.Module):
     def forward(self, x):
         return torch.ops.parallel.checked(x)
@@ -178,7 +196,10 @@ class _Checked(nn.Module):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+        torch.set_default_device(DEVICE)
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(seconds=20))
     name, *arguments = sys.argv[1:]
     result = globals()[name](*arguments)
     print("RESULT " + json.dumps(result), flush=True)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pcg_compile as pcg
 from pcg_compile.attention import PagedKVCache
 from pcg_compile.batch import Batch, current_step, require_step, scratch_step, step
 from pcg_compile.errors import BatchError, OptionsError
@@ -322,3 +323,16 @@ def test_staging_grows_and_copies_whole_arrays():
         target = torch.full((n,), -1, dtype=torch.int64)
         ring.send(np.arange(n), target)
         assert target.tolist() == list(range(n))
+
+
+def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
+    cache = pcg.PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=4)
+    attention = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
+    x = torch.randn(3, 1, 4)
+    with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
+        attention(x, x, x)
+    assert not caplog.records
+    with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    (record,) = caplog.records
+    assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message

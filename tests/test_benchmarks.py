@@ -53,6 +53,14 @@ def test_step(tmp_path):
         assert any(remark.startswith(f"{name} is left out: needs CUDA") for remark in data["remarks"])
 
 
+def test_tensor_parallel(tmp_path):
+    rows = run("tensor_parallel", tmp_path, "--sizes", "5", "--layers", "1")["rows"]
+    assert [(row["ranks"], row["variant"]) for row in rows] == [(r, v) for r in (1, 2) for v in ("eager", "pcg")]
+    assert all(row["error"] < 1e-5 and row["wall_ms"] > 0 for row in rows)
+    # Two all-reduces a layer on gloo, which are calls between pieces.
+    assert rows[1]["collectives"] == 0 and rows[3]["collectives"] > 0 and rows[3]["fallbacks"] == 0
+
+
 def test_host(tmp_path):
     rows = run("host", tmp_path)["rows"]
     entries = [row for row in rows if row["what"] == "entry"]

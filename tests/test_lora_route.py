@@ -20,6 +20,7 @@ TABLE = [
 def test_table(slots, adapters, permutation, seg_indptr, dtype):
     routing = pcg.lora.route(torch.tensor(slots, dtype=dtype), adapters)
     assert routing.permutation.tolist() == permutation and routing.seg_indptr.tolist() == seg_indptr
+    assert all(torch.equal(a, b) for a, b in zip(pcg.lora.route(slots, adapters), routing, strict=True))
     out = pcg.lora.Routing(torch.zeros_like(routing.permutation), torch.zeros_like(routing.seg_indptr))
     addresses = [t.data_ptr() for t in out]
     again = pcg.lora.route(torch.tensor(slots, dtype=dtype), adapters, out=out)

@@ -17,13 +17,14 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
-def ranks(*arguments, world=2, timeout=150):
+def ranks(*arguments, world=2, timeout=150, device="cpu"):
     """What each rank returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(WORKER.parent.parent), str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+              "PCG_TEST_DEVICE": device}  # fmt: skip
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *arguments],

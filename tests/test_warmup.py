@@ -129,3 +129,8 @@ def test_a_mark_does_not_outlast_the_call():
         assert own._dynamo_dynamic_indices == {0}
         marked(torch.randn(7, 4))
     assert pcg.stats(marked).graphs == 1
+
+
+def test_a_model_that_is_not_compiled_is_an_error():
+    with pytest.raises(ValueError, match="Linear ran, and nothing in it is compiled by pcg"):
+        pcg.warmup(torch.nn.Linear(2, 2), torch.randn(3, 2), progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,19 +17,21 @@ class Routing(NamedTuple):
     seg_indptr: torch.Tensor
 
 
-def route(slots: torch.Tensor, max_adapters: int, out: Routing | None = None) -> Routing:
+def route(slots: torch.Tensor | Sequence[int], max_adapters: int, out: Routing | None = None) -> Routing:
     """Sorts tokens into one segment for each adapter slot, maybe empty; base tokens come last.
 
     Shapes follow from those of the arguments alone, nothing is written by a host scalar, and nothing waits for the
     device: the call can be recorded.
 
     Args:
-        slots: ``[tokens]`` int32 or int64, the adapter slot of each token, -1 for the base model.
+        slots: ``[tokens]`` int32 or int64, the adapter slot of each token, -1 for the base model; or a list of them.
         max_adapters: number of slots. out: an earlier result of the same sizes, filled in place.
 
     Raises:
         ValueError: ``slots`` is not one-dimensional, or ``out`` has other sizes.
     """
+    if not isinstance(slots, torch.Tensor):
+        slots = torch.tensor(slots, dtype=torch.int64)
     if slots.dim() != 1:
         raise ValueError(f"slots has {slots.dim()} dimensions; it is [tokens]")
     keys = torch.where(slots < 0, max_adapters, slots)

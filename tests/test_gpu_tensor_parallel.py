@@ -1,0 +1,49 @@
+"""Two ranks on two GPUs: all-reduces lie inside the recordings, and faults leave no rank waiting."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from test_tensor_parallel import ranks as ranks_on
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+ranks = partial(ranks_on, device="cuda")
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_the_values_of_one_process(compiler):
+    first, second = ranks("values", compiler)
+    # Float32 matrix products of a GPU, and their sums in another order.
+    assert max(first["worst"], second["worst"]) < 1e-3
+    assert first == {**second, "worst": first["worst"]}
+    # Cuts at 2 attentions only.
+    assert first["pieces"] == 3 * first["graphs"] and first["fallbacks"] == []
+    assert first["replays"] > 0 and {"4", "8", "16"} <= set(first["buckets"])
+
+
+def test_all_reduces_are_replayed():
+    for result in ranks("kernels"):
+        assert any("AllReduce" in name for name in result["nccl"]) and result["calls"] == 0, result
+
+
+def test_a_recording_that_fails_on_one_rank_is_given_up_by_both():
+    first, second = ranks("capture_fails")
+    assert max(first["worst"], second["worst"]) < 1e-3 and first["captured"] == second["captured"]
+    assert [r for r in first["fallbacks"] if "rank 1 could not record" in r]
+    assert [r for r in second["fallbacks"] if "out of memory" in r]
+
+
+def test_ranks_with_different_batches_hear_of_it():
+    for result in ranks("different_sizes"):
+        assert "ranks were called with different sizes (rank 0: [7], rank 1: [8])" in result["error"]
+
+
+def test_an_error_on_one_rank_is_an_error_on_the_other():
+    first, second = ranks("split_op_raises")
+    assert second["n"] == 6 and "rank 1 gives up" in second["error"]
+    assert first["n"] == 6 and first["error"]
