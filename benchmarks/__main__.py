@@ -17,6 +17,7 @@ _COMMANDS = {
     "capture": "seconds and MiB a bucket",
     "crossover": "the size from which on a recording no longer pays",
     "startup": "time to the first step, cold and warm caches",
+    "soak": "random traffic, compared with eager as it goes",
     "tensor_parallel": "a model in parts: pcg against eager, and against one GPU",
     "lora_kernels": "the LoRA kernels against the floor (needs a GPU)",
     "encoder": "embeddings of real sentences: eager, torch.compile, reduce-overhead, pcg",

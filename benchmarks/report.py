@@ -240,5 +240,6 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "encoder": _encoder,
     "continuous": _continuous,
     "tensor_parallel": _tensor_parallel,
+    "soak": lambda rows: [],
     "lora_kernels": _lora_kernels,
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -24,7 +26,7 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import analyze_piece
-from .registry import add_runtime, owners_graphs, reset
+from .registry import add_runtime, owners_graphs, owners_runtimes, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
@@ -104,7 +106,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
     agreement = agreement_of(plan.facts)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
-    runtime = GraphRuntime(plan, shared, ends_step, context)
+    runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
     return runtime.__call__ if region is None else region()(runtime.__call__)

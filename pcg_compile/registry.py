@@ -8,7 +8,7 @@ from typing import Any
 from .report.stats import Counters, Stats, expect_increase
 from .torch_internals import wrapper_of
 
-__all__ = ["add_runtime", "expect", "owners_graphs", "reset", "reset_owner", "runtimes", "stats"]
+__all__ = ["add_runtime", "expect", "owners_graphs", "owners_runtimes", "reset", "reset_owner", "runtimes", "stats"]
 
 
 class _Entry:
@@ -37,6 +37,13 @@ def add_runtime(owner: object, counters: Counters, runtime: Any) -> None:
 def _of(owner: object) -> list[_Entry]:
     # By identity: torch's own wrappers are equal where their backend and options are.
     return [entry for entry in list(_GRAPHS) if entry.owner() is owner]
+
+
+def owners_runtimes(owner: weakref.ref[Any]) -> list[Any]:
+    """The live runtimes of an owner."""
+    alive = owner()
+    found = [entry.runtime() for entry in _of(alive) if entry.records] if alive is not None else []
+    return [runtime for runtime in found if runtime is not None]
 
 
 def owners_graphs(owner: object) -> int:

@@ -62,6 +62,8 @@ class Binding:
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
     #: What programs of one bucket share, by bucket.
     bodies: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    #: Buckets that have recordings, all symbols' sizes each.
+    buckets: set[tuple[int, ...]] = field(default_factory=set)
     #: Whole steps as one recording, by bucket.
     wholes: dict[tuple[int, ...], WholeStep] = field(default_factory=dict)
 
@@ -99,12 +101,14 @@ class Binding:
         """Drops the recordings and programs of one bucket (all symbols' sizes), or all of them."""
         if bucket is None:
             self.recordings.clear()
+            self.buckets.clear()
             self.steps.clear()
             self.wholes.clear()
             self.bodies.clear()
             self.placed.clear()
             self.buffers = FlatBuffers(self.shared.device)
             return
+        self.buckets.discard(bucket)
         self.wholes.pop(bucket, None)
         self.bodies.pop(bucket, None)
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]

@@ -76,22 +76,23 @@ class BucketChooser:
             if symbol in self._pinned:
                 # A graph for one size only, such as Dynamo makes for 1: recorded at that size.
                 continue
-            reason = f"no bucket >= {n}; the largest is {self.table[-1]}"
+            # Without n, which would make a fallback of its own of every size.
+            reason = f"a size is beyond the largest bucket, {self.table[-1]}"
             for bucket in self.table:
                 if bucket < n:
                     continue
                 if self._allows({**chosen, symbol: bucket}):
                     chosen[symbol] = bucket
                     break
-                reason = f"no bucket >= {n} lies in the range that the graph's guards allow"
+                reason = "no bucket for its size lies in the range that the graph's guards allow"
             else:
                 return Choice(None, reason)
         for symbols in self.products:
             real, padded = (prod(of[s] for s in symbols) for of in (sizes, chosen))
             if padded > self.options.max_tokens and self.options.buckets is None:
-                return Choice(None, f"{padded} padded tokens exceed max_tokens={self.options.max_tokens}")
+                return Choice(None, f"its tokens, padded, exceed max_tokens={self.options.max_tokens}")
             if real > _PADDING_MATTERS and padded > self.max_padding * real:
-                return Choice(None, f"bucket {padded} is over max_padding={self.max_padding} times {real} tokens")
+                return Choice(None, f"its bucket is over max_padding={self.max_padding} times its tokens")
         values = {symbol: sympy.Integer(n) for symbol, n in chosen.items()}
         for one, other in self.orders:
             if sympy.Le(one, other).xreplace(values) == sympy.false:

@@ -70,6 +70,8 @@ def _build(b: Building) -> Any:
             b.keep.pop(site.index, None)
     b.program.emit = emitter(b)
     b.program.counters.replays += b.program.replays
+    if b.program.bucket is not None and b.program.complete and b.program.recording_keys:
+        b.binding.buckets.add(b.program.bucket)
     if b.bucket is not None and b.shared.options.attention != "eager" and b.program.complete:
         _find_whole(b)
     if b.bucket is not None and _is_the_buckets(b):

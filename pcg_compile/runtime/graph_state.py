@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class GraphState:
     ends_step: bool
     #: What the passes found and did, for explain() and dump().
     context: Any = None
+    #: All graphs of the same compiled model, this one among them: a budget is the model's.
+    siblings: Callable[[], Sequence[GraphState]] = lambda: ()
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -177,25 +179,42 @@ class GraphState:
         return (p not in changed for p in positions)
 
     def respect_budget(self, binding: Binding, newest: Program) -> None:
-        budget = self.shared.options.memory_budget
+        """Drops the least used buckets of the model's graphs until their recordings fit ``memory_budget``."""
+        budget, agreement = self.shared.options.memory_budget, self.shared.agreement
         if budget is None or newest.bucket is None:
             return
-        agreement = self.shared.agreement
-        while agreement.any_of(self.nbytes() > budget) if agreement is not None else self.nbytes() > budget:
-            buckets = {
-                p.bucket for b in self.bindings for p in b.steps.values() if p.bucket not in (None, newest.bucket)
-            }
-            if not buckets:
+        graphs = self.siblings() or [self]
+
+        def over() -> bool:
+            held = sum(graph.nbytes() for graph in graphs)
+            return agreement.any_of(held > budget) if agreement is not None else held > budget
+
+        while over():
+            found = dict.fromkeys((g, bucket) for g in graphs for b in g.bindings for bucket in sorted(b.buckets))
+            found.pop((self, newest.bucket), None)
+            for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
+                # Another thread may be in a step of another graph.
+                if graph.lock.acquire(blocking=False):
+                    try:
+                        graph.drop(bucket, f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}")
+                    finally:
+                        graph.lock.release()
+                    break
+            else:
                 binding.forget(newest.bucket)
-                binding.given_up[newest.bucket] = f"bucket {newest.bucket} exceeds memory_budget={budget}"
+                binding.given_up[newest.bucket] = f"bucket {self.name(newest.bucket)} exceeds memory_{budget=}"
                 return
-            uses = self.shared.counters.buckets
-            least = min(buckets, key=lambda b: uses[self.name(b)].hits if self.name(b) in uses else 0)  # type: ignore[arg-type]
-            for other in self.bindings:
-                other.forget(least)
-            self.shared.counters.fall_back(
-                f"bucket {self.name(least)} dropped: recordings exceed memory_budget={budget}"
-            )
+
+    def hits(self, bucket: tuple[int, ...]) -> int:
+        """Steps that a bucket has served."""
+        use = self.shared.counters.buckets.get(self.name(bucket))
+        return use.hits if use is not None else 0
+
+    def drop(self, bucket: tuple[int, ...], reason: str) -> None:
+        """Drops the recordings of a bucket; a later step makes them again."""
+        for binding in self.bindings:
+            binding.forget(bucket)
+        self.shared.counters.fall_back(reason)
 
     def name(self, bucket: Any) -> Any:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
