@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             one = parser.parse_args([name, *shared])
             one.run(resolve(one))
-        except Exception:
+        except (Exception, SystemExit):
             traceback.print_exc()
             failed.append(name)
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)

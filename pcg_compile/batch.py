@@ -13,6 +13,7 @@ import torch
 from .errors import BatchError, message
 from .metadata import Ints, PageTable, Tables, check_adapters, make_tables, positions_of, read_lengths
 from .padded import PaddedBatch
+from .registry import runtimes
 from .step import RUNNING, StepState, current_step, require_step
 
 if TYPE_CHECKING:
@@ -141,6 +142,24 @@ class Batch:
                 message("batch.slot_mapping needs a cache", cure="Enter the step as: with pcg.step(batch, cache):")
             )
         return slots
+
+    def prepare(self, compiled: Any) -> None:
+        """Pads and plans the batch for a compiled model now, inside :func:`step`, and sends that to the device.
+
+        A call of the model does the same where nobody did before. Ahead of it, the host works while the device still
+        computes the step before: enter the next step, prepare it, and only then wait for the tokens of the last one.
+
+        Args:
+            compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave; one that was never
+                called has nothing to prepare for yet.
+
+        Raises:
+            BatchError: outside of the batch's step, or the batch does not fit the cache.
+            TypeError: ``compiled`` was not compiled by pcg.
+        """
+        self._state("prepare()")
+        for runtime in runtimes(compiled):
+            runtime.prepare_ahead(self.num_tokens)
 
     def _state(self, name: str) -> StepState:
         state = RUNNING.get()

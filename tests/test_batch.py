@@ -336,3 +336,33 @@ def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
     (record,) = caplog.records
     assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message
+
+
+@pytest.mark.parametrize("attention", ["eager", "captured"])
+def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, attention):
+    cache = PagedKVCache(num_layers=1, num_pages=32, page_size=4, num_kv_heads=1, head_dim=4)
+    attend = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
+    compiled = torch.compile(
+        lambda x: attend(x, x + 1, x * 2) * 2, backend="pcg", dynamic=True,
+        options={"compiler": "eager", "buckets": [4, 8], "attention": attention},
+    )  # fmt: skip
+    written, write = [], PagedKVCache.write
+    monkeypatch.setattr(PagedKVCache, "write", lambda self, *args: written.append(args) or write(self, *args))
+    pages = [[1, 2, 3], [4, 5, 6]]
+    for ahead in (False, True):
+        for n in (3, 6, 8, 3, 6, 11):
+            batch, x = Batch([1, n - 1], [1, n - 1], pages), torch.randn(n, 1, 4)
+            with step(batch, cache):
+                want = attend(x, x + 1, x * 2) * 2
+            with step(batch, cache):
+                written.clear()
+                if ahead:
+                    batch.prepare(compiled)
+                    assert len(written) == 1
+                    batch.prepare(compiled)
+                torch.testing.assert_close(compiled(x), want)
+                assert len(written) == 1
+    with pytest.raises(BatchError, match="prepare"):
+        batch.prepare(compiled)
+    with step(batch, cache), pytest.raises(TypeError):
+        batch.prepare(torch.nn.Linear(2, 2))

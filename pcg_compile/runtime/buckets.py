@@ -88,6 +88,8 @@ class BucketChooser:
             else:
                 return Choice(None, reason)
         for symbols in self.products:
+            if not set(symbols) <= chosen.keys():
+                continue
             real, padded = (prod(of[s] for s in symbols) for of in (sizes, chosen))
             if padded > self.options.max_tokens and self.options.buckets is None:
                 return Choice(None, f"its tokens, padded, exceed max_tokens={self.options.max_tokens}")

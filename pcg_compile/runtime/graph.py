@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
 from ..batch import StepState
-from ..graph.plan import PieceSite
+from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate, expr_of
+from ..step import DoesNotFit, require_step
 from .binding import Binding
 from .build import build_and_run
 from .graph_state import GraphState
@@ -67,6 +70,28 @@ class GraphRuntime(GraphState):
             if program.bucket is not None:
                 self._count(sizes, program)
             return result
+
+    def prepare_ahead(self, tokens: int) -> None:
+        """Prepares the running step's metadata for ``tokens`` tokens, as a call with as many would first do."""
+        places = [expr_of(size) for size, _ in self._token_sizes]
+        if not places or not isinstance(places[0], sympy.Symbol) or self.plan.refusal is not None:
+            return
+        with self.lock:
+            self.order_streams()
+            choice = self.shared.chooser.choose({places[0]: tokens}, [s for s in self.bucketed if s == places[0]])
+            at = choice.sizes if choice.sizes is not None else {places[0]: tokens}
+            key = require_step("prepare()").key
+            wholes = [w for b in self.bindings if b.step_key == key for w in b.wholes.values() if w.wanted]
+            for whole in wholes:
+                if whole.at[places[0]] == at[places[0]]:
+                    with suppress(DoesNotFit):
+                        whole.prepare()
+                        return
+            for site in self.plan.sites:
+                if isinstance(site, CallSite) and site.op.own_metadata and site.op.bucket_args and site.op.bind:
+                    size, *rest = site.node.args
+                    if expr_of(self.plan.value(size) if isinstance(size, fx.Node) else size) == places[0]:
+                        site.op.bind(at[places[0]], *rest, mode=site.mode)()
 
     def program_for(self, args: Sequence[Any], step: StepState | None) -> tuple[tuple[int, ...], Program]:
         """The sizes of a call and the program that serves it; where its bucket has no recordings, one without any."""
