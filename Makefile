@@ -39,9 +39,9 @@ nightly: $(VENV)/.made  ## the differential tests at full size (hours)
 	@echo "==> running the differential tests at full size"
 	@PCG_NIGHTLY=1 $(BIN)/python -m pytest tests/test_op_db.py tests/test_random_graphs.py
 
-soak: $(VENV)/.made  ## random traffic for SOAK_SECONDS (600)
+soak: $(VENV)/.made  ## random traffic for SOAK_SECONDS (600), compared with eager as it goes
 	@echo "==> running random traffic for $(SOAK_SECONDS) seconds"
-	@PCG_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/test_soak.py -s
+	@$(BIN)/python -m benchmarks soak --seconds $(SOAK_SECONDS)
 
 clean:  ## remove the virtual environment and build products
 	@echo "==> removing $(VENV), build products and caches"

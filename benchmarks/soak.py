@@ -32,7 +32,7 @@ _COMPARED = 50
 #: Largest difference from eager over eager's largest value, by device: the rounding of float32, of bfloat16.
 _LIMITS = {"cpu": 1e-5, "cuda": 0.05}
 #: What may grow, in MiB and in objects: programs of sizes that were not met before, fragments of the heap.
-_GROWTH_MIB, _GROWTH_OBJECTS = 16, 20_000
+_GROWTH_MIB, _GROWTH_OBJECTS = 16, 5_000
 _NOTES = {
     "worst": "largest difference from eager over eager's largest value, over all comparisons",
     "memory_mib": "of the process (GPU: reserved on the device) when a fifth of the steps were made, and at the end",

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from .attention.ops import refuse_gradients
 from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
@@ -20,7 +21,7 @@ from .graph.facts import NodeFacts, squeezed_sizes, trace_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
-from .graph.split import find_cuts, name_tuple_elements, segments_of
+from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.where import place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
@@ -74,6 +75,10 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     plain = not has_subclasses(real_inputs)
     region = region_without_gradients(gm) if plain and torch.is_grad_enabled() else None
     trainable = _requires_grad(gm, example_inputs) if region is None else None
+    if trainable is not None and any("pcg::paged_attention" in op_names(node, None) for node in gm.graph.nodes):
+        # When the model runs, not now: an error of a backend would be wrapped in one of Dynamo's.
+        add_runtime(owner, counters, None)
+        return refuse_gradients
     if trainable is not None:
         counters.fall_back(
             f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '

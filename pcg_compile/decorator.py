@@ -31,6 +31,9 @@ class _Backend:
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, self.options, self)
 
+    def __repr__(self) -> str:
+        return "pcg"
+
     def reset(self) -> None:
         """Reached by ``torch._dynamo.reset()``."""
         reset_owner(self)

@@ -17,7 +17,14 @@ from ..batch import require_step
 from ..errors import BatchError, message
 from .base import AttentionShape
 
-__all__ = ["bind_attend", "bind_prepare_batch", "bind_prepare_whole", "join_shapes", "paged_attention"]
+__all__ = [
+    "bind_attend",
+    "bind_prepare_batch",
+    "bind_prepare_whole",
+    "join_shapes",
+    "paged_attention",
+    "refuse_gradients",
+]
 
 _WHAT = "paged attention"
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
@@ -118,6 +125,16 @@ def _attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> None:
 
 def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def refuse_gradients(*args: Any) -> None:
+    """What a model with paged attention does where gradients are asked of it: outside of a step that is the error.
+
+    Raises:
+        BatchError: always.
+    """
+    require_step(_WHAT)
+    _no_gradients(None)
 
 
 def _no_gradients(context: Any, *gradients: Any) -> None:

@@ -15,7 +15,7 @@ from ..graph.plan import InputSpec
 from ..graph.scalars import evaluate, is_scalar, shape_at, strides_at, symbols_of
 from .building import Building
 from .calls import attribute
-from .views import copier, real_rows
+from .views import assign, copier, real_rows
 
 __all__ = ["emitter"]
 
@@ -112,5 +112,11 @@ def _from_frame(b: Building, node: fx.Node) -> Callable[[Sequence[Any]], Any]:
     }
     value = frame[slot]
     if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in ours - users:
-        return lambda args: frame[slot].clone()
+
+        def copy(args: Sequence[Any]) -> torch.Tensor:
+            kept = frame[slot]
+            # clone() would close the gaps of a view.
+            return assign(torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype, device=kept.device), kept)
+
+        return copy
     return lambda args: frame[slot]
