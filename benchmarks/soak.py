@@ -203,6 +203,8 @@ class Soak:
         gc.collect()
         synchronize(self.device)
         if self.device.type == "cuda":
+            # What nobody uses any more, the memory of recordings that are gone among it.
+            torch.cuda.empty_cache()
             used = torch.cuda.memory_reserved(self.device)
         else:
             used = int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -358,7 +358,7 @@ def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, attenti
                 written.clear()
                 if ahead:
                     batch.prepare(compiled)
-                    assert len(written) == 1
+                    assert len(written) == 1 and len(cache.current.plans) == 1
                     batch.prepare(compiled)
                 torch.testing.assert_close(compiled(x), want)
                 assert len(written) == 1

@@ -115,7 +115,7 @@ def test_every_mix_is_right_and_nothing_is_recorded_again(shape):
     after = pcg.stats(function)
     assert after.captured == before.captured and after.graphs == before.graphs
     assert after.replays > before.replays
-    assert all("largest is 16" in f.reason for f in after.fallbacks)
+    assert all("largest bucket, 16" in f.reason for f in after.fallbacks)
 
 
 def test_one_routing_a_step_for_all_layers():

@@ -36,7 +36,7 @@ def test_a_wrong_value_is_a_fault(tmp_path, monkeypatch, value):
 
     monkeypatch.setattr(soak.Soak, "_compare", spoiled)
     with pytest.raises(SystemExit, match="step 0: differs from eager by"):
-        run(tmp_path, "--steps", "60")
+        run(tmp_path, "--steps", "1")
 
 
 def test_a_leak_is_a_fault(tmp_path, monkeypatch):
@@ -44,8 +44,8 @@ def test_a_leak_is_a_fault(tmp_path, monkeypatch):
 
     def leaking(self, compare):
         step(self, compare)
-        kept.extend([self.steps] for _ in range(100))
+        kept.extend([self.steps] for _ in range(200))
 
     monkeypatch.setattr(soak.Soak, "step", leaking)
     with pytest.raises(SystemExit, match="objects grew from"):
-        run(tmp_path, "--steps", "300")
+        run(tmp_path, "--steps", "150")

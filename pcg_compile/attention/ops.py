@@ -75,9 +75,15 @@ def store_kv(
     v_cache.index_copy_(0, slot_mapping, v)
 
 
-def bind_prepare_batch(tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice") -> Callable[[], None]:
-    """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called."""
-    names = tuple(shapes.split(";")) if shapes else ()
+def bind_prepare_batch(
+    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
+) -> Callable[[], None]:
+    """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called.
+
+    Attention is planned by the first layer that attends, when the device is busy with the piece before it; ``ahead``:
+    already here, since the device is busy with another step.
+    """
+    names = tuple(shapes.split(";")) if shapes and ahead else ()
 
     def prepare() -> None:
         require_step(_WHAT).prepare(tokens, mode, names)

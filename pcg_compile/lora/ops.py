@@ -58,7 +58,9 @@ def lora(
             y.copy_(flat.view(y.shape))
 
 
-def bind_prepare_lora(rows: int, pool: int, *, mode: Literal["request", "slice"] = "slice") -> Callable[[], None]:
+def bind_prepare_lora(
+    rows: int, pool: int, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
+) -> Callable[[], None]:
     """``pcg::prepare_lora`` for a bucket of ``rows``: prepares whatever step runs when it is called."""
     router = router_by_id(pool)
 

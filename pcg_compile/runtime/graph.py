@@ -91,7 +91,7 @@ class GraphRuntime(GraphState):
                 if isinstance(site, CallSite) and site.op.own_metadata and site.op.bucket_args and site.op.bind:
                     size, *rest = site.node.args
                     if expr_of(self.plan.value(size) if isinstance(size, fx.Node) else size) == places[0]:
-                        site.op.bind(at[places[0]], *rest, mode=site.mode)()
+                        site.op.bind(at[places[0]], *rest, mode=site.mode, ahead=True)()
 
     def program_for(self, args: Sequence[Any], step: StepState | None) -> tuple[tuple[int, ...], Program]:
         """The sizes of a call and the program that serves it; where its bucket has no recordings, one without any."""
