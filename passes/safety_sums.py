@@ -176,6 +176,39 @@ def attention(call: Call) -> Any:
     return [(*q.dims[:-1], v.dims[-1])] + [dims_of(shape) for shape in call.shapes[1:]]
 
 
+def _per_image(count: int) -> Any:
+    """Pooling and resampling: the last ``count`` dimensions of the input are one image, those before count images."""
+
+    def images(call: Call) -> Any:
+        source = call.tensor("self")
+        numbers_are_static(call)
+        kept = len(source.dims) - count
+        for dim in source.dims[kept:]:
+            need_static(dim, "mixes the entries of")
+        return [(*source.dims[:kept], *dims_of(shape)[kept:]) for shape in call.shapes]
+
+    return images
+
+
+rule("avg_pool1d", "upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d", "reflection_pad1d",
+     "replication_pad1d")(_per_image(1))  # fmt: skip
+rule("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
+     "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+     "_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d", "col2im")(_per_image(2))  # fmt: skip
+rule("max_pool3d_with_indices", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
+     "_upsample_nearest_exact3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d",
+     # Their channels become places or places channels.
+     "pixel_shuffle", "pixel_unshuffle", "im2col")(_per_image(3))  # fmt: skip
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(call: Call) -> Dims:
+    source, grid = call.tensor("input"), call.tensor("grid")
+    for dim in (*source.dims[1:], *grid.dims[1:]):
+        need_static(dim, "mixes the entries of")
+    return (*broadcast([source.dims[:1], grid.dims[:1]]), *dims_of(call.shapes[0])[1:])
+
+
 def _whole_size(call: Call) -> Any:
     for tensor in call.tensors():
         for dim in tensor.dims:
@@ -185,10 +218,8 @@ def _whole_size(call: Call) -> Any:
 
 rule("nonzero", "_unique2", "unique_consecutive", "bincount", "histc", "as_strided",
       "as_strided_scatter", "diagonal", "tril_indices", "triu_indices", "masked_select",
-      "masked_scatter", "index_reduce", "_local_scalar_dense", "item", "max_pool2d_with_indices",
-      "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "dist", "cdist", "_cdist_forward", "trace",
-      "unfold", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "im2col",
-      "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",
+      "masked_scatter", "index_reduce", "_local_scalar_dense", "item", "dist", "cdist", "_cdist_forward", "trace",
+      "unfold", "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",
       # These raise where a value is out of range, that of padding too.
       "binary_cross_entropy", "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss",
       "multilabel_margin_loss_forward")(_whole_size)  # fmt: skip

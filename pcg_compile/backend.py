@@ -230,7 +230,7 @@ def plan_pieces(
             distinct[key] = compile_piece(site.piece, options.compiler, fake_mode)
             failure = distinct[key].failure
             if failure is not None:
-                counters.fall_back(f"the compiler failed on a piece, which runs eagerly: {failure}", site.where)
+                counters.fall_back(f"a piece runs eagerly: {failure}", site.where)
         site.compiled = distinct[key]
     return plan, len(distinct)
 

@@ -64,7 +64,7 @@ class Wide(nn.Module):
 
 def test_no_memory_to_record_in():
     model = Wide().cuda().eval()
-    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [16, 1024]})
+    compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[16, 1024])(model.forward)
     total = torch.cuda.get_device_properties("cuda").total_memory
     # The recording of one bucket brings what libraries keep for themselves.
     small, large = (torch.randn(n, 64, device="cuda") for n in (16, 1000))
@@ -100,27 +100,28 @@ def test_no_memory_to_record_in():
 
 @needs_flashinfer
 def test_callers_on_side_streams():
-    model, cache = make_llama(), make_cache(pages=400)
-    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [8, 64]})
+    model, caches = make_llama(), [make_cache(pages=400) for _ in range(2)]
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [8, 64]}, dynamic=True)
     streams = [torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.Stream()]
-    ids = torch.zeros(60, dtype=torch.int64, device="cuda")
-    results = []
-    # The first step records, on a side stream.
+    pages = [list(range(1 + 8 * r, 9 + 8 * r)) for r in range(2)]
+    work = []
     for i, n in enumerate([5, 60, 5, 7, 60, 33, 8, 5, 60]):
-        pages = [list(range(1 + 8 * r, 9 + 8 * r)) for r in range(2)]
         batch = pcg.Batch([1, n - 1], [40 + i, n - 1], pages)
-        new = torch.randint(0, SHAPE.vocab, (n,), device="cuda")
-        with pcg.step(batch, cache):
-            want = model(new, batch.positions)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(streams[i % 3]), pcg.step(batch, cache):
-            # A recording that runs on another stream, or that does not wait for this one, would read old ids.
+        ids = torch.randint(0, SHAPE.vocab, (n,), device="cuda")
+        with pcg.step(batch, caches[0]):
+            work.append((batch, ids, model(ids, batch.positions)))
+    torch.cuda.synchronize()
+    results = []
+    # The first step records, on a side stream. Nothing but pcg orders a step behind the one on another stream.
+    for i, (batch, ids, want) in enumerate(work):
+        with torch.cuda.stream(streams[i % 3]), pcg.step(batch, caches[1]):
+            late = torch.zeros_like(ids)
             torch.cuda._sleep(20_000_000)
-            some = ids[:n].copy_(new)
-            got = compiled(some, batch.positions)
-            # Work that the caller queues behind the step sees its result.
+            late.copy_(ids)
+            got = compiled(late, batch.positions)
+            # What the caller queues behind the step sees its result, and the step has read its ids by then.
+            late.fill_(0)
             results.append((got * 1, want))
-            some.fill_(0)
     torch.cuda.synchronize()
     assert all(difference(got, want) < LIMITS[torch.bfloat16] for got, want in results)
     stats = pcg.stats(compiled)
@@ -136,7 +137,7 @@ def test_steady_steps_with_adapters_wait_for_nothing(attention, tmp_path):
     for rank, name in enumerate("ab", 3):
         pool.load(name, save_plain(tmp_path / name, modules, rank, target_modules=["down"]))
     options = {"compiler": "eager", "buckets": [8, 64], "attention": attention}
-    compiled = torch.compile(model, backend="pcg", options=options)
+    compiled = torch.compile(model, backend="pcg", options=options, dynamic=True)
 
     def serve(n, length, adapters):
         batch = pcg.Batch([1, n - 1], [length, n - 1], [list(range(1, 9)), list(range(9, 17))], adapters=adapters)

@@ -134,3 +134,46 @@ def test_a_mark_does_not_outlast_the_call():
 def test_a_model_that_is_not_compiled_is_an_error():
     with pytest.raises(ValueError, match="Linear ran, and nothing in it is compiled by pcg"):
         pcg.warmup(torch.nn.Linear(2, 2), torch.randn(3, 2), progress=False)
+
+
+def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
+    from models import ToyLlama
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, found = ToyLlama(layers=2).eval(), []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend="pcg", options={"buckets": [4, 8]}, dynamic=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(torch.arange(3)), model(torch.arange(3)))
+        found.append(dict(counters["aot_autograd"]))
+    assert found[0]["autograd_cache_miss"] == 3 and "autograd_cache_hit" not in found[0]
+    assert found[1]["autograd_cache_hit"] == 3 and "autograd_cache_miss" not in found[1]
+
+
+def test_cached_code_is_not_used_where_memory_is_shared_otherwise(tmp_path, monkeypatch):
+    """Of two pieces of the same ops and shapes, one has a second name for what it writes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def separate(x):
+        z = x + 1
+        q = z.clone()
+        z = torch.ops.silly.fresh(z).add_(0)
+        return q.add_(1), z * 2
+
+    def shared(x):
+        z = x + 1
+        q = z.view(z.shape)
+        torch.ops.silly.fresh(z)
+        return q.add_(1), z * 2
+
+    for kinds in ((separate, shared), (shared, separate)):
+        for function in kinds:
+            torch._dynamo.reset()
+            compiled = torch.compile(function, backend="pcg", options={"buckets": [4, 8]}, dynamic=True)
+            with torch.no_grad():
+                for n in (3, 5):
+                    x = torch.randn(n, 4)
+                    torch.testing.assert_close(compiled(x), function(x))

@@ -80,6 +80,9 @@ class _Builder:
             copy = self.graph.node_copy(node, self._argument)
             copy.stack_trace = node.stack_trace
             copy.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
+            if isinstance(self.facts[node].value, torch.Tensor):
+                # AOTAutograd's cache takes a method call only where this says that it is a tensor's.
+                copy.meta["example_value"] = self.facts[node].value
             self.env[node] = copy
         self._switch(current, ())
         self.graph.output(tuple(self.env[node] for node in outputs))
@@ -227,12 +230,15 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
 
 
 def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
-    """Compiles one distinct piece. A compiler that fails leaves the piece to eager, and says why.
+    """Compiles one distinct piece. What no compiler can take, and what fails, is left to eager, and says why.
 
     ``compiler`` is "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
     """
     if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.gm.graph.nodes):
         return Compiled(piece.gm.forward)
+    if _writes_shared(piece):
+        # AOTAutograd compiles for a common base, which it tells from how the views were made: other views than ours.
+        return Compiled(piece.gm.forward, "it writes an input that shares its memory with another one")
     compile_it = compile_with_inductor if compiler == "inductor" else compiler
     try:
         # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
@@ -242,7 +248,15 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
         with isolated_tracing(fake_mode), torch.no_grad():
             return Compiled(compile_it(copy, list(piece.example)))
     except Exception as error:
-        return Compiled(piece.gm.forward, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        first = str(error).splitlines()[0] if str(error) else ""
+        return Compiled(piece.gm.forward, f"the compiler failed: {type(error).__name__}: {first}")
+
+
+def _writes_shared(piece: Piece) -> bool:
+    """Whether an input that the piece writes shares its memory with another input."""
+    storages = [storage_of(value) if isinstance(value, torch.Tensor) else None for value in piece.example]
+    written = [storages[len(piece.symbols) + i] for i in piece.writes]
+    return any(storages.count(storage) > 1 for storage in written)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
