@@ -180,7 +180,7 @@ def _per_image(count: int) -> Any:
     """Pooling and resampling: the last ``count`` dimensions of the input are one image, those before count images."""
 
     def images(call: Call) -> Any:
-        source = call.tensor("self")
+        source = call.tensors()[0]
         numbers_are_static(call)
         kept = len(source.dims) - count
         for dim in source.dims[kept:]:
@@ -209,6 +209,16 @@ def grid_sampler(call: Call) -> Dims:
     return (*broadcast([source.dims[:1], grid.dims[:1]]), *dims_of(call.shapes[0])[1:])
 
 
+@rule("unfold")
+def windows(call: Call) -> Dims:
+    source = call.tensor("self")
+    numbers_are_static(call)
+    axis = axis_of(source.dims, call.arguments["dimension"])
+    need_static(source.dims[axis], "takes windows of")
+    sizes = dims_of(call.shapes[0])
+    return (*source.dims[:axis], sizes[axis], *source.dims[axis + 1 :], sizes[-1])
+
+
 def _whole_size(call: Call) -> Any:
     for tensor in call.tensors():
         for dim in tensor.dims:
@@ -219,7 +229,7 @@ def _whole_size(call: Call) -> Any:
 rule("nonzero", "_unique2", "unique_consecutive", "bincount", "histc", "as_strided",
       "as_strided_scatter", "diagonal", "tril_indices", "triu_indices", "masked_select",
       "masked_scatter", "index_reduce", "_local_scalar_dense", "item", "dist", "cdist", "_cdist_forward", "trace",
-      "unfold", "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",
+      "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",
       # These raise where a value is out of range, that of padding too.
       "binary_cross_entropy", "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss",
       "multilabel_margin_loss_forward")(_whole_size)  # fmt: skip
