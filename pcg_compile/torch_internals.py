@@ -393,21 +393,31 @@ def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
 
 
 def specialize_floats(gm: fx.GraphModule) -> None:
-    """Has Dynamo trace again with Python floats as constants where it made tensors of them (2.11 to 2.13).
+    """Has Dynamo trace again with Python floats as constants where it made tensors of them (2.11 to 2.15).
 
     A recording holds a float's value anyway, and a float that is a tensor on the CPU would be read at every step.
+    Floats that an op has taken as numbers count too: Inductor asks for the same once a piece is compiled.
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
+    from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
 
-    restart = False
+    found = []
     for node in gm.graph.find_nodes(op="placeholder"):
         number = getattr(node.meta.get("example_value"), "item_memo", None)
         name = getattr(getattr(getattr(number, "node", None), "_expr", None), "name", None)
-        if name and all(user.target == "item" for user in node.users) and not TensorifyState.should_specialize(name):
-            TensorifyState.specialize(name)
-            restart = True
-    if restart:
+        if name and all(user.target == "item" for user in node.users):
+            found.append(name)
+    tracing = torch._guards.TracingContext.try_get()
+    env = tracing.fake_mode.shape_env if tracing is not None and tracing.fake_mode is not None else None
+    if env is not None:
+        found += [
+            str(s) for s, value in env.backed_var_to_val.items() if symbol_is_type(s, SymT.FLOAT) and value.is_Float
+        ]
+    fresh = [name for name in found if not TensorifyState.should_specialize(name)]
+    for name in fresh:
+        TensorifyState.specialize(name)
+    if fresh:
         raise TensorifyScalarRestartAnalysis
 
 

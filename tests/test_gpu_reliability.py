@@ -62,33 +62,36 @@ class Wide(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
-def test_no_memory_to_record_in():
+@pytest.mark.parametrize("spare", [450, 768], ids=lambda mib: f"{mib} MiB")
+def test_little_memory_to_record_in(spare):
     model = Wide().cuda().eval()
     compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[16, 1024])(model.forward)
     total = torch.cuda.get_device_properties("cuda").total_memory
     # The recording of one bucket brings what libraries keep for themselves.
-    small, large = (torch.randn(n, 64, device="cuda") for n in (16, 1000))
+    small, large = (torch.randn(n, 64, device="cuda") for n in (16, 600))
     compiled(small)
     wants = [model(small), model(large)]
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    # Temporaries take 512 MiB: they fit once, not beside those of another pool.
-    torch.cuda.set_per_process_memory_fraction((before + (768 << 20)) / total)
+    # Temporaries take 300 MiB, and 512 in the bucket. In 768 MiB these fit once: not beside what the warm-up has left.
+    torch.cuda.set_per_process_memory_fraction((before + (spare << 20)) / total)
     try:
         for x, want in [(large, wants[1]), (small, wants[0])] * 4:
             got = compiled(x)
             assert difference(got, want) < 1e-4
         stats = pcg.stats(compiled)
-        reasons = {f.reason.split(":")[0]: f.count for f in stats.fallbacks}
-        out_of_memory = [f for f in stats.fallbacks if "OutOfMemoryError" in f.reason]
-        assert sum(f.count for f in out_of_memory) == 2, stats.fallbacks
-        assert any("twice" in reason for reason in reasons), stats.fallbacks
-        # The small bucket went on replaying, and the large one holds nothing but its static input.
-        assert stats.captured == 1 and stats.replays == 5
-        gc.collect()
-        torch.cuda.empty_cache()
-        assert torch.cuda.memory_reserved() <= before + (32 << 20)
+        if spare == 768:
+            assert stats.captured == 2 and not stats.fallbacks, stats.fallbacks
+        else:
+            out_of_memory = [f for f in stats.fallbacks if "OutOfMemoryError" in f.reason]
+            assert sum(f.count for f in out_of_memory) == 2, stats.fallbacks
+            assert any("twice" in f.reason for f in stats.fallbacks), stats.fallbacks
+            # The small bucket went on replaying, and the large one holds nothing but its static input.
+            assert stats.captured == 1 and stats.replays == 5
+            gc.collect()
+            torch.cuda.empty_cache()
+            assert torch.cuda.memory_reserved() <= before + (32 << 20)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     pcg.reset(compiled)

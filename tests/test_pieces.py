@@ -340,3 +340,11 @@ def test_a_linear_with_bias_on_three_dimensions_keeps_its_size_dynamic(shape):
         with torch.no_grad():
             torch.testing.assert_close(function(x), layer(x) + 1)
     assert pcg.stats(function).graphs == 1 and pcg.stats(function).replays > 0
+
+
+def test_numbers_that_dynamo_made_symbols_leave_a_piece_to_inductor():
+    """dynamic=True makes the epsilon of a norm a symbol, which Inductor wants traced again as a constant."""
+    model = nn.Sequential(nn.RMSNorm(4, eps=1e-5), nn.LayerNorm(4)).eval()
+    compiled = torch.compile(model, backend="pcg", dynamic=True, options={"buckets": [4, 8, 16]})
+    same(compiled, model, lambda n: [torch.randn(n, 4)])
+    assert [f.reason for f in pcg.stats(compiled).fallbacks] == ["a size is beyond the largest bucket, 16"]

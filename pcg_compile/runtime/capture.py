@@ -126,26 +126,43 @@ class CudaGraphs(Engine):
         ready: Callable[[], None] = lambda: None,
     ) -> Recording:
         current = torch.cuda.current_stream(self.device)
-        before = _reserved(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             if warm_up is not None:
                 warm_up()
-            graph, shared = torch.cuda.CUDAGraph(), self._pool(pool)
-            try:
-                # "thread_local": another thread's allocation must not break this capture.
-                graph.capture_begin(pool=shared.handle, capture_error_mode="thread_local")
-                outputs = list(run())
-                graph.capture_end()
-            except BaseException:
-                self.pools.pop(pool, None)
-                abandon_capture(graph, shared.handle, self.device)
-                raise
-            shared.graphs.add(graph)
+            # Behind the warm-up: what libraries keep for a new stream is not the recording's.
+            before = _reserved(self.device)
+            made = self._capture(run, pool)
+            if made is None:
+                # Nothing can be freed during a capture: what other pools have cached is returned before the second try.
+                torch.cuda.empty_cache()
+                before = _reserved(self.device)
+                made = self._capture(run, pool, last=True)
+                assert made is not None
+        graph, outputs = made
         current.wait_stream(self.stream)
         ready()
         graph.replay()
         return Recording(outputs, graph.replay, _reserved(self.device) - before)
+
+    def _capture(
+        self, run: Callable[[], Sequence[torch.Tensor]], pool: Hashable, last: bool = False
+    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]] | None:
+        """One try; None where memory ran out and this is not the last one."""
+        graph, shared = torch.cuda.CUDAGraph(), self._pool(pool)
+        try:
+            # "thread_local": another thread's allocation must not break this capture.
+            graph.capture_begin(pool=shared.handle, capture_error_mode="thread_local")
+            outputs = list(run())
+            graph.capture_end()
+        except BaseException as error:
+            self.pools.pop(pool, None)
+            abandon_capture(graph, shared.handle, self.device)
+            if last or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
+        shared.graphs.add(graph)
+        return graph, outputs
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
