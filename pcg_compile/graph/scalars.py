@@ -72,6 +72,8 @@ def is_scalar(value: Any) -> bool:
 
 def evaluate(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     """A nested value with every symbolic number replaced by its value at ``sizes``."""
+    if isinstance(value, SymType):
+        return _evaluate_one(value, sizes)
     return tree_map(lambda leaf: _evaluate_one(leaf, sizes), plain(value))
 
 
@@ -95,9 +97,9 @@ def _number(expr: Any, sizes: Mapping[sympy.Symbol, int], kind: Callable[[Any], 
 
 def shape_at(tensor: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
     """The shape of a fake tensor at ``sizes``."""
-    return tuple(_evaluate_one(size, sizes) if isinstance(size, SymType) else size for size in tensor.shape)
+    return tuple([size if type(size) is int else _evaluate_one(size, sizes) for size in tensor.shape])
 
 
 def strides_at(tensor: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
     """The strides of a fake tensor at ``sizes``, in elements."""
-    return tuple(_evaluate_one(stride, sizes) if isinstance(stride, SymType) else stride for stride in tensor.stride())
+    return tuple([stride if type(stride) is int else _evaluate_one(stride, sizes) for stride in tensor.stride()])

@@ -56,6 +56,8 @@ class Binding:
     recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    #: Parameters and what else is read where it lies, by position: the memory, since users' objects may go.
+    memory: dict[int, torch.Tensor] = field(default_factory=dict)
     #: Failed tries by (site, key): a recording is retried once.
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
@@ -91,6 +93,14 @@ class Binding:
             tensor = self.placed[key] = self.buffers.tensor(slot, shape, strides, dtype)
         return tensor
 
+    def held(self, position: int, argument: torch.Tensor) -> torch.Tensor:
+        """An argument's memory, as a tensor of ours: when the user's object goes, so do the recordings."""
+        tensor = self.memory.get(position)
+        if tensor is None:
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = self.memory[position] = argument.detach()
+        return tensor
+
     def remember(self, sizes: tuple[int, ...], step: Any) -> None:
         """Keeps the program of some sizes; the longest unused go."""
         self.steps[sizes] = step
@@ -106,6 +116,7 @@ class Binding:
             self.wholes.clear()
             self.bodies.clear()
             self.placed.clear()
+            self.memory.clear()
             self.buffers = FlatBuffers(self.shared.device)
             return
         self.buckets.discard(bucket)

@@ -32,14 +32,14 @@ class FlatBuffers:
         """A tensor of the given shape and strides (in elements) at the start of the slot's storage."""
         needed = extent(shape, strides) * dtype.itemsize
         flat = self._storages.get(slot)
-        if flat is None or flat.numel() < needed:
+        if torch.is_inference_mode_enabled():
             # Not an inference tensor, whatever mode the caller is in: later steps must be able to write it.
-            with torch.inference_mode(False):
-                flat = torch.zeros(max(needed, 16), dtype=torch.uint8, device=self.device)
-            self._storages[slot] = flat
-        with torch.inference_mode(False), torch.no_grad():
-            usable = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-            return usable.as_strided(tuple(shape), tuple(strides))
+            with torch.inference_mode(False), torch.no_grad():
+                return self.tensor(slot, shape, strides, dtype)
+        if flat is None or flat.numel() < needed:
+            flat = self._storages[slot] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=self.device)
+        usable = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        return usable.as_strided(tuple(shape), tuple(strides))
 
     def nbytes(self) -> int:
         """Bytes of the current storages."""

@@ -10,10 +10,13 @@ import torch
 from torch import fx
 
 from ..graph.plan import InputSpec
+from ..graph.scalars import shape_at, strides_at
 from .binding import Binding
 from .program import Op, Program
 
-__all__ = ["Building"]
+__all__ = ["Building", "Layout"]
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class Building:
@@ -48,6 +51,15 @@ class Building:
         self.new: list[tuple[int, tuple[int, ...]]] = []
         self.keep: dict[int, list[Any]] = {}
         self.copied: list[InputSpec] = []
+        self._layouts: dict[fx.Node, Layout] = {}
+
+    def layouts(self, nodes: Sequence[fx.Node]) -> list[Layout]:
+        """Shape, strides and dtype of values in static memory."""
+        for node in nodes:
+            if node not in self._layouts:
+                fake = self.plan.value(node)
+                self._layouts[node] = (shape_at(fake, self.at), strides_at(fake, self.at), fake.dtype)
+        return [self._layouts[node] for node in nodes]
 
     def add(self, op: Op) -> Any:
         """Adds a call to the program, and makes it."""

@@ -154,11 +154,16 @@ def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords:
 
 
 def _binder(b: Building, bind: Callable[..., Op], arguments: Any, keywords: Mapping[str, Any]) -> Op:
-    flat, _ = tree_flatten((tuple(arguments), dict(keywords)))
-    if any(isinstance(leaf, (_Late, _LateNumber)) for leaf in flat):
+    if any(_has_late(value) for value in (*arguments, *keywords.values())):
         late = _caller(b, bind, arguments, keywords)
         return lambda: late()()
     return bind(*arguments, **keywords)
+
+
+def _has_late(value: Any) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        return any(isinstance(leaf, (_Late, _LateNumber)) for leaf in tree_flatten(value)[0])
+    return isinstance(value, (_Late, _LateNumber))
 
 
 def _finish(

@@ -27,9 +27,7 @@ def bind_inputs(b: Building) -> None:
             # Read where it lies; what lies on another device than the recordings does so always.
             b.program.late_inputs.append((b.late(spec.node), spec.position))
         elif spec.kind in ("static", "bound"):
-            # The memory is held, not the user's object: when that goes, so do the recordings.
-            with torch.inference_mode(False), torch.no_grad():
-                b.static[spec.node] = b.args[spec.position].detach()
+            b.static[spec.node] = b.binding.held(spec.position, b.args[spec.position])
         else:
             _copy_in(b, spec)
 

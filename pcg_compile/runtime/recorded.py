@@ -15,14 +15,14 @@ from ..errors import PCGError
 from ..graph.blank import blank_results
 from ..graph.facts import storage_of
 from ..graph.plan import PieceSite
-from ..graph.scalars import evaluate, shape_at, strides_at
+from ..graph.scalars import evaluate
 from ..torch_internals import unowned_alias
 from .agreement import RankFailed
 from .buffers import extent
 from .building import Building
 from .capture import StaticReplay
 from .probe import Argument, probe
-from .views import assign, looks_like
+from .views import assign, has_layout
 
 __all__ = ["conformer", "run_recorded"]
 
@@ -118,8 +118,7 @@ def _probe(b: Building, site: PieceSite) -> bool:
 
 
 def _result_bytes(b: Building, site: PieceSite) -> int:
-    fakes = [b.plan.value(node) for node in site.outputs]
-    return sum(extent(shape_at(f, b.at), strides_at(f, b.at)) * f.element_size() for f in fakes)
+    return sum(extent(shape, strides) * dtype.itemsize for shape, strides, dtype in b.layouts(site.outputs))
 
 
 def _result_limit(b: Building) -> int:
@@ -196,17 +195,13 @@ def _release_after(b: Building, site: PieceSite) -> int:
 
 def conformer(b: Building, piece: Any) -> Callable[[Any], Sequence[torch.Tensor]]:
     """Makes results look as the next piece was compiled for, where a compiler chose other strides."""
-    fakes = [b.plan.value(node) for node in piece.outputs]
-    at = b.at
+    layouts = b.layouts(piece.outputs)
 
     def conform(results: Any) -> Sequence[torch.Tensor]:
         checked = []
-        for result, fake in zip(results, fakes, strict=True):
-            if not looks_like(result, fake, at):
-                shaped = torch.empty_strided(
-                    shape_at(fake, at), strides_at(fake, at), dtype=fake.dtype, device=result.device
-                )
-                result = assign(shaped, result)
+        for result, (shape, strides, dtype) in zip(results, layouts, strict=True):
+            if not has_layout(result, shape, strides):
+                result = assign(torch.empty_strided(shape, strides, dtype=dtype, device=result.device), result)
             checked.append(result)
         return checked
 
@@ -216,15 +211,18 @@ def conformer(b: Building, piece: Any) -> Callable[[Any], Sequence[torch.Tensor]
 def _placer(
     b: Building, site: PieceSite, inputs: Sequence[torch.Tensor]
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    owned = {t.untyped_storage().data_ptr() for t in inputs}
+    # Found when first asked for: a CUDA graph places its results itself.
+    owned: set[int] = set()
     groups: dict[int, list[fx.Node]] = {}
-    for node in site.outputs:
-        groups.setdefault(storage_of(b.plan.value(node)), []).append(node)
 
     def place(i: int, result: torch.Tensor) -> torch.Tensor:
         node = site.outputs[i]
         fake = b.plan.value(node)
-        shape, strides = shape_at(fake, b.at), strides_at(fake, b.at)
+        shape, strides, _ = b.layouts([node])[0]
+        if not groups:
+            owned.update(t.untyped_storage().data_ptr() for t in inputs)
+            for other in site.outputs:
+                groups.setdefault(storage_of(b.plan.value(other)), []).append(other)
         if result.untyped_storage().data_ptr() in owned and result.numel():
             return result
         group = groups[storage_of(fake)]

@@ -11,16 +11,19 @@ import torch
 from ..graph.scalars import SymType, shape_at, strides_at
 from .buffers import extent
 
-__all__ = ["assign", "copier", "expanded_dims", "looks_like", "real_rows", "tails", "unexpanded"]
+__all__ = ["assign", "copier", "expanded_dims", "has_layout", "looks_like", "real_rows", "tails", "unexpanded"]
 
 Sizes = Mapping[sympy.Symbol, int]
 
 
 def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """The view of a bucket-sized tensor that holds the real rows, along every dynamic dimension."""
+    shape = shape_at(fake, sizes)
+    if static.shape == shape:
+        return static
     view = static
     with torch.inference_mode(False), torch.no_grad():
-        for dim, size in enumerate(shape_at(fake, sizes)):
+        for dim, size in enumerate(shape):
             if view.shape[dim] != size:
                 view = view.narrow(dim, 0, size)
     return view
@@ -41,11 +44,15 @@ def tails(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[torch.
 
 def looks_like(tensor: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> bool:
     """Whether a tensor has the shape and the strides that eager's would have at ``sizes``."""
-    shape = shape_at(fake, sizes)
-    if tuple(tensor.shape) != shape:
+    return has_layout(tensor, shape_at(fake, sizes), strides_at(fake, sizes))
+
+
+def has_layout(tensor: torch.Tensor, shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether shape and strides are these, where strides matter."""
+    if tensor.shape != shape:
         return False
-    wanted = strides_at(fake, sizes)
-    return all(size <= 1 or have == want for size, have, want in zip(shape, tensor.stride(), wanted, strict=True))
+    own = tensor.stride()
+    return own == strides or all(s <= 1 or a == b for s, a, b in zip(shape, own, strides, strict=True))
 
 
 def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> Callable[[], list[torch.Tensor]]:
