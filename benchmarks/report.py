@@ -230,6 +230,22 @@ def _lora_kernels(rows: Sequence[Row]) -> list[Panel]:
     return [("lines", series(named, "adapters", "cold_us", "name"), ("adapters", "us", "shrink and expand, rank 16"))]
 
 
+def _lora(rows: Sequence[Row]) -> list[Panel]:
+    named = [
+        {**row, "at": f"{row['tokens']}\n{row['adapters']} adapters", "rank": f"rank {row['ranks']}"}
+        for row in rows
+        if row["what"] in ("step", "ratio")
+    ]
+    # PEFT's bars would leave none of the others.
+    ours = [row for row in named if row.get("variant", "").startswith("pcg") and row["rank"] == named[0]["rank"]]
+    title = f"a step, metadata ready, {named[0]['rank']}" if named else ""
+    ratios = {"lora_over_pcg": "pcg with adapters / without", "peft_over_lora": "PEFT / pcg, with adapters"}
+    return [
+        ("bars", series(ours, "at", "ready_wall_ms", "variant"), ("", "ms", title)),
+        *(("bars", series(named, "at", key, "rank"), ("", "times", about)) for key, about in ratios.items()),
+    ]
+
+
 _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "step": _step,
     "host": _host,
@@ -241,5 +257,6 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "continuous": _continuous,
     "tensor_parallel": _tensor_parallel,
     "soak": lambda rows: [],
+    "lora": _lora,
     "lora_kernels": _lora_kernels,
 }

@@ -23,7 +23,7 @@ from pcg_compile.ops import registered_split_ops
 from .bodies import bodies_of
 from .context import PassContext
 from .findings import Finding, hazard_at, made_from_data, tensor_arguments
-from .graph_memory import GraphMemory, data_of
+from .graph_memory import FROM_DATA, GraphMemory, data_of
 from .op_rules import finding_of, reads_host_scalars
 
 __all__ = ["capture_hazards", "node_finding"]
@@ -98,11 +98,39 @@ def _makes_from_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx
         if memory.on_host(value) or 0 in value.shape:
             return None
         return made_from_data()
-    if data_of(node, memory.facts) is None or node.kwargs.get("device") is None:
+    if node.kwargs.get("device") is None:
+        return None
+    if data_of(node, memory.facts) is None and not _is_made_of_host_data(node, memory):
         return None
     if not isinstance(value, torch.Tensor) or value.device.type != memory.device.type or 0 in value.shape:
         return None
     return made_from_data()
+
+
+def _is_made_of_host_data(node: fx.Node, memory: GraphMemory) -> bool:
+    """On a CPU run, ``torch.as_tensor(array, device=...)``: Dynamo has made a tensor of numpy's array."""
+    if memory.device.type != "cpu" or node.target not in FROM_DATA or not node.all_input_nodes:
+        return False
+    return all(memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value))
+
+
+def _brings_to_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
+    """``t.cpu()`` and ``torch.tensor([t[0], t[1]])`` on a CPU run, where neither dispatches a copy to the host."""
+    if memory.device.type != "cpu":
+        return None
+    data = node.args[0] if node.args else None
+    if not (node.op == "call_method" and node.target == "cpu") and not (
+        node.op == "call_function"
+        and getattr(node.target, "__name__", "") == "tensor"
+        and isinstance(data, (list, tuple))
+    ):
+        return None
+    tensors = [t for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)]
+    if all(memory.on_host(t) for t in tensors):
+        return None
+    return Finding(
+        "sync", "it copies to the host, and waits for the device", "Keep the value on the device until after the step"
+    )
 
 
 def _moves_host_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
@@ -128,7 +156,7 @@ def _branches_on_data(node: fx.Node, memory: GraphMemory, constants: frozenset[f
     )
 
 
-_PREDICATES: tuple[Predicate, ...] = (_makes_from_data, _moves_host_data, _branches_on_data)
+_PREDICATES: tuple[Predicate, ...] = (_makes_from_data, _brings_to_host, _moves_host_data, _branches_on_data)
 
 
 def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:

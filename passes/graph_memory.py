@@ -81,4 +81,7 @@ class GraphMemory:
         if node.op not in ("call_function", "call_method"):
             return False
         tensors = [t for n in node.all_input_nodes for t in tensors_in(self.facts[n].value)]
+        if not tensors:
+            # A number or an array of numpy's own.
+            return type(node.target).__name__ == "numpy_to_tensor_wrapper"
         return bool(tensors) and all(storage_of(t) in self._host for t in tensors)

@@ -149,13 +149,14 @@ def _rewrite(
     write: Callable[[fx.Graph, fx.Node, torch.Tensor], str],
 ) -> None:
     place = place_of(node)
+    statement = assignment_of(node, place)
     tensor = facts[node.args[0]].value  # type: ignore[index]
     with gm.graph.inserting_before(node):
         earlier = node.prev
         how = write(gm.graph, node, tensor)
         _inherit(earlier.next, node)
     gm.graph.erase_node(node)
-    context.notes.append(f"`{assignment_of(node, place)}` at {place}: rewritten to {how}")
+    context.notes.append(f"`{statement}` at {place}: rewritten to {how}")
 
 
 def _fill_view(graph: fx.Graph, node: fx.Node, tensor: torch.Tensor) -> str:

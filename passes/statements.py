@@ -64,7 +64,9 @@ def _parse(source: str) -> Statement | None:
     if not isinstance(target, ast.Subscript):
         return None
     index = ast.unparse(target.slice)
-    return Statement(ast.unparse(target.value), index.removeprefix("(").removesuffix(")"), ast.unparse(body[0].value))
+    if isinstance(target.slice, ast.Tuple) and target.slice.elts:
+        index = index.removeprefix("(").removesuffix(")")
+    return Statement(ast.unparse(target.value), index, ast.unparse(body[0].value))
 
 
 def _name(value: Any) -> str:

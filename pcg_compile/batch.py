@@ -11,7 +11,17 @@ import numpy as np
 import torch
 
 from .errors import BatchError, message
-from .metadata import Ints, PageTable, Tables, check_adapters, make_tables, positions_of, read_lengths
+from .metadata import (
+    MOST,
+    Ints,
+    PageTable,
+    Tables,
+    check_adapters,
+    check_count,
+    make_tables,
+    positions_of,
+    read_lengths,
+)
 from .padded import PaddedBatch
 from .registry import runtimes
 from .step import RUNNING, StepState, current_step, require_step
@@ -46,14 +56,15 @@ class Batch:
             kv_lens: tokens of each request that attention sees, the new ones included; None: only the new ones.
                 A request's first new token has position ``kv_len - qo_len``.
             page_table: the pages of each request, in order; more than its KV length needs are allowed. A sequence of
-                sequences, or an int array ``[requests, most pages]`` on the host, which is read faster.
+                sequences, or an int array ``[requests, most pages]`` on the host, which is read faster, and not copied:
+                it is read until the step is over.
             adapters: a LoRA adapter's name for each request, None for the base model; or, where only the device knows,
                 an int tensor ``[tokens]`` of adapter slots (:meth:`pcg_compile.lora.AdapterPool.slots_of`), -1 for the
                 base model.
 
         Raises:
-            BatchError: no requests, a length below 1, a KV length below the query length, another number of entries
-                than requests, page 0 given to a request.
+            BatchError: no requests, a length below 1 or beyond int32, a KV length below the query length, another
+                number of entries than requests, page 0 given to a request.
         """
         self._qo = read_lengths("qo_lens", qo_lens)
         if not len(self._qo):
@@ -76,6 +87,15 @@ class Batch:
         self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
         self.adapters = check_adapters(adapters, len(self._qo), int(self._qo.sum()))
         self._finish(None)
+        if self.num_tokens > MOST or int(self._kv.max()) > MOST:
+            name, lengths = ("qo_lens", self.qo_lens) if max(self.qo_lens) > MOST else ("kv_lens", self.kv_lens)
+            request = lengths.index(max(lengths))
+            raise BatchError(
+                message(
+                    f"request {request} has {name}[{request}] = {lengths[request]}, the batch {self.num_tokens} tokens",
+                    why=f"At most {MOST}: metadata are int32.",
+                )
+            )
 
     def _finish(self, tokens: int | None) -> None:
         self.num_requests = len(self._qo)
@@ -121,7 +141,7 @@ class Batch:
         Raises:
             BatchError: ``bucket`` is below the number of tokens, or the page table does not fit.
         """
-        return PaddedBatch(self.tables(page_size), bucket, slots)
+        return PaddedBatch(self.tables(check_count("page_size", page_size)), bucket, slots)
 
     @property
     def has_pages(self) -> bool:
@@ -210,7 +230,8 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
     try:
         with torch.no_grad():
             yield batch
-        if cache is not None and not state.used:
+        if cache is not None and not state.used and not cache.warned:
+            cache.warned = True
             _LOG.warning(
                 "the step has a cache, and no attention used it: a model that attends in its own way takes the packed "
                 'requests for one. Make it with pcg.PagedAttention, or with attn_implementation="pcg"'

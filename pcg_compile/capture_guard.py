@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureHazard, GraphBreakingScalarWrite, Hazard, OptionsError, message
@@ -70,6 +71,8 @@ class _Guard:
         self.found: list[Hazard] = []
         #: On a CPU run: the tensors that would lie on the host beside a GPU.
         self.host = WeakTensorKeyDictionary()
+        #: Whether a call runs that only computes on the host, or whose checks of values only a CPU makes.
+        self.quiet = False
         #: (index, value) of the assignment that is running.
         self.assignment: tuple[Any, Any] | None = None
 
@@ -117,6 +120,8 @@ class _Ops(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         guard, call = self.guard, OpCall(func, args, kwargs or {})
+        if guard.quiet:
+            return func(*args, **call.kwargs)
         name = func.name().partition(".")[0] if isinstance(func, torch._ops.OpOverload) else str(func)
         if guard.device.type != "cpu":
             _check(guard, call, name)
@@ -159,6 +164,14 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         guard, kwargs = self.guard, kwargs or {}
         name = getattr(func, "__name__", "")
+        if _made_of_tensors(guard, func, args, kwargs):
+            guard.report(
+                Finding("sync", "it waits for the device, to read each element", "Write: torch.stack([...])"), name
+            )
+        if guard.device.type == "cpu" and (guard.host or name == "one_hot"):
+            on_host = _stays_on_host(guard, args, kwargs)
+            if on_host or _knows_classes(name, args, kwargs):
+                return _quietly(guard, func, args, kwargs, on_host)
         if name == "__setitem__":
             guard.assignment = (args[1], args[2])
             try:
@@ -175,6 +188,40 @@ class _Calls(TorchFunctionMode):
         result = func(*args, **kwargs)
         guard.host.pop(result, None)
         return result
+
+
+def _quietly(
+    guard: _Guard, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], on_host: bool
+) -> Any:
+    guard.quiet = True
+    try:
+        result = func(*args, **kwargs)
+    finally:
+        guard.quiet = False
+    for tensor in tensors_in(result) if on_host else ():
+        guard.host[tensor] = True
+    return result
+
+
+def _stays_on_host(guard: _Guard, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is given tensors of the host alone, and names no device."""
+    tensors = list(tensors_in((args, dict(kwargs))))
+    if not tensors or not all(guard.on_host(t) for t in tensors):
+        return False
+    return not any(isinstance(leaf, (torch.device, str)) for leaf in tree_leaves((args, dict(kwargs))))
+
+
+def _knows_classes(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """``one_hot(t, 8)``, which reads its values on a CPU alone, to check them."""
+    return name == "one_hot" and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) != -1
+
+
+def _made_of_tensors(guard: _Guard, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """``torch.tensor([t[0], t[1]])``, which reads each element below all that a dispatch mode sees."""
+    if func not in FROM_DATA and getattr(func, "__name__", "") != "new_tensor":
+        return False
+    given = (*args[getattr(func, "__name__", "") == "new_tensor" :], *kwargs.values())
+    return any(not guard.on_host(t) for data in given if isinstance(data, (list, tuple)) for t in tensors_in(data))
 
 
 def _puts_on_device(guard: _Guard, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -57,7 +57,8 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
         options: see :class:`pcg_compile.options.Options`.
 
     Raises:
-        OptionsError: an unknown option or a bad value; a name in ``dynamic`` that is no parameter; bad ``guards``.
+        OptionsError: an unknown option or a bad value; a name in ``dynamic`` that is no parameter, at the first call a
+            dimension that the argument lacks; bad ``guards``.
     """
     parsed = Options.parse(options)
     if guards not in ("dynamo", "inputs"):
@@ -72,6 +73,11 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
 
 def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
     signature = inspect.signature(function)
+    if dynamic is not None and not isinstance(dynamic, Mapping):
+        raise OptionsError(
+            message(f"dynamic is {dynamic!r}", why="Allowed: a dict of argument names and dimensions.",
+                    cure=f'Write: @pcg.piecewise(dynamic={{"{next(iter(signature.parameters), "x")}": 0}})')
+        )  # fmt: skip
     for name, dims in (dynamic or {}).items():
         if name not in signature.parameters:
             raise OptionsError(
@@ -98,22 +104,41 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
             several = [value for value in tensors if value.shape[0] != 1]
             wanted: list[tuple[torch.Tensor, tuple[int, ...]]] = [(value, (0,)) for value in several or tensors]
         else:
-            wanted = [
-                (value, dims if isinstance(dims, tuple) else (dims,))
-                for name, dims in dynamic.items()
-                for value in _tensors(arguments.get(name))
-            ]
+            wanted = []
+            for name, dims in dynamic.items():
+                given, several_dims = arguments.get(name), dims if isinstance(dims, tuple) else (dims,)
+                if isinstance(given, torch.Tensor):
+                    _check_dims(name, given, several_dims)
+                for value in _tensors(given):
+                    # A container may hold scalars beside what has the dimension.
+                    wanted.append((value, tuple(d for d in several_dims if -value.dim() <= d < value.dim())))
         for value, dims in wanted:
             # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
             mark_dynamic(value, [dim % value.dim() for dim in dims], strict=dynamic is not None)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with compile_for_all_sizes(lambda: mark(args, kwargs)):
-            return compiled(*args, **kwargs)
+        try:
+            with compile_for_all_sizes(lambda: mark(args, kwargs)):
+                return compiled(*args, **kwargs)
+        except Exception as error:
+            # Raised while marking, it is no fault within Dynamo, which wraps it as one.
+            if type(error).__name__ == "InternalTorchDynamoError" and isinstance(error.__context__, OptionsError):
+                raise error.__context__ from None
+            raise
 
     wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
     return wrapper
+
+
+def _check_dims(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
+    for dim in dims:
+        if not -value.dim() <= dim < value.dim():
+            raise OptionsError(
+                message(f"dynamic[{name!r}] names dimension {dim} of a tensor of {value.dim()} dimensions",
+                        why=f"{name} has the shape {list(value.shape)}.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
+            )  # fmt: skip
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

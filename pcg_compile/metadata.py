@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -14,9 +15,21 @@ import torch
 
 from .errors import BatchError, message
 
-__all__ = ["PageTable", "Tables", "check_adapters", "make_tables", "positions_of", "read_lengths"]
+__all__ = [
+    "MOST",
+    "PageTable",
+    "Tables",
+    "check_adapters",
+    "check_count",
+    "make_tables",
+    "positions_of",
+    "read_lengths",
+]
 
 Ints = npt.NDArray[Any]
+
+#: Of tokens and of pages: metadata are int32.
+MOST = np.iinfo(np.int32).max
 
 
 def read_lengths(name: str, values: Any) -> Ints:
@@ -28,16 +41,35 @@ def read_lengths(name: str, values: Any) -> Ints:
     array = _integers(name, values)
     if array.ndim != 1:
         raise BatchError(message(f"{name} has {array.ndim} dimensions", why="It is one number a request."))
-    if len(array) and (array < 1).any():
-        request = int(np.argmin(array))
+    # A copy, as the caller may fill the same array for the next batch; what int64 does not hold becomes negative.
+    lengths = array.astype(np.int64)
+    if len(lengths) and (lengths < 1).any():
+        request = int(np.argmin(lengths))
         raise BatchError(
             message(
                 f"request {request} has {name}[{request}] = {array[request]}",
-                why="A request of a batch has at least one token.",
+                why=f"A request of a batch has at least one token, and at most {MOST}.",
                 cure="Leave requests without tokens out of the batch.",
             )
         )
-    return array.astype(np.int64, copy=False)
+    return lengths
+
+
+def check_count(name: str, value: Any) -> int:
+    """``value`` as an int.
+
+    Raises:
+        BatchError: it is no whole number, or more than int32 holds.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise BatchError(message(f"{name} is {value!r}", why="It is a whole number.")) from None
+    if number > MOST:
+        raise BatchError(message(f"{name} is {number}", why=f"At most {MOST}: int32."))
+    return number
 
 
 def _integers(name: str, values: Any) -> Ints:
@@ -93,6 +125,10 @@ class PageTable:
                 raise BatchError(
                     message("page_table is no list of lists", cure="Write: page_table=[[3, 4], [5]]")
                 ) from None
+            if self.flat.ndim != 1:
+                raise BatchError(
+                    message("page_table has lists within its rows", cure="Write: page_table=[[3, 4], [5]]")
+                )
         if len(self.counts) != requests:
             raise BatchError(f"page_table has {len(self.counts)} rows for {requests} requests")
         self.starts = _exclusive(self.counts)
@@ -126,6 +162,11 @@ def _check_pages(pages: Ints, counts: Ints, limit: int | None) -> None:
                 why=why,
                 cure="Give requests pages from 1 on, as cache.allocate() does.",
             )
+        )
+    if limit is None and int(pages.max()) == MOST:
+        at = int(np.argmax(pages))
+        raise BatchError(
+            message(f"request {_owner(at, counts)} uses page {pages[at]} or a higher one", why="Pages are int32.")
         )
     if limit is not None and int(pages.max()) >= limit:
         at = int(np.argmax(pages))
@@ -194,6 +235,8 @@ def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> 
     counts = -(-kv // page_size)
     positions = positions_of(qo, kv)
     if pages is None:
+        if int(counts.sum()) > MOST:
+            raise BatchError(message(f"the batch needs {counts.sum()} pages", why=f"At most {MOST}: int32."))
         return Tables(page_size, qo, kv, counts, None, positions, None)
     short = counts > pages.counts
     if short.any():
@@ -266,6 +309,8 @@ def check_adapters(
                 f"[{tokens}], one a token"
             )
         return adapters
+    if not isinstance(adapters, Iterable):
+        raise BatchError(message(f"adapters is {adapters!r}; it is one name a request", cure="Write: adapters=['fr']"))
     if isinstance(adapters, str):
         raise BatchError(
             message(f"adapters is {adapters!r}; it is one name a request", cure=f"Write: adapters=[{adapters!r}]")

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal
 
 from .errors import OptionsError, message
@@ -57,7 +58,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise _bad(name, getattr(self, name), " or ".join(map(repr, allowed)))
         if (isinstance(self.compiler, str) and self.compiler not in _COMPILERS) or not (
             isinstance(self.compiler, str) or callable(self.compiler)
@@ -68,6 +69,7 @@ class Options:
         object.__setattr__(self, "split_ops", _split_ops(self.split_ops))
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             raise _bad("max_tokens", self.max_tokens, "an int >= 1")
+        object.__setattr__(self, "max_tokens", int(self.max_tokens))
         if self.max_padding is not None and not (
             isinstance(self.max_padding, (int, float))
             and not isinstance(self.max_padding, bool)
@@ -91,6 +93,14 @@ class Options:
         if isinstance(options, Options):
             return options
         names = [f.name for f in fields(cls)]
+        if not isinstance(options, Mapping):
+            raise OptionsError(
+                message(
+                    f"options is {options!r}",
+                    why=f"It is a dict of: {', '.join(names)}.",
+                    cure='Write: torch.compile(model, backend="pcg", options={"buckets": [8, 64, 512]})',
+                )
+            )
         for name in options:
             if name not in names:
                 close = difflib.get_close_matches(str(name), names, n=1)
@@ -106,7 +116,8 @@ class Options:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, numpy's included."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _bad(name: str, value: Any, allowed: str) -> OptionsError:
@@ -139,9 +150,10 @@ def _buckets(buckets: Any) -> tuple[int, ...]:
     allowed = "None or a non-empty ascending list of ints >= 1, without repeats"
     if isinstance(buckets, (str, bytes)) or not isinstance(buckets, Iterable):
         raise _bad("buckets", buckets, allowed)
-    sizes = tuple(buckets)
-    if not sizes or any(not _is_int(b) or b < 1 for b in sizes):
-        raise _bad("buckets", list(sizes), allowed)
+    given = tuple(buckets)
+    if not given or any(not _is_int(b) or b < 1 for b in given):
+        raise _bad("buckets", list(given), allowed)
+    sizes = tuple(map(int, given))
     if any(a >= b for a, b in pairwise(sizes)):
         raise _bad("buckets", list(sizes), allowed)
     return sizes

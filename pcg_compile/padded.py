@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .errors import BatchError, message
-from .metadata import Ints, Tables
+from .metadata import MOST, Ints, Tables, check_count
 
 __all__ = ["PaddedBatch"]
 
@@ -33,6 +33,7 @@ class PaddedBatch:
         Raises:
             BatchError: ``bucket`` is smaller than the number of tokens, or ``slots`` than the number of requests.
         """
+        bucket = check_count("bucket", bucket)
         tokens, page_size, real = len(tables.positions), tables.page_size, len(tables.qo)
         pad = bucket - tokens
         if pad < 0:
@@ -106,6 +107,10 @@ class PaddedBatch:
     def slot_mapping(self) -> torch.Tensor | None:
         if self._tables.slots is None:
             return None
+        if int(self._tables.slots.max(initial=0)) > MOST:
+            raise BatchError(
+                message(f"slot {self._tables.slots.max()} is in use", why=f"Slots are int32, up to {MOST}.")
+            )
         slots = np.zeros(self.bucket, dtype=np.int32)
         slots[: self.tokens] = self._tables.slots
         return torch.from_numpy(slots)

@@ -220,6 +220,25 @@ def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]
     return all(tensors[i].data_ptr() == data_ptrs[i] for i in indices)
 
 
+class CurrentStream:
+    """The stream that is current on a CUDA device, the same object each time (2.11 to 2.15).
+
+    ``torch.cuda.current_stream()`` makes a new one, which costs more than all else that a copy takes on the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index
+        self._known: dict[tuple[int, ...], torch.cuda.Stream] = {}
+
+    def __call__(self) -> torch.cuda.Stream:
+        index = torch.cuda.current_device() if self._index is None else self._index
+        key = torch._C._cuda_getCurrentStream(index)
+        stream = self._known.get(key)
+        if stream is None:
+            stream = self._known[key] = torch.cuda.current_stream(index)
+        return stream
+
+
 def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
     """The conditions on sizes under which a graph is right: of the trace and of compiling (2.11 to 2.13)."""
     env = fake_mode.shape_env
@@ -362,6 +381,17 @@ def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
             vars(tensor).update(before)
         _MARKED.reset(marked)
         _MARK.reset(token)
+
+
+@contextmanager
+def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
+    """The reason and the user's frames of each break of a graph inside; filled at the end (2.11 to 2.13)."""
+    reasons = torch._dynamo.utils.graph_break_reasons
+    before, found = len(reasons), []  # type: ignore[var-annotated]
+    try:
+        yield found
+    finally:
+        found += [(reason.reason, reason.user_stack) for reason in reasons[before:]]
 
 
 def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int], strict: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,23 +27,23 @@ class Prepared:
         made_for: bucket, rows and request slots. static: whether all of it lies at addresses that stay.
         bucket: tokens that ``slots`` covers. padded: the host side; ``padded.bucket`` rows of q are attended.
         slots: ``[bucket]`` int64, static.
-        qo_indptr, kv_indptr, last_page_len, kv_lens, kv_indices: int32 on the cache's device.
+        arrays: int32 on the cache's device, in the order of ``padded.array()``; kv_indices with room behind them.
         plans: what each attention shape planned.
     """
 
-    __slots__ = ("_device", "bucket", "made_for", "padded", "plans", "rows", "slots", "static")
+    __slots__ = ("arrays", "bucket", "made_for", "padded", "plans", "rows", "slots", "static")
 
     def __init__(
-        self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, device: torch.Tensor, static: bool
+        self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, arrays: Sequence[torch.Tensor], static: bool
     ) -> None:
-        self.padded, self.bucket, self.slots, self._device = padded, bucket, slots, device
+        self.padded, self.bucket, self.slots, self.arrays = padded, bucket, slots, arrays
         self.rows, self.static = padded.bucket, static
         self.made_for = (bucket, padded.bucket, padded.request_slots)
         self.plans: dict[str, Any] = {}
 
     def array(self, index: int) -> torch.Tensor:
         """On the device, what ``padded.array(index)`` is on the host."""
-        return self._device.narrow(0, self.padded.starts[index], self.padded.sizes[index])
+        return self.arrays[index][: self.padded.sizes[index]]
 
 
 class PagedKVCache:
@@ -108,9 +109,13 @@ class PagedKVCache:
         self.key = object()
         self.current: Prepared | None = None
         self.in_step = False
+        #: Whether a user was told that no attention uses it.
+        self.warned = False
         #: By capacity in tokens: the slots as int64, behind them the other metadata; and views of the slots.
         self._areas: dict[int, torch.Tensor] = {}
         self._slots: dict[int, torch.Tensor] = {}
+        #: Views of them, by the words of the slots and the number of requests.
+        self._arrays: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._overflow: torch.Tensor | None = None
         self._impls: dict[str, AttentionImpl] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
@@ -191,7 +196,7 @@ class PagedKVCache:
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
         self._area(bucket)
-        return self._slots[_capacity(bucket)].narrow(0, 0, bucket)
+        return self._slots[_capacity(bucket)][:bucket]
 
     def _area(self, bucket: int) -> torch.Tensor:
         capacity = _capacity(bucket)
@@ -221,14 +226,18 @@ class PagedKVCache:
         host[slot_words:words] = flat
         static = words <= area.numel()
         if static:
-            area.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
-            device = area.narrow(0, slot_words, len(flat))
+            area[:words].copy_(buffer.words[:words], non_blocking=True)
+            # Views cost more than the copy: batches of as many requests have the same ones.
+            arrays = self._arrays.get((slot_words, padded.requests))
+            if arrays is None:
+                arrays = self._arrays[slot_words, padded.requests] = _split(area[slot_words:], padded)
         else:
-            area.narrow(0, 0, slot_words).copy_(buffer.words.narrow(0, 0, slot_words), non_blocking=True)
+            area[:slot_words].copy_(buffer.words[:slot_words], non_blocking=True)
             device = self._overflow_of(len(flat))
-            device.copy_(buffer.words.narrow(0, slot_words, len(flat)), non_blocking=True)
+            device.copy_(buffer.words[slot_words:words], non_blocking=True)
+            arrays = _split(device, padded)
         buffer.sent()
-        prepared = Prepared(padded, bucket, self.slot_mapping(bucket), device, static)
+        prepared = Prepared(padded, bucket, self.slot_mapping(bucket), arrays, static)
         self.current = prepared
         return prepared
 
@@ -237,6 +246,11 @@ class PagedKVCache:
             with torch.inference_mode(False):
                 self._overflow = torch.zeros(1 << (words - 1).bit_length(), dtype=torch.int32, device=self.device)
         return self._overflow.narrow(0, 0, words)
+
+
+def _split(device: torch.Tensor, padded: PaddedBatch) -> tuple[torch.Tensor, ...]:
+    *fixed, indices = padded.starts
+    return (*(device[start : start + size] for start, size in zip(fixed, padded.sizes, strict=False)), device[indices:])
 
 
 def _capacity(bucket: int) -> int:

@@ -124,8 +124,8 @@ class FlashInferAttention(AttentionImpl):
                 continue
             finally:
                 pinned.sent()
-            arrays = tuple(prepared.array(i) for i in (0, 1, 4, 2))
-            return _Plan((floats, self._ints, info), arrays)
+            qo_indptr, kv_indptr, last_page_len, _, kv_indices = prepared.arrays
+            return _Plan((floats, self._ints, info), (qo_indptr, kv_indptr, kv_indices, last_page_len))
 
     def recording_key(self, plan: _Plan) -> Hashable:
         """The workspaces, and the kernel's grid and offsets: with fixed request slots equal for all batches."""

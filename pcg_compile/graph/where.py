@@ -17,7 +17,7 @@ from torch import fx
 
 from ..torch_internals import traced_function
 
-__all__ = ["Place", "place_of", "place_of_frame", "place_parts"]
+__all__ = ["Place", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -74,7 +74,12 @@ def place_of(node: fx.Node) -> Place:
 
 def place_of_frame(frame: FrameType | None) -> Place:
     """The user's line that led to a running frame."""
-    frames = [Place(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in traceback.extract_stack(frame)]
+    return place_of_stack(traceback.extract_stack(frame))
+
+
+def place_of_stack(stack: Sequence[traceback.FrameSummary]) -> Place:
+    """The user's line of a stack, its outermost frame first."""
+    frames = [Place(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in stack]
     return _choose(frames) if frames else Place(None, 0, "", "an unknown line")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +71,7 @@ class AdapterPool:
             for layer in attached:
                 layer.detach()
             raise
-        self._lock = threading.RLock()
+        self._lock = self._router.lock
         self._stored: dict[str, Stored] = {}
         #: Slots by name, the least recently used first.
         self._slots: OrderedDict[str, int] = OrderedDict()
@@ -117,6 +116,8 @@ class AdapterPool:
         self._usable()
         stored = read_fitting(folder, self._layers, self.max_rank, self.device)
         with self._lock:
+            # Closed meanwhile, perhaps.
+            self._usable()
             if self._running[self._slots.get(name, -1)]:
                 raise AdapterError(
                     message(f"adapter {name!r} is in a running batch", cure="Load it under another name, or later.")

@@ -25,16 +25,22 @@ def route(slots: torch.Tensor | Sequence[int], max_adapters: int, out: Routing |
 
     Args:
         slots: ``[tokens]`` int32 or int64, the adapter slot of each token, -1 for the base model; or a list of them.
+            What is no slot, below 0 or from ``max_adapters`` on, is the base model's.
         max_adapters: number of slots. out: an earlier result of the same sizes, filled in place.
 
     Raises:
-        ValueError: ``slots`` is not one-dimensional, or ``out`` has other sizes.
+        ValueError: ``slots`` is not one-dimensional or holds other than int32 or int64, ``max_adapters`` is no number
+            of slots, or ``out`` has other sizes.
     """
     if not isinstance(slots, torch.Tensor):
-        slots = torch.tensor(slots, dtype=torch.int64)
+        slots = torch.tensor(slots) if len(slots) else torch.tensor([], dtype=torch.int64)
     if slots.dim() != 1:
         raise ValueError(f"slots has {slots.dim()} dimensions; it is [tokens]")
-    keys = torch.where(slots < 0, max_adapters, slots)
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slots holds {slots.dtype}; slots are int32 or int64")
+    if isinstance(max_adapters, bool) or not isinstance(max_adapters, int) or max_adapters < 0:
+        raise ValueError(f"max_adapters is {max_adapters!r}; it is a number of slots")
+    keys = torch.where(slots < 0, max_adapters, slots).clamp_(max=max_adapters)
     ordered, permutation = torch.sort(keys, stable=True)
     edges = torch.arange(max_adapters + 1, device=slots.device, dtype=ordered.dtype)
     seg_indptr = torch.searchsorted(ordered, edges, out_int32=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
@@ -62,6 +63,8 @@ class Router:
 
     def __init__(self, source: SlotSource, max_adapters: int, device: torch.device) -> None:
         self.source, self.max_adapters, self.device = source, max_adapters, device
+        #: Held from the choice of slots until they are in use: another thread's load could give them away between.
+        self.lock = threading.RLock()
         self.id = 1 + max(_ROUTERS.keys(), default=0)
         self._areas: dict[int, _Area] = {}
         self._staging = StagingRing(device)
@@ -117,12 +120,14 @@ class Router:
         if isinstance(adapters, torch.Tensor):
             used: Sequence[int] = range(self.max_adapters)
             slots: Any = adapters.to(self.device, non_blocking=True)
+            self.source.begin_step(used)
         else:
-            slots = np.asarray(self.source.slots_of(adapters), dtype=np.int64)
-            if not (slots >= 0).any():
-                return None
-            used = sorted(set(slots[slots >= 0].tolist()))
-        self.source.begin_step(used)
+            with self.lock:
+                slots = np.asarray(self.source.slots_of(adapters), dtype=np.int64)
+                if not (slots >= 0).any():
+                    return None
+                used = sorted(set(slots[slots >= 0].tolist()))
+                self.source.begin_step(used)
         state.on_exit(lambda: self.source.end_step(used))
         return slots
 

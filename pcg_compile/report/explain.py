@@ -14,9 +14,9 @@ from ..errors import Hazard
 from ..graph.plan import PieceSite
 from ..registry import runtimes, stats
 from ..runtime.warming import WarmUp, warming_up
-from ..torch_internals import compile_for_all_sizes
+from ..torch_internals import compile_for_all_sizes, graph_breaks
 from ..warmup import mark_sizes
-from .private import CheckBackend, ReportBackend, is_compiled
+from .private import CheckBackend, ReportBackend, hazards_of_breaks, is_compiled
 from .render import as_html, as_rich, longest_path
 from .sites import name_sites
 from .stats import Stats
@@ -224,10 +224,12 @@ def check(model: Any, *args: Any, **kwargs: Any) -> list[Hazard]:
     """What a recording of the model could not hold, and where padding would change a number.
 
     Nothing is compiled or recorded; the model runs once, eagerly. An empty list means that all of it can be recorded.
+    What Dynamo breaks the graph at because it depends on data (``x.item()``, ``if x.any():``) is listed too: it runs
+    eagerly between two graphs, and waits for the device. Other breaks are not.
     """
     backend = CheckBackend({})
     plain = getattr(model, "_orig_mod", None) or getattr(model, "__wrapped__", None) or model
     compiled = torch.compile(plain, backend=backend)
-    with compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
+    with graph_breaks() as breaks, compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
         compiled(*args, **kwargs)
-    return backend.hazards
+    return [*backend.hazards, *hazards_of_breaks(breaks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,25 @@ from ..backend import compile_graph, hazards_of, pcg
 from ..errors import Hazard
 from ..graph.facts import trace_facts
 from ..graph.pieces import copy_graph
+from ..graph.where import place_of, place_of_stack
 from ..options import Options
+from ..passes.findings import Finding, hazard_at
 from ..registry import owners_graphs
 from ..torch_internals import fake_inputs, wrapper_of
 
-__all__ = ["CheckBackend", "ReportBackend", "is_compiled"]
+__all__ = ["CheckBackend", "ReportBackend", "hazards_of_breaks", "is_compiled"]
+
+#: How Dynamo begins its reasons for breaks at what depends on data.
+_WAITS = re.compile(
+    r"(?P<shape>dynamic shape)|\.(?:item|tolist)\(\)|data.?dependent|generic_jump TensorVariable|_local_scalar_dense",
+    re.IGNORECASE,
+)
+
+_SYNC = ("it waits for the device, to read a value", "Keep the value on the device: torch.where(condition, a, b)")
+_SHAPE = (
+    "the size of its result depends on the data, so it waits for the device",
+    "Keep the shape: a mask with torch.where, or output_size= where the op takes it",
+)
 
 
 def is_compiled(model: Any) -> bool:
@@ -48,5 +63,39 @@ class CheckBackend:
         with torch.no_grad():
             fakes = fake_inputs(example_inputs)
             copy = copy_graph(gm)
-            self.hazards += hazards_of(copy, fakes, trace_facts(copy, fakes), self.options)
+            try:
+                facts = trace_facts(copy, fakes)
+            except Exception as error:
+                # Dynamo breaks the graph there, and calls again for what is before and behind.
+                self.hazards += _waiting_node(copy, str(error))
+                raise
+            self.hazards += hazards_of(copy, fakes, facts, self.options)
         return gm.forward
+
+
+def _waiting_node(gm: Any, error: str) -> list[Hazard]:
+    """The node that an error of tracing names, where it had to know a value; `t[i] = 3` with i on the device."""
+    name = re.search(r"While executing %(\w+)", error)
+    nodes = [node for node in gm.graph.nodes if name is not None and node.name == name[1]]
+    return [
+        hazard_at(place_of(node), Finding("sync", *_SYNC), getattr(node.target, "__name__", str(node.target)))
+        for node in nodes
+        if _WAITS.search(error)
+    ]
+
+
+def _blames_a_size(reason: str) -> bool:
+    """Dynamo calls ``t[x.shape[0]] = 0`` dependent on data, in the op that reads ``t``, which waits for nothing."""
+    return re.search(r"Operator `aten\.(?:select|slice)\b", reason) is not None
+
+
+def hazards_of_breaks(breaks: Sequence[tuple[str, Any]]) -> list[Hazard]:
+    """Where Dynamo broke a graph because it had to know a value on the device; each line once."""
+    found: dict[Hazard, None] = {}
+    for reason, stack in breaks:
+        match = _WAITS.search(reason.partition("\n")[0])
+        if match is None or _blames_a_size(reason):
+            continue
+        finding = Finding("dynamic shape", *_SHAPE) if match["shape"] else Finding("sync", *_SYNC)
+        found[hazard_at(place_of_stack(stack), finding, "graph break")] = None
+    return list(found)

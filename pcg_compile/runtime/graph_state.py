@@ -15,7 +15,7 @@ from ..batch import StepState, current_step, require_step
 from ..errors import StaleAddress, message
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate
-from ..torch_internals import data_ptrs_equal
+from ..torch_internals import CurrentStream, data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
 from .program import Program
@@ -45,6 +45,7 @@ class GraphState:
         self.lock = threading.RLock()
         self.current: Binding | None = None
         self._stream: Any = None
+        self._current_stream = CurrentStream(self.shared.device)
         self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
         ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
         self._uses_step = bool(ours)
@@ -74,8 +75,8 @@ class GraphState:
     def order_streams(self) -> None:
         if self.shared.device.type != "cuda":
             return
-        stream = torch.cuda.current_stream(self.shared.device)
-        if self._stream is not None and stream != self._stream:
+        stream = self._current_stream()
+        if self._stream is not None and stream is not self._stream:
             stream.wait_stream(self._stream)
         self._stream = stream
 

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..torch_internals import CurrentStream
+
 __all__ = ["StagingBuffer", "StagingRing"]
 
 _MOST_BUFFERS = 16
@@ -26,11 +28,11 @@ class StagingBuffer:
         array, word_array: the same as numpy arrays.
     """
 
-    __slots__ = ("_device", "_event", "_recorded", "array", "host", "word_array", "words")
+    __slots__ = ("_event", "_recorded", "_stream", "array", "host", "word_array", "words")
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, stream: CurrentStream) -> None:
         cuda = device.type == "cuda"
-        self._device = device
+        self._stream = stream
         with torch.inference_mode(False):
             self.host = torch.zeros((nbytes + 7) // 8 * 8, dtype=torch.uint8, device="cpu", pin_memory=cuda)
             self.words = self.host.view(torch.int32)
@@ -52,7 +54,7 @@ class StagingBuffer:
     def sent(self) -> None:
         """To be called once the copy out of it is enqueued on the current stream of its device."""
         if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._device))
+            self._event.record(self._stream())
             self._recorded = True
 
 
@@ -62,6 +64,7 @@ class StagingRing:
     def __init__(self, device: torch.device, nbytes: int = 1 << 16, most: int = _MOST_BUFFERS) -> None:
         self.device = device
         self._nbytes, self._most = nbytes, most
+        self._stream = CurrentStream(device)
         self._buffers: deque[StagingBuffer] = deque()
 
     def take(self, nbytes: int) -> StagingBuffer:
@@ -76,7 +79,7 @@ class StagingRing:
             buffer = self._buffers.popleft()
             buffer.wait()
         else:
-            buffer = StagingBuffer(self._nbytes, self.device)
+            buffer = StagingBuffer(self._nbytes, self.device, self._stream)
         self._buffers.append(buffer)
         return buffer
 
