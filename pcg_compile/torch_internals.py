@@ -302,15 +302,15 @@ def unowned_alias(tensor: torch.Tensor) -> torch.Tensor:
     return alias.set_(borrowed, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Ends a capture that failed, so that it leaves no trace (2.11).
+def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> bool:
+    """Ends a capture that failed, so that it leaves no trace; whether its pool can be used again (2.11).
 
     Where CUDA gave the capture up as invalid, ``capture_end`` raises before it has told torch's allocator and random
     number generator: the allocator would refuse the pool from then on, and every later random number would raise.
     """
     try:
         graph.capture_end()
-        return
+        return True
     except Exception:  # what follows does the rest
         pass
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -323,6 +323,7 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device
         empty = torch.cuda.CUDAGraph()
         empty.capture_begin(capture_error_mode="thread_local")
         empty.capture_end()
+    return False
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

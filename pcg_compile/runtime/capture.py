@@ -156,8 +156,9 @@ class CudaGraphs(Engine):
             outputs = list(run())
             graph.capture_end()
         except BaseException as error:
-            self.pools.pop(pool, None)
-            abandon_capture(graph, shared.handle, self.device)
+            # A pool that can be used again is: what this try has left in it is freed with the pool's last recording.
+            if not abandon_capture(graph, shared.handle, self.device):
+                self.pools.pop(pool, None)
             if last or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
