@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..errors import AdapterError, message
 from .layers import LoRALayer, features_of
@@ -17,40 +18,52 @@ __all__ = ["Stored", "read_fitting"]
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter on the host, in one piece of memory for each dtype, so that bringing it to a device is one copy.
+    """An adapter on the host, in few pieces of memory, so that bringing it to a device is as many copies.
 
     Attributes:
-        layers: by layer, its factors by part; views of ``flat``. flat: 1-D, pinned where it goes to a GPU.
+        layers: by layer, its factors by part; views of ``flat``. flat: the matrices of one kind (first or second
+            factor), dtype and width below each other, ``[rows, width]``, pinned where they go to a GPU.
     """
 
     layers: list[dict[str, Factors]]
-    flat: dict[torch.dtype, torch.Tensor]
+    flat: dict[_Kind, torch.Tensor]
 
-    def to(self, device: torch.device) -> Iterator[dict[str, Factors]]:
-        """``layers`` on a device, copied without waiting for it."""
+    def to(self, device: torch.device, max_rank: int | None = None) -> Iterator[dict[str, Factors]]:
+        """``layers`` on a device, copied without waiting for it; with ``max_rank``, b gets so many columns: zeros."""
         pieces = {}
-        for dtype, flat in self.flat.items():
-            sizes = [t.numel() for t in _tensors(self.layers) if t.dtype == dtype]
-            pieces[dtype] = iter(flat.to(device, non_blocking=True).split(sizes))
+        for kind, flat in self.flat.items():
+            moved = flat.to(device, non_blocking=True)
+            if max_rank is not None and kind[0] == "b":
+                moved = nn.functional.pad(moved, (0, max_rank - moved.shape[1]))
+            rows = [matrix.shape[0] for other, matrix in _matrices(self.layers) if other == kind]
+            pieces[kind] = iter(moved.split(rows))
         for parts in self.layers:
             yield {
-                part: Factors(
-                    next(pieces[f.a.dtype]).view(f.a.shape), next(pieces[f.b.dtype]).view(f.b.shape), f.scaling
-                )
+                part: Factors(next(pieces[_kind("a", f.a)]), next(pieces[_kind("b", f.b)]), f.scaling)
                 for part, f in parts.items()
             }
 
 
-def _tensors(layers: Sequence[dict[str, Factors]]) -> Iterator[torch.Tensor]:
-    return (tensor for parts in layers for factors in parts.values() for tensor in (factors.a, factors.b))
+_Kind = tuple[str, torch.dtype, int]
+
+
+def _kind(name: str, matrix: torch.Tensor) -> _Kind:
+    return name, matrix.dtype, matrix.shape[1]
+
+
+def _matrices(layers: Sequence[dict[str, Factors]]) -> Iterator[tuple[_Kind, torch.Tensor]]:
+    for parts in layers:
+        for factors in parts.values():
+            yield _kind("a", factors.a), factors.a
+            yield _kind("b", factors.b), factors.b
 
 
 def _stored(layers: list[dict[str, Factors]], device: torch.device) -> Stored:
     flat = {}
-    for dtype in dict.fromkeys(t.dtype for t in _tensors(layers)):
+    for kind in dict.fromkeys(kind for kind, _ in _matrices(layers)):
         # Not the file's own memory, which would change with the file.
-        joined = torch.cat([t.reshape(-1) for t in _tensors(layers) if t.dtype == dtype])
-        flat[dtype] = joined.pin_memory() if device.type == "cuda" else joined
+        joined = torch.cat([matrix for other, matrix in _matrices(layers) if other == kind])
+        flat[kind] = joined.pin_memory() if device.type == "cuda" else joined
     return Stored(list(Stored(layers, flat).to(torch.device("cpu"))), flat)
 
 

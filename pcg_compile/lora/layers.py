@@ -98,26 +98,33 @@ class LoRALayer:
             self.handle, self.own_forward = None, False
 
     @torch.no_grad()
-    def put(self, slot: int, factors: Mapping[str, Factors]) -> None:
-        """Writes an adapter's factors on this device, by part, into a slot; none for what it leaves alone."""
+    def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Makes a slot ready for an adapter, but for copies that are left to the caller, to make all of them at once.
+
+        Args:
+            factors: on this device, by part, b ``[out, max_rank]``; none for a part that the adapter leaves alone.
+
+        Returns:
+            Targets and sources of the copies.
+        """
         a, b, scalings, ranks = (getattr(self.module, name) for name in _BUFFERS)
         rank = max((f.rank for f in factors.values()), default=0)
         # The parts' common one; b makes up for the difference, and by a factor of at most 1.
         scaling = max((f.scaling for f in factors.values()), key=abs, default=0.0)
         first = 0
+        copies = []
         for i, (part, width) in enumerate(self.parts.items()):
             given = factors.get(part)
             top, have = i * self.max_rank, given.rank if given is not None else 0
+            rows = b[slot, first : first + width]
             if given is not None:
-                a[slot, top : top + have].copy_(given.a)
-                columns = b[slot, first : first + width, :have]
-                columns.copy_(given.b)
-                if given.scaling != scaling:
-                    columns.mul_(given.scaling / scaling)
+                copies.append((a[slot, top : top + have], given.a))
+                copies.append((rows, given.b if given.scaling == scaling else given.b * (given.scaling / scaling)))
             if have < rank:
                 # Parts of one layer share a rank: what a part does not use of it adds nothing.
                 a[slot, top + have : top + rank].zero_()
-                b[slot, first : first + width, have:rank].zero_()
+                if given is None:
+                    rows.zero_()
             first += width
         # Most adapters agree on these: a load is mostly copies.
         if self.held.get(slot) != (scaling, rank):
@@ -125,6 +132,7 @@ class LoRALayer:
             scalings[slot : slot + 1].fill_(scaling)
             ranks[slot : slot + 1].fill_(rank)
             self.held[slot] = (scaling, rank)
+        return copies
 
 
 def _hook_of(router: Any) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, BatchError, message
+from ..torch_internals import foreach_copy
 from .fit import Stored, read_fitting
 from .layers import LoRALayer, find_layers
 from .routing import Router
@@ -296,8 +297,12 @@ class AdapterPool:
                 if self._copied is not None:
                     # Whoever waits for this copy has then waited for those on other streams before it.
                     stream.wait_event(self._copied)
-            for layer, factors in zip(self._layers, self._stored[name].to(self.device), strict=True):
-                layer.put(slot, factors)
+            brought = self._stored[name].to(self.device, self.max_rank)
+            found = [layer.put(slot, factors) for layer, factors in zip(self._layers, brought, strict=True)]
+            copies = [pair for pairs in found for pair in pairs]
+            if copies:
+                with torch.no_grad():
+                    foreach_copy([target for target, _ in copies], [source for _, source in copies])
         except BaseException:
             self._slots.pop(name, None)
             self._free.append(slot)
