@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +34,8 @@ _FIRST: Mapping[str, Callable[[World], Variant]] = {
     "pcg-slice": PcgSlice,
     "breakable": Breakable,
 }
-#: With graphs that others record; a recording that fails may harm what comes after. The limit is timed with them again.
+#: With graphs that Inductor records: each in a process of its own, since they fail with illegal memory accesses beside
+#: other recordings, and that ends a process.
 _LAST: Mapping[str, Callable[[World], Variant]] = {"partition": Partition, "reduce-overhead": ReduceOverhead}
 VARIANTS = {**_FIRST, **_LAST}
 _SIZES = (1, 3, 7, 13, 30, 61, 120, 250, 500, 1000, 2000, 4000)
@@ -44,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", help=f"comma-separated, of {', '.join(VARIANTS)} (all; quick: without pcg-slice)")
     parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pcg compiles with (tiny: eager)")
     parser.add_argument("--budget", type=float, help="seconds; what is not built by 70 %% of them is left out")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,20 +68,46 @@ def run(args: argparse.Namespace) -> None:
         compiler = args.compiler or ("eager" if args.tiny else "inductor")
         world = World(shape, model, cache, args.device, compiler, sizes)
         results.data["layers"] = shape.layers
-        for part, references in ((_FIRST, ()), (_LAST, ("eager", "pcg", "limit-bucket"))):
-            wanted = [name for name in part if name in names or name == "eager"]
-            known = {name: v for name, v in world.built.items() if name in references}
-            if not wanted:
+        here = args.child.split(",") if args.child else [name for name in names if name in _FIRST]
+        _build(world, ["eager", *(name for name in VARIANTS if name in here and name != "eager")], results, budget)
+        for n in sizes:
+            if budget.over():
+                results.say(f"n = {n} was left out: {budget.used():.0f} s are over the budget")
                 continue
-            world.built = dict(known)
-            _build(world, wanted, results, budget)
-            if len(world.built) == len(known):
-                continue
-            for n in sizes:
-                if budget.over():
-                    results.say(f"n = {n} was left out: {budget.used():.0f} s are over the budget")
-                    continue
-                _size(world, n, results, args.repeats, hidden=tuple(known))
+            _size(world, n, results, args.repeats)
+        for name in () if args.child else (name for name in _LAST if name in names):
+            if args.device.type != "cuda":
+                results.say(f"{name} is left out: needs CUDA")
+            elif budget.over(0.7):
+                results.say(f"{name} was left out: {budget.used():.0f} s of the budget are used")
+            else:
+                _elsewhere(name, args, sizes, results)
+
+
+def _elsewhere(name: str, args: argparse.Namespace, sizes: Sequence[int], results: Results) -> None:
+    """Rows of a variant from a process of its own; eager, timed there again, shows whether the machine is as fast."""
+    walls = {(row["variant"], row["n"]): row.get("ready_wall_ms") for row in results.data["rows"]}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks", "step", "--child", name, "--out", folder]
+        command += ["--sizes", ",".join(map(str, sizes)), "--shape", args.shape, "--repeats", str(args.repeats)]
+        command += ["--device", str(args.device)] + (["--layers", str(args.layers)] if args.layers else [])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        found = [json.loads(path.read_text()) for path in Path(folder).glob("step-*.json")]
+    rows = [row for data in found for row in data["rows"]]
+    for row in rows:
+        column = {name: "over_limit", "eager": "eager_there_over_here"}[row["variant"]]
+        reference = walls.get(("limit-bucket" if row["variant"] == name else "eager", row["n"]))
+        if reference and "ready_wall_ms" in row:
+            row[column] = round(row["ready_wall_ms"] / reference, 3)
+    there = {row["n"]: row.get("eager_there_over_here") for row in rows if row["variant"] == "eager"}
+    for row in rows:
+        if row["variant"] == name:
+            results.add(**row, eager_there_over_here=there.get(row["n"]))
+    for remark in (remark for data in found for remark in data.get("remarks", ())):
+        results.say(remark)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        results.say(f"{name} ended its process: {(lines or [f'exit code {done.returncode}'])[0][:300]}")
 
 
 _NOTES = {
@@ -108,8 +141,8 @@ def _build(world: World, names: Sequence[str], results: Results, budget: Budget)
         print(f"  built {name} in {seconds:.1f} s", flush=True)
 
 
-def _size(world: World, n: int, results: Results, repeats: int, hidden: Sequence[str] = ()) -> None:
-    """All variants at one size: first their numbers, then their times, in turn; no rows of the hidden."""
+def _size(world: World, n: int, results: Results, repeats: int) -> None:
+    """All variants at one size: first their numbers, then their times, in turn."""
     batches = [make_lists(world.shape, world.cache, n, seed) for seed in range(_CHECKED)]
     rows: dict[str, dict[str, Any]] = {}
     wants: list[torch.Tensor] = []
@@ -141,13 +174,12 @@ def _size(world: World, n: int, results: Results, repeats: int, hidden: Sequence
             ready, lists = clocks[name]
             row |= ready.medians("ready_") | (lists.medians("lists_") if world.built[name].serves else {})
         world.built[name].done()
-    for name, row in rows.items():
+    for row in rows.values():
         for limit, column in (("limit-bucket", "over_limit"), ("limit-exact", "over_exact")):
             reference = rows.get(limit, {}).get("ready_wall_ms")
             if reference and "ready_wall_ms" in row:
                 row[column] = round(row["ready_wall_ms"] / reference, 3)
-        if name not in hidden:
-            results.add(**row)
+        results.add(**row)
 
 
 def _time(variant: Variant, lists: Lists, clocks: tuple[Clock, Clock], unmeasured: bool, repeat: int) -> None:
