@@ -85,8 +85,8 @@ class Batch:
                 )
             )
         self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
-        self.adapters = check_adapters(adapters, len(self._qo), int(self._qo.sum()))
         self._finish(None)
+        self.adapters = check_adapters(adapters, self.num_requests, self.num_tokens)
         if self.num_tokens > MOST or int(self._kv.max()) > MOST:
             name, lengths = ("qo_lens", self.qo_lens) if max(self.qo_lens) > MOST else ("kv_lens", self.kv_lens)
             request = lengths.index(max(lengths))

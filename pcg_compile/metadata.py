@@ -43,7 +43,7 @@ def read_lengths(name: str, values: Any) -> Ints:
         raise BatchError(message(f"{name} has {array.ndim} dimensions", why="It is one number a request."))
     # A copy, as the caller may fill the same array for the next batch; what int64 does not hold becomes negative.
     lengths = array.astype(np.int64)
-    if len(lengths) and (lengths < 1).any():
+    if len(lengths) and lengths.min() < 1:
         request = int(np.argmin(lengths))
         raise BatchError(
             message(
@@ -138,9 +138,10 @@ class PageTable:
 
 def _pages_of(array: Ints) -> Ints:
     """Pages as int32; those beyond it become the least or the highest: no cache has them, and they stay errors."""
-    if array.dtype.itemsize > 4:
-        array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
-    return np.ascontiguousarray(array, dtype=np.int32)
+    pages = np.ascontiguousarray(array, dtype=np.int32)
+    if array.dtype.itemsize > 4 and (pages != array).any():
+        pages = np.clip(array, -MOST - 1, MOST).astype(np.int32)
+    return pages
 
 
 def _exclusive(counts: Ints) -> Ints:
@@ -153,7 +154,7 @@ def _check_pages(pages: Ints, counts: Ints, limit: int | None) -> None:
     """Every page is at least 1 and below ``limit``; ``pages`` are ``counts[i]`` of each request i."""
     if not pages.size:
         return
-    if (pages < 1).any():
+    if pages.min() < 1:
         at = int(np.argmin(pages))
         why = "Page 0 is the scratch page: padding tokens are written there." if pages[at] == 0 else None
         raise BatchError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import torch
 
 from .errors import BatchError, message
@@ -188,12 +188,12 @@ class StepState:
             slots = None if cache is None else batch.tables(cache.page_size).slots
             # Without a cache the size of a page is unknown, and whether the page table fits is nobody's concern.
             positions = batch.host_positions()
-            both = positions if slots is None else np.concatenate([positions, slots])
-            with torch.inference_mode(False), torch.no_grad():
-                target = torch.empty(len(both), dtype=torch.int64, device=device)
-                self.staging(target.device).send(both, target)
-                n = len(positions)
-                self._user = (target[:n], None if slots is None else target[n:])
+            parts, n = ((positions,) if slots is None else (positions, slots)), len(positions)
+            # A caller may keep them, for steps out of inference mode too.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                target = torch.empty(len(parts) * n, dtype=torch.int64, device=device)
+                self.staging(target.device).send_longs(parts, target)
+                self._user = (target, None) if slots is None else (target[:n], target[n:])
         return self._user
 
 

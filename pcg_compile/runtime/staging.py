@@ -7,6 +7,7 @@ every buffer is still being copied the ring grows; only a host that is many step
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,21 @@ class StagingBuffer:
     """Host memory, and the event after which it may be written again.
 
     Attributes:
-        host: uint8 CPU tensor, pinned where the device is CUDA. words: the same memory as int32.
-        array, word_array: the same as numpy arrays.
+        host: uint8 CPU tensor, pinned where the device is CUDA. words, longs: the same memory as int32 and int64.
+        array, word_array, long_array: the same as numpy arrays.
     """
 
-    __slots__ = ("_event", "_recorded", "_stream", "array", "host", "word_array", "words")
+    __slots__ = ("_event", "_recorded", "_stream", "array", "host", "long_array", "longs", "word_array", "words")
 
     def __init__(self, nbytes: int, device: torch.device, stream: CurrentStream) -> None:
         cuda = device.type == "cuda"
         self._stream = stream
         with torch.inference_mode(False):
             self.host = torch.zeros((nbytes + 7) // 8 * 8, dtype=torch.uint8, device="cpu", pin_memory=cuda)
-            self.words = self.host.view(torch.int32)
+            self.words, self.longs = self.host.view(torch.int32), self.host.view(torch.int64)
         self.array: npt.NDArray[np.uint8] = self.host.numpy()
         self.word_array: npt.NDArray[np.int32] = self.words.numpy()
+        self.long_array: npt.NDArray[np.int64] = self.longs.numpy()
         self._event: Any = torch.cuda.Event() if cuda else None
         self._recorded = False
 
@@ -92,4 +94,13 @@ class StagingRing:
         buffer = self.take(nbytes)
         buffer.array[:nbytes].view(values.dtype)[:] = values.ravel()
         target.view(-1).copy_(buffer.host[:nbytes].view(target.dtype), non_blocking=True)
+        buffer.sent()
+
+    def send_longs(self, parts: Sequence[npt.NDArray[np.int64]], target: torch.Tensor) -> None:
+        """Like :meth:`send`, for int64 arrays that lie one after the other in ``target``."""
+        buffer, at = self.take(8 * target.numel()), 0
+        for part in parts:
+            buffer.long_array[at : at + len(part)] = part
+            at += len(part)
+        target.copy_(buffer.longs[:at], non_blocking=True)
         buffer.sent()
