@@ -394,7 +394,7 @@ def test_pages_without_a_cache_are_nobodys_concern():
     ("make", "text"),
     [
         (lambda: pcg.Batch([1, 1], adapters="fr"), "one name a request"),
-        (lambda: pcg.Batch([1], [1], [[2**32 + 5]]).padded(2, 16).kv_indices.tolist() == [5, 0] or _raise(), "raised"),
+        (lambda: pcg.Batch([1], [1], [[2**32 + 5]]), "Pages are int32"),
         (lambda: pcg.Batch([1], [1], torch.tensor([[5 - 2**32]])).padded(2, 16), "page -"),
         (lambda: pcg.Batch([1], [1], [[1.0]]), r"page_table=\[\["),
         (lambda: pcg.step(pcg.Batch([1], [1], [[1]]), "cache").__enter__(), "PagedKVCache"),
@@ -406,8 +406,3 @@ def test_pages_without_a_cache_are_nobodys_concern():
 def test_errors_instead_of_wrong_numbers(make, text):
     with pytest.raises(PCGError, match=text):
         make()
-
-
-def _raise():
-    """No page that was given may turn into another one."""
-    raise PCGError("raised")
