@@ -18,25 +18,28 @@ __all__ = ["Stored", "read_fitting"]
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter on the host, in few pieces of memory, so that bringing it to a device is as many copies.
+    """An adapter on the host, in one piece of memory for each dtype, so that bringing it to a device is one copy.
 
     Attributes:
-        layers: by layer, its factors by part; views of ``flat``. flat: the matrices of one kind (first or second
-            factor), dtype and width below each other, ``[rows, width]``, pinned where they go to a GPU.
+        layers: by layer, its factors by part; views of ``flat``. flat: 1-D, pinned where it goes to a GPU: matrices of
+            one kind (first or second factor, and width) lie below each other.
     """
 
     layers: list[dict[str, Factors]]
-    flat: dict[_Kind, torch.Tensor]
+    flat: dict[torch.dtype, torch.Tensor]
 
     def to(self, device: torch.device, max_rank: int | None = None) -> Iterator[dict[str, Factors]]:
         """``layers`` on a device, copied without waiting for it; with ``max_rank``, b gets so many columns: zeros."""
         pieces = {}
-        for kind, flat in self.flat.items():
-            moved = flat.to(device, non_blocking=True)
-            if max_rank is not None and kind[0] == "b":
-                moved = nn.functional.pad(moved, (0, max_rank - moved.shape[1]))
-            rows = [matrix.shape[0] for other, matrix in _matrices(self.layers) if other == kind]
-            pieces[kind] = iter(moved.split(rows))
+        rest = {dtype: flat.to(device, non_blocking=True) for dtype, flat in self.flat.items()}
+        for kind, matrices in _by_kind(self.layers).items():
+            name, dtype, width = kind
+            rows = [matrix.shape[0] for matrix in matrices]
+            block = rest[dtype][: sum(rows) * width].view(-1, width)
+            rest[dtype] = rest[dtype][block.numel() :]
+            if max_rank is not None and name == "b":
+                block = nn.functional.pad(block, (0, max_rank - width))
+            pieces[kind] = iter(block.split(rows))
         for parts in self.layers:
             yield {
                 part: Factors(next(pieces[_kind("a", f.a)]), next(pieces[_kind("b", f.b)]), f.scaling)
@@ -51,19 +54,23 @@ def _kind(name: str, matrix: torch.Tensor) -> _Kind:
     return name, matrix.dtype, matrix.shape[1]
 
 
-def _matrices(layers: Sequence[dict[str, Factors]]) -> Iterator[tuple[_Kind, torch.Tensor]]:
+def _by_kind(layers: Sequence[dict[str, Factors]]) -> dict[_Kind, list[torch.Tensor]]:
+    found: dict[_Kind, list[torch.Tensor]] = {}
     for parts in layers:
         for factors in parts.values():
-            yield _kind("a", factors.a), factors.a
-            yield _kind("b", factors.b), factors.b
+            found.setdefault(_kind("a", factors.a), []).append(factors.a)
+            found.setdefault(_kind("b", factors.b), []).append(factors.b)
+    return found
 
 
 def _stored(layers: list[dict[str, Factors]], device: torch.device) -> Stored:
     flat = {}
-    for kind in dict.fromkeys(kind for kind, _ in _matrices(layers)):
+    kinds = _by_kind(layers)
+    for dtype in dict.fromkeys(dtype for _, dtype, _ in kinds):
         # Not the file's own memory, which would change with the file.
-        joined = torch.cat([matrix for other, matrix in _matrices(layers) if other == kind])
-        flat[kind] = joined.pin_memory() if device.type == "cuda" else joined
+        found = [m.reshape(-1) for kind, matrices in kinds.items() if kind[1] == dtype for m in matrices]
+        joined = torch.cat(found)
+        flat[dtype] = joined.pin_memory() if device.type == "cuda" else joined
     return Stored(list(Stored(layers, flat).to(torch.device("cpu"))), flat)
 
 
