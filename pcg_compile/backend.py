@@ -17,7 +17,7 @@ from .attention.ops import refuse_gradients
 from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
-from .graph.facts import NodeFacts, squeezed_sizes, trace_facts
+from .graph.facts import Calls, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
@@ -154,25 +154,21 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassC
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
         notes, hazards = len(context.notes), len(context.hazards)
-        before = _parts_of(gm)
+        before = calls_of(gm)
         gm = one_pass(gm, context)
         context.outcomes.append((one_pass.__name__, context.notes[notes:], context.hazards[hazards:]))
-        if rewrites and not _same_parts(before, _parts_of(gm)):
-            context.facts = refresh_facts(gm, example_inputs, context)
+        if rewrites and not _same_calls(before, calls_of(gm)):
+            context.facts = update_facts(gm, context.facts, before)
     if name_tuple_elements(gm, context.facts):
         context.facts = refresh_facts(gm, example_inputs, context)
     return gm
 
 
-def _parts_of(gm: fx.GraphModule) -> list[tuple[Any, ...]]:
-    """What facts follow from: which nodes there are, and what they call with what."""
-    return [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
-
-
-def _same_parts(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
+def _same_calls(one: Calls, other: Calls) -> bool:
     """By identity: whatever is written to a node is another object, and sizes must not be compared."""
     return len(one) == len(other) and all(
-        a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
+        node is another and all(a is b for a, b in zip(mine, theirs, strict=True))
+        for (node, mine), (another, theirs) in zip(one.items(), other.items(), strict=True)
     )
 
 

@@ -7,7 +7,7 @@ passes read these facts instead of guessing from names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,17 @@ from torch.utils._pytree import tree_leaves
 from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
 
 __all__ = [
-    "NodeFacts", "OpCall", "alias_of", "squeezed_sizes", "storage_of", "tensors_in", "trace_facts", "written_tensors",
+    "Calls", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in", "trace_facts",
+    "update_facts", "written_tensors",
 ]  # fmt: skip
+
+#: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.
+Calls = dict[fx.Node, tuple[Any, Any, Any]]
+#: Ops that change what a tensor is rather than what it holds: run again on the same one, they would do so twice.
+_RESHAPING = frozenset(
+    ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_",
+     "set_", "detach_")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,3 +145,77 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)
     return tracer.facts
+
+
+def calls_of(gm: fx.GraphModule) -> Calls:
+    """What each node calls, with what: what facts follow from."""
+    return {node: (node.target, node.args, node.kwargs) for node in gm.graph.nodes}
+
+
+def update_facts(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before: Calls) -> dict[fx.Node, NodeFacts]:
+    """Facts of a graph that a pass has rewritten; a node that computes the same of the same values keeps its own.
+
+    Args:
+        facts: of the graph as it was. What a pass has noted there for a node of its own is the value that the node
+            takes the place of, and stays the value of all that follows from it.
+        before: :func:`calls_of` the graph as it was.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values = [facts[node].value if node in before else node.meta["example_value"] for node in inputs]
+    if any(_reshapes(call) for fact in facts.values() for call in fact.ops):
+        return trace_facts(gm, values)
+    fake_mode = fake_mode_of(values)
+    tracer = _Tracer(gm)
+    fresh: set[fx.Node] = set()
+    with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
+        for node in gm.graph.nodes:
+            known = facts.get(node)
+            if node.op == "placeholder" and node not in before:
+                value = node.meta["example_value"]
+                tracer.facts[node] = NodeFacts(
+                    value.detach() if isinstance(value, torch.Tensor) else value, (), frozenset()
+                )
+            elif known is not None and node in before and _as_before(node, before[node], facts, tracer.facts, fresh):
+                tracer.facts[node] = known
+            else:
+                value = tracer.run_node(node)
+                if known is not None and node not in before and _looks_alike(value, known.value):
+                    tracer.facts[node] = replace(tracer.facts[node], value=known.value)
+                else:
+                    fresh.add(node)
+            tracer.env[node] = tracer.facts[node].value
+    return tracer.facts
+
+
+def _reshapes(call: OpCall) -> bool:
+    name = str(call.op).split(".")
+    return len(name) > 1 and name[1] in _RESHAPING
+
+
+def _as_before(
+    node: fx.Node,
+    before: tuple[Any, Any, Any],
+    old: Mapping[fx.Node, NodeFacts],
+    new: Mapping[fx.Node, NodeFacts],
+    fresh: set[fx.Node],
+) -> bool:
+    """Whether a node calls the same with the same values, by identity: sizes must not be compared."""
+    if before[0] is not node.target or node.op == "output" or not fresh.isdisjoint(node.all_input_nodes):
+        return False
+    if before[1] is node.args and before[2] is node.kwargs:
+        return True
+
+    def leaves(call: Any, facts: Mapping[fx.Node, NodeFacts]) -> list[Any]:
+        flat = tree_leaves(call, is_leaf=lambda leaf: isinstance(leaf, (fx.Node, slice)))
+        return [facts[leaf].value if isinstance(leaf, fx.Node) else leaf for leaf in flat]
+
+    theirs, ours = leaves(before[1:], old), leaves((node.args, node.kwargs), new)
+    return len(theirs) == len(ours) and all(a is b for a, b in zip(theirs, ours, strict=True))
+
+
+def _looks_alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    same = one.dtype == other.dtype and one.device == other.device and one.layout == other.layout
+    # As text, so that no guard on a size is made.
+    return same and str((one.shape, one.stride())) == str((other.shape, other.stride()))

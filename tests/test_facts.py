@@ -1,0 +1,114 @@
+"""Facts kept through a rewrite equal facts traced anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from test_contract import WIDTH, Packed, indptr
+from test_paged_model import Model, Traffic
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from pcg_compile import backend
+from pcg_compile.graph.facts import Calls, NodeFacts, storage_of, trace_facts, update_facts
+
+Facts = Mapping[fx.Node, NodeFacts]
+
+
+def look(value: Any) -> Any:
+    """What of a value must be the same, beyond its identity; unbacked sizes are counted up with each trace."""
+    if isinstance(value, torch.Tensor):
+        text = str((value.shape, value.stride(), value.dtype, value.device, value.storage_offset()))
+    else:
+        text = str(value) if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else str(type(value))
+    return re.sub(r"\bu[0-9]+\b", "u", text)
+
+
+def looks(value: Any) -> list[Any]:
+    return [look(leaf) for leaf in tree_leaves(value)]
+
+
+def storages(value: Any) -> list[int]:
+    return [storage_of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def compare(kept: Facts, traced: Facts) -> None:
+    """Same nodes, values, ops and writes; the same tensors alias, under whatever names their storages have."""
+    assert list(kept) == list(traced)
+    names: dict[int, int] = {}
+    for node, one in kept.items():
+        other = traced[node]
+        assert [look(leaf) for leaf in tree_leaves(one.value)] == [look(leaf) for leaf in tree_leaves(other.value)], (
+            node
+        )
+        assert [str(call.op) for call in one.ops] == [str(call.op) for call in other.ops], node
+        pairs = [*zip(storages(one.value), storages(other.value), strict=True)]
+        for mine, theirs in zip(one.ops, other.ops, strict=True):
+            pairs += zip(storages((mine.args, mine.kwargs)), storages((theirs.args, theirs.kwargs)), strict=True)
+        for left, right in pairs:
+            assert names.setdefault(left, right) == right, node
+        assert {names[storage] for storage in one.writes if storage in names} == {
+            storage for storage in other.writes if storage in set(names.values())
+        }, node
+    assert len(set(names.values())) == len(names)
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compares facts wherever a pass has rewritten a graph; how many nodes each of those had."""
+    seen: list[int] = []
+
+    def checked(gm: fx.GraphModule, facts: Facts, before: Calls) -> dict[fx.Node, NodeFacts]:
+        kept = update_facts(gm, facts, before)
+        traced = trace_facts(gm, [kept[node].value for node in gm.graph.find_nodes(op="placeholder")])
+        compare(kept, traced)
+        seen.append(len(kept))
+        return kept
+
+    monkeypatch.setattr(backend, "update_facts", checked)
+    return seen
+
+
+def test_paged_attention_of_many_layers(updates: list[int]) -> None:
+    torch._dynamo.reset()
+    Traffic().check(model := Model().eval(), torch.compile(model, backend="pcg", options={"compiler": "eager"}), {1: 5})
+    assert updates
+
+
+def fills(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    table[0] = 7.0
+    table[1:3] += 2.0
+    return (x + table[0]) * table.view(2, 2)[1, 1]
+
+
+def turns(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    table[0] = 7.0
+    view = x.view(-1, 2)
+    view.t_()
+    return view.sum(1) + table[:2]
+
+
+@pytest.mark.parametrize("function", [fills, turns])
+def test_scalar_writes_put_right(function: Callable[..., torch.Tensor], updates: list[int]) -> None:
+    """Also where an op turns a tensor in place, which must not happen to the same fake tensor twice."""
+    torch._dynamo.reset()
+    x, table = torch.randn(3, 2), torch.zeros(4)
+    options: dict[str, Any] = {"compiler": "eager", "scalar_writes": "rewrite"}
+    got = torch.compile(function, backend="pcg", options=options)(x.clone(), table.clone())
+    torch.testing.assert_close(got, function(x.clone(), table.clone()))
+    assert updates
+
+
+def test_declared_metadata(updates: list[int]) -> None:
+    torch._dynamo.reset()
+    model = Packed("one_source").eval()
+    lengths = [3, 1, 2]
+    x, cu = torch.randn(sum(lengths), WIDTH), indptr(lengths)
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [8]}, dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, cu, 3), model(x, cu, 3))
+    assert updates
