@@ -51,7 +51,8 @@ class Work:
     def launches(self, blocks: Any = None) -> tuple[Any, Any]:
         from pcg_compile.lora.kernels import launches
 
-        return launches(*self.tensors, self.slices, blocks)
+        y, x, a, b, scalings, ranks, *routing = self.tensors
+        return launches([(y, a, b, scalings, ranks)], x, *routing, [self.slices], blocks)
 
     def error(self) -> float:
         """Relative error of the kernels against plain PyTorch in float32; y stays as it was."""

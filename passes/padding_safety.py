@@ -17,7 +17,7 @@ from torch import fx
 
 from pcg_compile.attention.ops import store_kv
 from pcg_compile.graph.where import place_of
-from pcg_compile.lora.ops import row_wise_form
+from pcg_compile.lora.ops import row_wise_form, row_wise_form_of_many
 from pcg_compile.torch_internals import functional_aten
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
@@ -31,6 +31,7 @@ Kind = Literal["row-wise", "prefix", "mixing", "unknown"]
 _ROW_FORMS: dict[object, Callable[..., None]] = {
     torch.ops.pcg.store_kv.default: store_kv,
     torch.ops.pcg.lora_apply.default: row_wise_form,
+    torch.ops.pcg.lora_apply_many.default: row_wise_form_of_many,
 }
 _ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
 

@@ -6,11 +6,13 @@ becomes
 
     pcg::prepare_lora(rows, pool)                                            once, ahead of everything
     pcg::lora_apply(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices)   routing comes from the step
+
+and layers that read the same x share one ``pcg::lora_apply_many`` (:mod:`.group_lora`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from pcg_compile.graph.scalars import expr_of, symbols_of
 from pcg_compile.lora.routing import router_by_id
 
 from .context import PassContext, StepInput
+from .group_lora import LoRACall, group_calls
 from .rewriting import Rewriter
 
 __all__ = ["route_lora"]
 
 _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 _NAMES = ("y", "x", "a", "b", "scalings", "ranks", "slices", "pool")
+_OF_EACH = ("y", "a", "b", "scalings", "ranks")
 
 
 def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
@@ -34,23 +38,33 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     A layer whose tokens lie in two dimensions, the inner one dynamic, stays as it is and runs between pieces: the
     padding of such tokens lies between them, where a routing of the step's tokens does not reach.
     """
-    calls = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
+    found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
     rewriter = Rewriter(gm, context)
     opened: dict[tuple[int, str], tuple[Any, fx.Node, str]] = {}
-    for node in calls:
+    calls = []
+    for node in found:
         given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-        rows = _rows(context.facts[given["y"]].value)
+        y, b = context.facts[given["y"]].value, context.facts[given["b"]].value
+        rows = _rows(y)
         if rows is None:
             context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
             continue
-        key = (given["pool"], str(expr_of(rows)))
-        rows, _, name = opened.setdefault(key, (rows, node, str(len(opened))))
-        _open(rewriter, node, given, rows, name)
+        routing = (given["pool"], str(expr_of(rows)))
+        opened.setdefault(routing, (rows, node, str(len(opened))))
+        calls.append(LoRACall(node, given, routing, (given["x"], y.dtype, y.device, b.shape[0], b.shape[2])))
+    groups = group_calls(gm.graph, calls, context.facts, context.splits)
+    for group, moved in groups:
+        for node in moved:
+            group[0].node.prepend(node)
+        rows, _, name = opened[group[0].routing]
+        _open(rewriter, group, rows, name)
     for (pool, _), (rows, node, _) in opened.items():
         rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool)
     if opened:
-        context.notes.append(f"pcg::prepare_lora ahead of {len(calls)} LoRA layers: {len(opened)} routings a step")
-    return rewriter.done() if calls else gm
+        context.notes.append(
+            f"pcg::prepare_lora ahead of {len(calls)} LoRA layers in {len(groups)} calls: {len(opened)} routings a step"
+        )
+    return rewriter.done() if found else gm
 
 
 def _rows(y: torch.Tensor) -> Any:
@@ -64,7 +78,8 @@ def _rows(y: torch.Tensor) -> Any:
     return rows
 
 
-def _open(rewriter: Rewriter, node: fx.Node, given: dict[str, Any], rows: Any, name: str) -> None:
+def _open(rewriter: Rewriter, group: Sequence[LoRACall], rows: Any, name: str) -> None:
+    first, given = group[0].node, group[0].given
     device = rewriter.facts[given["y"]].value.device
     pool = given["pool"]
     adapters = router_by_id(pool).max_adapters
@@ -89,7 +104,16 @@ def _open(rewriter: Rewriter, node: fx.Node, given: dict[str, Any], rows: Any, n
             rows,
         )
     )
-    tensors = [given[key] for key in _NAMES[:6]]
-    with rewriter.graph.inserting_before(node):
-        rewriter.call(node, torch.ops.pcg.lora_apply.default, (*tensors, permutation, seg_indptr, given["slices"]))
-    rewriter.graph.erase_node(node)
+    routing = (permutation, seg_indptr)
+    with rewriter.graph.inserting_before(first):
+        if len(group) == 1:
+            tensors = [given[key] for key in _NAMES[:6]]
+            rewriter.call(first, torch.ops.pcg.lora_apply.default, (*tensors, *routing, given["slices"]))
+        else:
+            y, a, b, scalings, ranks = ([one.given[key] for one in group] for key in _OF_EACH)
+            slices = [width for one in group for width in one.given["slices"]]
+            counts = [len(one.given["slices"]) for one in group]
+            arguments = (y, given["x"], a, b, scalings, ranks, *routing, slices, counts)
+            rewriter.call(first, torch.ops.pcg.lora_apply_many.default, arguments)
+    for one in group:
+        rewriter.graph.erase_node(one.node)

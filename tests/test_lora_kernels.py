@@ -114,16 +114,55 @@ def kernels(test):
     return skip(test if INTERPRETED else pytest.mark.gpu(test))
 
 
-def run_kernels(*args):
+def check_many(run, widths, max_rank, ranks, slots, in_features=40, dtype=torch.float32, tolerance=1e-4, device="cpu"):
+    """Layers that read one x in one call, each with ranks of its own."""
+    torch.manual_seed(0)
+    made = [make(len(slots), in_features, own, max_rank, of, dtype, device) for own, of in zip(widths, ranks)]
+    x = made[0][1]
+    x[torch.tensor([slot < 0 for slot in slots], device=device)] = float("nan")
+    layers = [(y, a, b, scalings * (i + 1), of) for i, (y, _, a, b, scalings, of) in enumerate(made)]
+    want = [expected(y, x, *rest, slots, own) for (y, *rest), own in zip(layers, widths)]
+    run(layers, x, *route(torch.tensor(slots, device=device), len(ranks[0])), widths)
+    for (y, *_), right in zip(layers, want):
+        torch.testing.assert_close(y.double(), right, rtol=tolerance, atol=tolerance * float(right.abs().max()))
+        assert not y._base[:, y.shape[1] :].any()
+
+
+def run_many(layers, x, permutation, seg_indptr, widths):
+    y, *rest = ([layer[i] for layer in layers] for i in range(5))
+    slices = [width for own in widths for width in own]
+    torch.ops.pcg.lora_apply_many(y, x, *rest, permutation, seg_indptr, slices, [len(own) for own in widths])
+
+
+def run_many_kernels(*args):
     from pcg_compile.lora.kernels import add_adapters_on_gpu
 
     add_adapters_on_gpu(*args)
 
 
-def launches(*args):
+MANY = [
+    pytest.param([[48], [16], [16]], 16, [[16, 3, 0], [0, 3, 8], [1, 0, 16]], [0, 2, 1, -1, 2, 0, 0], id="q, k, v"),
+    pytest.param([[70], [33]], 20, [[20, 7], [20, 0]], [0] * 30 + [-1] * 9 + [1] * 31, id="gate and up"),
+    pytest.param([[24, 8], [9], [64]], 96, [[96, 1], [65, 64], [0, 0]], [i % 3 - 1 for i in range(150)], id="slices"),
+    pytest.param([[7], [1], [130], [64]], 1, [[1]] * 4, [0, -1, 0], id="four of rank 1"),
+]
+
+
+@pytest.mark.parametrize(("widths", "max_rank", "ranks", "slots"), MANY)
+def test_several_layers(widths, max_rank, ranks, slots):
+    check_many(run_many, widths, max_rank, ranks, slots)
+
+
+def run_kernels(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
+    from pcg_compile.lora.kernels import add_adapters_on_gpu
+
+    add_adapters_on_gpu([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices])
+
+
+def launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
     from pcg_compile.lora.kernels import launches
 
-    return launches(*args)
+    return launches([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices])
 
 
 @kernels
@@ -148,6 +187,19 @@ def four_ranks(draw, most):
     """A pool's largest rank, and what four adapters have of it; 0 is an empty slot."""
     max_rank = draw(st.sampled_from(most))
     return max_rank, draw(st.lists(st.integers(0, max_rank), min_size=4, max_size=4))
+
+
+@kernels
+@pytest.mark.parametrize(("widths", "max_rank", "ranks", "slots"), MANY)
+def test_several_layers_on_kernels(widths, max_rank, ranks, slots):
+    check_many(run_many_kernels, widths, max_rank, ranks, slots, device=DEVICE)
+    check_many(run_many_kernels, widths, max_rank, ranks, slots, 1100, torch.float16, 2e-2, device=DEVICE)
+
+
+@kernels
+def test_more_slices_than_the_kernels_take():
+    with pytest.raises(ValueError, match="at most 4 slices"):
+        check_many(run_many_kernels, [[8, 8], [8, 8], [8]], 4, [[4]] * 3, [0], device=DEVICE)
 
 
 @kernels
@@ -235,6 +287,14 @@ def test_one_node_for_compilers(backend):
         w = torch.randn(5, 8)
         want = expected(x @ w, x, *rest, slots, [8]) + 1
         torch.testing.assert_close(compiled(x, w, *rest, *routing).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_several_layers_on_a_gpu():
+    slots = [i % 5 - 1 for i in range(64)]
+    ranks = [[16, 3, 8, 1], [0, 16, 16, 2], [5, 5, 0, 0]]
+    check_many(run_many, [[512], [128], [128]], 16, ranks, slots, 512, torch.bfloat16, 3e-2, device="cuda")
 
 
 @pytest.mark.gpu

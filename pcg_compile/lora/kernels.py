@@ -9,16 +9,17 @@ adapter is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Blocks", "Launch", "add_adapters_on_gpu", "blocks_for", "launches"]
+__all__ = ["MOST_PARTS", "Blocks", "Launch", "add_adapters_on_gpu", "blocks_for", "launches"]
 
-_MOST_SLICES = 4
+#: Slices of all layers of one call; the kernels take so many pointers.
+MOST_PARTS = 4
 #: Programs of the shrink that keep a large GPU's memory busy: two for each of 132 multiprocessors.
 _PROGRAMS = 256
 
@@ -40,89 +41,101 @@ def _find_tile(seg_indptr, tile, ADAPTERS: tl.constexpr, PADDED: tl.constexpr, R
 
 
 @triton.jit
+def _of_part(part, of0, of1, of2, of3, PARTS: tl.constexpr):
+    """What belongs to a part: a pointer, or a number."""
+    chosen = of0
+    if PARTS > 1:  # noqa: SIM102 - the first is decided when it is compiled
+        if part == 1:
+            chosen = of1
+    if PARTS > 2:  # noqa: SIM102 - the first is decided when it is compiled
+        if part == 2:
+            chosen = of2
+    if PARTS > 3:  # noqa: SIM102 - the first is decided when it is compiled
+        if part == 3:
+            chosen = of3
+    return chosen
+
+
+@triton.jit
 def _shrink(
-    h, x, a, ranks, permutation, seg_indptr,
-    x_row, in_features, h_split, h_row, split_size,
-    SLICES: tl.constexpr, MAX_RANK: tl.constexpr, ADAPTERS: tl.constexpr, PADDED: tl.constexpr,
+    h, x, a0, a1, a2, a3, ranks0, ranks1, ranks2, ranks3, permutation, seg_indptr,
+    x_row, in_features, h_split, h_row, a_slot0, a_slot1, a_slot2, a_slot3, split_size,
+    PARTS: tl.constexpr, MAX_RANK: tl.constexpr, ADAPTERS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``h[split, row, i] = sum over the split's k of x[token(row), k] * a[slot, i, k]``, with i = j * MAX_RANK + r."""
+    """``h[split, row, part * MAX_RANK + r] = sum over the split's k of x[token(row), k] * a_part[slot, r, k]``."""
     slot, first, end = _find_tile(seg_indptr, tl.program_id(0), ADAPTERS, PADDED, ROWS)
     if slot >= ADAPTERS:
         return
     blocks: tl.constexpr = (MAX_RANK + RANK - 1) // RANK
-    block, split = tl.program_id(1), tl.program_id(2)
-    rank = tl.load(ranks + slot)
-    r = (block % blocks) * RANK + tl.arange(0, RANK)
-    if (block % blocks) * RANK >= rank:
+    part, split = tl.program_id(1) // blocks, tl.program_id(2)
+    rank = tl.load(_of_part(part, ranks0, ranks1, ranks2, ranks3, PARTS) + slot)
+    begin_rank = (tl.program_id(1) % blocks) * RANK
+    if begin_rank >= rank:
         return
-    column = (block // blocks) * MAX_RANK + r
+    r = begin_rank + tl.arange(0, RANK)
     # Up to a multiple of 8, so that a whole vector has one mask; between the rank and that are zeros.
     is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
     rows = first + tl.arange(0, ROWS)
     is_row = rows < end
     tokens = tl.load(permutation + rows, mask=is_row, other=0).to(tl.int64)
     sums = tl.zeros((ROWS, RANK), dtype=tl.float32)
-    a_base = a + slot.to(tl.int64) * SLICES * MAX_RANK * in_features
+    a_slot = _of_part(part, a_slot0, a_slot1, a_slot2, a_slot3, PARTS)
+    a_base = _of_part(part, a0, a1, a2, a3, PARTS) + slot.to(tl.int64) * a_slot
     begin = split * split_size
     for start in range(begin, tl.minimum(begin + split_size, in_features), SUM):
         k = start + tl.arange(0, SUM)
         is_k = k < in_features
         inputs = tl.load(x + tokens[:, None] * x_row + k[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
         factors = tl.load(
-            a_base + column[None, :].to(tl.int64) * in_features + k[:, None],
+            a_base + r[None, :].to(tl.int64) * in_features + k[:, None],
             mask=(r < rank)[None, :] & is_k[:, None],
             other=0.0,
         )
         sums = tl.dot(inputs, factors.to(inputs.dtype), sums, input_precision=PRECISION)
+    column = part * MAX_RANK + r
     place = h + split.to(tl.int64) * h_split + rows[:, None].to(tl.int64) * h_row + column[None, :]
     tl.store(place, sums, mask=is_row[:, None] & is_place[None, :])
 
 
 @triton.jit
 def _expand(
-    y, h, b, scalings, ranks, permutation, seg_indptr,
-    y_row, out_features, h_split, h_row,
+    h, y0, y1, y2, y3, b0, b1, b2, b3, scalings0, scalings1, scalings2, scalings3,
+    ranks0, ranks1, ranks2, ranks3, permutation, seg_indptr,
+    h_split, h_row, y_row0, y_row1, y_row2, y_row3, b_slot0, b_slot1, b_slot2, b_slot3,
     width0, width1, width2, width3,
-    SPLITS: tl.constexpr, MAX_RANK: tl.constexpr, ADAPTERS: tl.constexpr, PADDED: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr, ADAPTERS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y[token(row), n] += scaling * sum over r of h[row, slice(n) * MAX_RANK + r] * b[slot, n, r]``."""
+    """``y_part[token(row), n] += scaling * sum over r of h[row, part * MAX_RANK + r] * b_part[slot, n, r]``."""
     slot, first, end = _find_tile(seg_indptr, tl.program_id(0), ADAPTERS, PADDED, ROWS)
     if slot >= ADAPTERS:
         return
-    rank = tl.load(ranks + slot)
-    if rank == 0:
-        return
-    # The block of columns, and the slice that it lies in; no block crosses from one slice to the next.
+    # The part that this block of columns lies in; no block crosses from one part to the next.
     block = tl.program_id(1)
     part = 0
-    base = 0
-    width = width0
-    blocks = (width0 + COLUMNS - 1) // COLUMNS
-    if block >= blocks:
-        block -= blocks
-        part, base, width = 1, width0, width1
-        blocks = (width1 + COLUMNS - 1) // COLUMNS
-        if block >= blocks:
-            block -= blocks
-            part, base, width = 2, width0 + width1, width2
-            blocks = (width2 + COLUMNS - 1) // COLUMNS
-            if block >= blocks:
-                block -= blocks
-                part, base, width = 3, width0 + width1 + width2, width3
+    if PARTS > 1:
+        upto0 = (width0 + COLUMNS - 1) // COLUMNS
+        upto1 = upto0 + (width1 + COLUMNS - 1) // COLUMNS
+        upto2 = upto1 + (width2 + COLUMNS - 1) // COLUMNS
+        part = (block >= upto0).to(tl.int32) + (block >= upto1).to(tl.int32) + (block >= upto2).to(tl.int32)
+        block -= _of_part(part, 0, upto0, upto1, upto2, PARTS)
+    rank = tl.load(_of_part(part, ranks0, ranks1, ranks2, ranks3, PARTS) + slot)
+    if rank == 0:
+        return
     n = block * COLUMNS + tl.arange(0, COLUMNS)
-    is_n = n < width
-    n += base
+    is_n = n < _of_part(part, width0, width1, width2, width3, PARTS)
     rows = first + tl.arange(0, ROWS)
     is_row = rows < end
     tokens = tl.load(permutation + rows, mask=is_row, other=0).to(tl.int64)
-    place = y + tokens[:, None] * y_row + n[None, :]
+    y_row = _of_part(part, y_row0, y_row1, y_row2, y_row3, PARTS)
+    place = _of_part(part, y0, y1, y2, y3, PARTS) + tokens[:, None] * y_row + n[None, :]
     mask = is_row[:, None] & is_n[None, :]
     # Asked for first: it comes while the rest is loaded and multiplied.
     before = tl.load(place, mask=mask, other=0.0)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    b_base = b + slot.to(tl.int64) * out_features * MAX_RANK
+    b_slot = _of_part(part, b_slot0, b_slot1, b_slot2, b_slot3, PARTS)
+    b_base = _of_part(part, b0, b1, b2, b3, PARTS) + slot.to(tl.int64) * b_slot
     for start in range(0, rank, RANK):
         r = start + tl.arange(0, RANK)
         is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
@@ -136,7 +149,7 @@ def _expand(
         # Above the rank may be what another adapter left, and it may not be finite.
         factors = tl.where((r < rank)[:, None], factors, 0.0).to(before.dtype)
         sums = tl.dot(hidden.to(before.dtype), factors, sums, input_precision=PRECISION)
-    scaling = tl.load(scalings + slot)
+    scaling = tl.load(_of_part(part, scalings0, scalings1, scalings2, scalings3, PARTS) + slot)
     tl.store(place, (before.to(tl.float32) + scaling * sums).to(before.dtype), mask=mask)
 
 
@@ -177,76 +190,102 @@ def blocks_for(tokens: int, in_features: int, out_features: int, itemsize: int =
     return Blocks(rows, (128 if rows < 64 else 64) * 2 // max(2, itemsize), splits, columns)
 
 
+class _Part(NamedTuple):
+    """Columns of one layer that have factors of their own; a begins at their rows, b and y at their columns."""
+
+    y: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    scalings: torch.Tensor
+    ranks: torch.Tensor
+
+
+def _parts(layer: Sequence[Any], slices: Sequence[int]) -> Iterator[_Part]:
+    y, a, b, scalings, ranks = layer
+    if y.stride(1) != 1:
+        raise ValueError("the columns of y are not contiguous")
+    first, max_rank = 0, b.shape[2]
+    for j, width in enumerate(slices):
+        columns = slice(first, first + width)
+        yield _Part(y[:, columns], a[:, j * max_rank : (j + 1) * max_rank], b[:, columns], scalings, ranks)
+        first += width
+
+
 def launches(
-    y: torch.Tensor,
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
     x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scalings: torch.Tensor,
-    ranks: torch.Tensor,
     permutation: torch.Tensor,
     seg_indptr: torch.Tensor,
-    slices: Sequence[int],
+    slices: Sequence[Sequence[int]],
     blocks: Blocks | None = None,
 ) -> tuple[Launch, Launch]:
     """The shrink and the expand of :func:`add_adapters_on_gpu`, to run in this order; ``blocks`` overrides the rule."""
     tokens, in_features = x.shape
-    adapters, out_features, max_rank = b.shape
-    if len(slices) > _MOST_SLICES:
-        raise ValueError(f"a layer is fused of at most {_MOST_SLICES} slices, not {len(slices)}")
-    if y.stride(1) != 1:
-        raise ValueError("the columns of y are not contiguous")
+    parts = [part for layer, widths in zip(layers, slices, strict=True) for part in _parts(layer, widths)]
+    if len(parts) > MOST_PARTS:
+        raise ValueError(f"layers of at most {MOST_PARTS} slices are served at once, not of {len(parts)}")
+    adapters, _, max_rank = parts[0].b.shape
+    widths = [part.y.shape[1] for part in parts]
     x = x if x.stride(1) == 1 else x.contiguous()
-    blocks = blocks or blocks_for(tokens, in_features, out_features, x.element_size())
+    blocks = blocks or blocks_for(tokens, in_features, sum(widths), x.element_size())
     rank = min(64, max(16, triton.next_power_of_2(max_rank)))
     tiles = triton.cdiv(tokens, blocks.rows) + adapters
     split_size = triton.cdiv(triton.cdiv(in_features, blocks.splits), blocks.sum) * blocks.sum
     splits = triton.cdiv(in_features, split_size)
-    h = torch.empty((splits, tokens, len(slices) * max_rank), dtype=torch.float32, device=x.device)
+    h = torch.empty((splits, tokens, len(parts) * max_rank), dtype=torch.float32, device=x.device)
     common = {
+        "PARTS": len(parts),
         "MAX_RANK": max_rank,
         "ADAPTERS": adapters,
         "PADDED": triton.next_power_of_2(adapters),
         "ROWS": blocks.rows,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }
+    # Places that are not used get what the first part has, of the right type; no program reads it.
+    every = [*parts, *[parts[0]] * (MOST_PARTS - len(parts))]
     routing = (permutation, seg_indptr)
+    ranks = [part.ranks for part in every]
     shrink = Launch(
         _shrink,
-        (tiles, len(slices) * triton.cdiv(max_rank, rank), splits),
-        (h, x, a, ranks, *routing, x.stride(0), in_features, h.stride(0), h.stride(1), split_size),
-        {"SLICES": len(slices), "RANK": rank, "SUM": blocks.sum, **common},
+        (tiles, len(parts) * triton.cdiv(max_rank, rank), splits),
+        (
+            h, x, *(part.a for part in every), *ranks, *routing, x.stride(0), in_features, h.stride(0), h.stride(1),
+            *(part.a.stride(0) for part in every), split_size,
+        ),
+        {"RANK": rank, "SUM": blocks.sum, **common},
         {"num_warps": 4, "num_stages": 3},
-    )
-    widths = [*slices, *[0] * (_MOST_SLICES - len(slices))]
+    )  # fmt: skip
     expand = Launch(
         _expand,
-        (tiles, sum(triton.cdiv(width, blocks.columns) for width in slices)),
-        (y, h, b, scalings, ranks, *routing, y.stride(0), out_features, h.stride(0), h.stride(1), *widths),
+        (tiles, sum(triton.cdiv(width, blocks.columns) for width in widths)),
+        (
+            h, *(part.y for part in every), *(part.b for part in every), *(part.scalings for part in every), *ranks,
+            *routing, h.stride(0), h.stride(1), *(part.y.stride(0) for part in every),
+            *(part.b.stride(0) for part in every), *widths, *[0] * (MOST_PARTS - len(parts)),
+        ),
         {"SPLITS": splits, "RANK": 16, "COLUMNS": blocks.columns, **common},
         # What keeps registers few enough for two programs or more at a time, which hide each other's waits.
         {"num_warps": 4 if blocks.rows == 16 else 8, "num_stages": 2},
-    )
+    )  # fmt: skip
     return shrink, expand
 
 
 def add_adapters_on_gpu(
-    y: torch.Tensor,
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
     x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scalings: torch.Tensor,
-    ranks: torch.Tensor,
     permutation: torch.Tensor,
     seg_indptr: torch.Tensor,
-    slices: Sequence[int],
+    slices: Sequence[Sequence[int]],
 ) -> None:
-    """:func:`pcg_compile.lora.apply.lora_apply` on rows: ``y [n, out]``, ``x [n, in]``. Can be recorded.
+    """:func:`pcg_compile.lora.apply.lora_apply` on rows, of one or several layers that read the same. Can be recorded.
+
+    Args:
+        layers: of each layer y ``[n, out]``, a, b, scalings, ranks. x: ``[n, in]``. slices: of each layer.
 
     Raises:
-        ValueError: more than 4 slices; columns of y that are not contiguous.
+        ValueError: more than 4 slices in all; columns of a y that are not contiguous.
     """
     if x.shape[0] == 0:
         return
-    for launch in launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
+    for launch in launches(layers, x, permutation, seg_indptr, slices):
         launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)

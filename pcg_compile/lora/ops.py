@@ -16,7 +16,7 @@ from ..step import current_step
 from . import apply as apply  # defines pcg::lora_apply
 from .routing import router_by_id
 
-__all__ = ["bind_prepare_lora", "lora", "row_wise_form"]
+__all__ = ["bind_prepare_lora", "lora", "row_wise_form", "row_wise_form_of_many"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 _LIBRARY.define(
@@ -73,6 +73,14 @@ def bind_prepare_lora(
 def row_wise_form(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> None:
     """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter."""
     y.add_((x @ a[0].t())[..., : b.shape[2]] @ b[0].t())
+
+
+def row_wise_form_of_many(
+    y: Sequence[torch.Tensor], x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *rest: Any
+) -> None:
+    """:func:`row_wise_form` of ``pcg::lora_apply_many``."""
+    for one in zip(y, a, b, strict=True):
+        row_wise_form(one[0], x, *one[1:])
 
 
 def _prepare(rows: int, pool: int) -> None:
