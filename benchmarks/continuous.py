@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import inspect
 import random
 import statistics
 import time
@@ -156,10 +157,14 @@ class _Theirs:
         self.model = theirs.to(device).eval()
         # No token ends an answer early; -1 is what it calls that.
         self.generation = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        known = inspect.signature(ContinuousBatchingConfig).parameters
+        # Older releases have another name for the one, and never do the other.
+        wanted = {"page_size" if "page_size" in known else "block_size": _THEIR_PAGE}
+        if "auto_switch_to_flash" in known:
+            wanted["auto_switch_to_flash"] = False
         self.settings = ContinuousBatchingConfig(
-            page_size=_THEIR_PAGE, num_blocks=pages, max_batch_tokens=most, allow_block_sharing=False,
-            auto_switch_to_flash=False,
-        )  # fmt: skip
+            num_blocks=pages, max_batch_tokens=most, allow_block_sharing=False, **wanted
+        )
 
     def __call__(self, prompts: list[list[int]]) -> Answers:
         answers = self.model.generate_batch(
