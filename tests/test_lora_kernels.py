@@ -159,10 +159,10 @@ def run_kernels(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
     add_adapters_on_gpu([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices])
 
 
-def launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
+def launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices, overlap=None):
     from pcg_compile.lora.kernels import launches
 
-    return launches([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices])
+    return launches([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices], overlap=overlap)
 
 
 @kernels
@@ -221,8 +221,10 @@ def test_random_mixes(slots, ranks):
 def test_kernels_compile_for_a_gpu(tokens, width, slices, max_rank, dtype):
     """As a launch would compile them for an H100, on any machine; the shared memory of smaller GPUs is enough."""
     y, *rest = make_empty(tokens, width, slices, max_rank, dtype)
-    for launch in launches(y, *rest, slices):
+    overlap = tokens == 64
+    for launch in launches(y, *rest, slices, overlap):
         compiled = compile_for_hopper(launch)
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == overlap
         assert compiled.metadata.shared <= 64 * 1024
         assert ("mma" in compiled.asm["ptx"]) == (dtype != torch.float32)
         assert ".v4" in compiled.asm["ptx"]
@@ -267,7 +269,7 @@ def test_every_token_and_feature_has_a_program(tokens, in_features):
     tiles, ranks, splits = shrink.grid
     h, size = shrink.args[0], shrink.args[-1]
     assert tiles == expand.grid[0] and tiles * shrink.constants["ROWS"] >= tokens + 8
-    assert ranks == 2 * 2 and splits == h.shape[0] == expand.constants["SPLITS"]
+    assert ranks == 2 * -(-80 // shrink.constants["RANK"]) and splits == h.shape[0] == expand.constants["SPLITS"]
     # No part of the sum is empty: what no program writes, the expand would read.
     assert (splits - 1) * size < in_features <= splits * size and size % shrink.constants["SUM"] == 0
     assert expand.grid[1] == sum(-(-width // expand.constants["COLUMNS"]) for width in (100, 33))
