@@ -45,14 +45,15 @@ def run(args: argparse.Namespace) -> None:
                 "repeats": args.repeats, "device": args.device.type}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     with Results(args, f"tensor-parallel-{settings['shape']}", _NOTES) as results:
-        done = subprocess.run(
-            [*command, "-m", "benchmarks.tensor_parallel", json.dumps(settings)], capture_output=True, text=True
+        ranks = subprocess.Popen(
+            [*command, "-m", "benchmarks.tensor_parallel", json.dumps(settings)], stdout=subprocess.PIPE, text=True
         )
-        rows = [json.loads(line.partition("ROW ")[2]) for line in done.stdout.splitlines() if "ROW " in line]
-        for row in rows:
-            results.add(**row)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
+        assert ranks.stdout is not None
+        for line in ranks.stdout:
+            if "ROW " in line:
+                results.add(**json.loads(line.partition("ROW ")[2]))
+        if ranks.wait():
+            raise SystemExit(ranks.returncode)
 
 
 def main() -> None:

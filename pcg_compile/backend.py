@@ -27,13 +27,14 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import analyze_piece
-from .registry import add_runtime, owners_graphs, owners_runtimes, reset
+from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.graph import GraphRuntime
 from .torch_internals import (
+    before_groups_end,
     calling_wrapper,
     compile_whole_with_inductor,
     ends_in_graph_break,
@@ -110,6 +111,8 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     orders = {order: None for site in pieces if site.safety is not None for order in site.safety.orders}
     chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
     agreement = agreement_of(plan.facts)
+    if agreement is not None:
+        before_groups_end(release_collectives)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))
     add_runtime(owner, counters, runtime)

@@ -8,7 +8,17 @@ from typing import Any
 from .report.stats import Counters, Stats, expect_increase
 from .torch_internals import wrapper_of
 
-__all__ = ["add_runtime", "expect", "owners_graphs", "owners_runtimes", "reset", "reset_owner", "runtimes", "stats"]
+__all__ = [
+    "add_runtime",
+    "expect",
+    "owners_graphs",
+    "owners_runtimes",
+    "release_collectives",
+    "reset",
+    "reset_owner",
+    "runtimes",
+    "stats",
+]
 
 
 class _Entry:
@@ -92,6 +102,13 @@ def reset(compiled: Any = None) -> None:
     _reset(_entries(compiled))
     # Until here also the figures of graphs that are gone belong to the totals.
     _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
+
+
+def release_collectives() -> None:
+    """Drops the recordings that may hold collectives; figures stay, and a later step records again."""
+    for runtime in runtimes():
+        if runtime.shared.agreement is not None:
+            runtime.release()
 
 
 def reset_owner(owner: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
 import operator
 import sys
@@ -207,6 +209,29 @@ def group_backend(name: str) -> str | None:
     except (LookupError, RuntimeError, ValueError):
         return None
     return str(dist.get_backend(group))
+
+
+def before_groups_end(release: Callable[[], None]) -> None:
+    """Has ``release`` called ahead of ``torch.distributed.destroy_process_group()`` and of the end of Python, once.
+
+    NCCL waits in ``ncclCommDestroy`` until every CUDA graph that holds one of its collectives is gone, so that a
+    program which still has recordings would never end (pytorch issue 115388). torch has no hook to tell of it: the
+    public function is replaced by one that calls ``release`` first.
+    """
+    import torch.distributed as dist
+
+    original = dist.destroy_process_group
+    if hasattr(original, "__pcg_release__"):
+        return
+
+    @functools.wraps(original)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        release()
+        original(*args, **kwargs)
+
+    destroy_process_group.__pcg_release__ = release  # type: ignore[attr-defined]
+    dist.destroy_process_group = dist.distributed_c10d.destroy_process_group = destroy_process_group
+    atexit.register(release)
 
 
 def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]) -> bool:

@@ -24,6 +24,9 @@ DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
 ENGINE = CudaGraphs if CUDA else StaticReplay
 
 
+KEPT = []
+
+
 class Layer(nn.Module):
     """Attention and an MLP; each rank has its own heads."""
 
@@ -142,9 +145,22 @@ def split_op_raises():
             try:
                 compiled(torch.randn(n, HIDDEN))
             except Exception as error:
+                if CUDA:
+                    raise
                 # A rank that is left alone hears of it from the collective.
                 return {"n": n, "error": f"{type(error).__name__}: {error}"[:300]}
+    if CUDA:
+        torch.cuda.synchronize()
     return {"error": None}
+
+
+def destroyed():
+    """The process group is destroyed while somebody holds the recordings."""
+    compiled, kv = compiled_of(parallel()), cache(WORLD)
+    serve(compiled, kv, [3, 6, 3, 6])
+    KEPT.extend((compiled, kv))
+    stats = pcg.stats(compiled)
+    return {"captured": stats.captured, "replays": stats.replays}
 
 
 def transformers_plan(folder):

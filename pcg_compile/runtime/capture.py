@@ -55,6 +55,9 @@ class Engine(ABC):
         """Around all recordings of one step, or of a whole warm-up."""
         yield
 
+    def release(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Frees what recordings hold of the device and of its communicators; they cannot be replayed any more."""
+
 
 class StaticReplay(Engine):
     """The same address discipline on a CPU: a replay runs the piece again, and its results land in place."""
@@ -164,6 +167,13 @@ class CudaGraphs(Engine):
             return None
         shared.graphs.add(graph)
         return graph, outputs
+
+    def release(self) -> None:
+        """Takes all graphs apart, whoever refers to them."""
+        for pool in self.pools.values():
+            for graph in list(pool.graphs):
+                graph.reset()
+            pool.graphs.clear()
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:

@@ -184,6 +184,13 @@ class GraphRuntime(GraphState):
             if s.node in self.plan.mutated and s.kind != "static" and s.value.numel() != 0
         )
 
+    def release(self) -> None:
+        """Drops all recordings, at once also those that somebody still refers to."""
+        with self.lock:
+            self.bindings.clear()
+            self.current = None
+            self.shared.engine.release()
+
     def reset(self) -> None:
         """Drops all recordings and zeroes the figures."""
         with self.lock:
