@@ -38,7 +38,8 @@ def main() -> None:
     dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(seconds=60))
     torch.manual_seed(0)  # the same weights on every rank
     dtype = torch.bfloat16 if CUDA else torch.float32
-    model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="pcg", dtype=dtype).to(DEVICE).eval()
+    with DEVICE:  # where random numbers for billions of weights are made in seconds
+        model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="pcg", dtype=dtype).eval()
     heads = CONFIG.num_key_value_heads
     sizes = {"num_layers": CONFIG.num_hidden_layers, "num_pages": 64, "head_dim": CONFIG.head_dim}
     batches = [([5, 9, 3], [5, 9, 3]), ([1, 1, 1], [6, 10, 4]), ([1, 1, 4], [7, 11, 8]), ([1, 1, 1], [8, 12, 9])]

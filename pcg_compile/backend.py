@@ -41,6 +41,7 @@ from .torch_internals import (
     fake_inputs,
     fake_mode_of,
     shape_guards,
+    spare_profiler_calls,
     specialize_floats,
 )
 
@@ -63,6 +64,7 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
     """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
     specialize_floats(gm)
+    spare_profiler_calls()
     if has_subclasses(real_inputs) and not torch.is_grad_enabled():
         ends_step = not ends_in_graph_break(gm)
         return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))

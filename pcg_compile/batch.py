@@ -75,8 +75,7 @@ class Batch:
         if len(self._kv) != len(self._qo):
             raise BatchError(f"kv_lens has {len(self._kv)} entries for {len(self._qo)} requests")
         short = self._kv < self._qo
-        if short.any():
-            request = int(np.argmax(short))
+        if short[request := int(short.argmax())]:
             raise BatchError(
                 message(
                     f"request {request} has a KV length of {self._kv[request]} and {self._qo[request]} new tokens",
@@ -87,7 +86,7 @@ class Batch:
         self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
         self._finish(None)
         self.adapters = check_adapters(adapters, self.num_requests, self.num_tokens)
-        if self.num_tokens > MOST or int(self._kv.max()) > MOST:
+        if self.num_tokens > MOST or max(self.kv_lens) > MOST:
             name, lengths = ("qo_lens", self.qo_lens) if max(self.qo_lens) > MOST else ("kv_lens", self.kv_lens)
             request = lengths.index(max(lengths))
             raise BatchError(
@@ -151,12 +150,12 @@ class Batch:
     @property
     def positions(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device (the default device without a cache); inside :func:`step` only."""
-        return self._state("positions").user_tensors()[0]
+        return self._state("positions").user_positions()
 
     @property
     def slot_mapping(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device, the slot of each token; inside :func:`step` with a cache only."""
-        slots = self._state("slot_mapping").user_tensors()[1]
+        slots = self._state("slot_mapping").user_slots()
         if slots is None:
             raise BatchError(
                 message("batch.slot_mapping needs a cache", cure="Enter the step as: with pcg.step(batch, cache):")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -21,11 +19,15 @@ __all__ = [
     "Tables",
     "check_adapters",
     "check_count",
+    "check_pages",
     "make_tables",
     "positions_of",
     "read_lengths",
 ]
 
+#: Note [few calls]. With a few dozen requests each call of numpy costs as much as its work, 1 to 3 us on a server
+#: among other code, and lies ahead of a step's first launch. Hence argmin() and argmax(), which cost a quarter of
+#: min(), max() and any(); ufuncs that accumulate; and one look for several errors, told apart once there is one.
 Ints = npt.NDArray[Any]
 
 #: Of tokens and of pages: metadata are int32.
@@ -42,9 +44,9 @@ def read_lengths(name: str, values: Any) -> Ints:
     if array.ndim != 1:
         raise BatchError(message(f"{name} has {array.ndim} dimensions", why="It is one number a request."))
     # A copy, as the caller may fill the same array for the next batch; what int64 does not hold becomes negative.
-    lengths = array.astype(np.int64)
-    if len(lengths) and lengths.min() < 1:
-        request = int(np.argmin(lengths))
+    lengths = array.astype(np.int64, copy=type(values) is not list)
+    # Note [few calls]
+    if len(lengths) and lengths[request := lengths.argmin()] < 1:
         raise BatchError(
             message(
                 f"request {request} has {name}[{request}] = {array[request]}",
@@ -96,10 +98,11 @@ class PageTable:
     Attributes:
         flat: ``[entries]`` int32.
         starts, counts: ``[requests]`` int64, where each request's pages begin and how many are given.
+        highest: the highest page, 0 for none.
         roomy: whether unused entries may hold anything, so that only those in use can be checked.
     """
 
-    __slots__ = ("counts", "flat", "roomy", "starts")
+    __slots__ = ("counts", "flat", "highest", "roomy", "starts")
 
     def __init__(self, table: Any, requests: int) -> None:
         """``table``: a sequence of pages for each request, or an int array ``[requests, most pages]`` whose unused
@@ -108,7 +111,7 @@ class PageTable:
         Raises:
             BatchError: another number of rows than requests, a page below 1 in a sequence.
         """
-        self.roomy = isinstance(table, (np.ndarray, torch.Tensor))
+        self.roomy, self.highest = isinstance(table, (np.ndarray, torch.Tensor)), 0
         if self.roomy:
             array = _integers("page_table", table)
             if array.ndim != 2:
@@ -120,20 +123,27 @@ class PageTable:
         else:
             try:
                 self.counts = np.fromiter(map(len, table), np.int64)
-                self.flat = _pages_of(_integers("page_table", list(chain.from_iterable(table))))
+                pages = _integers("page_table", list(chain.from_iterable(table)))
             except TypeError:
                 raise BatchError(
                     message("page_table is no list of lists", cure="Write: page_table=[[3, 4], [5]]")
                 ) from None
-            if self.flat.ndim != 1:
+            if pages.ndim != 1:
                 raise BatchError(
                     message("page_table has lists within its rows", cure="Write: page_table=[[3, 4], [5]]")
                 )
+            self.flat = self._checked(pages)
         if len(self.counts) != requests:
             raise BatchError(f"page_table has {len(self.counts)} rows for {requests} requests")
         self.starts = _exclusive(self.counts)
-        if not self.roomy:
-            _check_pages(self.flat, self.counts, None)
+
+    def _checked(self, pages: Ints) -> Ints:
+        if not pages.size:
+            return np.zeros(0, dtype=np.int32)
+        self.highest = int(pages[pages.argmax()])
+        if self.highest >= MOST or pages[pages.argmin()] < 1:
+            check_pages(_pages_of(pages), self.counts, None)
+        return pages.astype(np.int32)
 
 
 def _pages_of(array: Ints) -> Ints:
@@ -145,38 +155,41 @@ def _pages_of(array: Ints) -> Ints:
 
 
 def _exclusive(counts: Ints) -> Ints:
-    sums = counts.cumsum()
+    sums = np.add.accumulate(counts)
     sums -= counts
     return sums
 
 
-def _check_pages(pages: Ints, counts: Ints, limit: int | None) -> None:
-    """Every page is at least 1 and below ``limit``; ``pages`` are ``counts[i]`` of each request i."""
+def check_pages(pages: Ints, counts: Ints, limit: int | None) -> int:
+    """The highest page, 0 for none; ``pages`` are ``counts[i]`` of each request i.
+
+    Raises:
+        BatchError: a page below 1, or not below ``limit``.
+    """
     if not pages.size:
-        return
-    if pages.min() < 1:
-        at = int(np.argmin(pages))
+        return 0
+    if pages[at := pages.argmin()] < 1:
         why = "Page 0 is the scratch page: padding tokens are written there." if pages[at] == 0 else None
         raise BatchError(
             message(
-                f"request {_owner(at, counts)} uses page {pages[at]}",
+                f"request {_owner(int(at), counts)} uses page {pages[at]}",
                 why=why,
                 cure="Give requests pages from 1 on, as cache.allocate() does.",
             )
         )
-    if limit is None and int(pages.max()) == MOST:
-        at = int(np.argmax(pages))
+    highest = int(pages[at := pages.argmax()])
+    if limit is None and highest == MOST:
         raise BatchError(
-            message(f"request {_owner(at, counts)} uses page {pages[at]} or a higher one", why="Pages are int32.")
+            message(f"request {_owner(int(at), counts)} uses page {pages[at]} or a higher one", why="Pages are int32.")
         )
-    if limit is not None and int(pages.max()) >= limit:
-        at = int(np.argmax(pages))
+    if limit is not None and highest >= limit:
         raise BatchError(
             message(
-                f"request {_owner(at, counts)} uses page {pages[at]}; the cache has pages 1 to {limit - 1}",
-                cure=f"Make the cache larger: PagedKVCache(num_pages={int(pages[at]) + 1}, ...)",
+                f"request {_owner(int(at), counts)} uses page {pages[at]}; the cache has pages 1 to {limit - 1}",
+                cure=f"Make the cache larger: PagedKVCache(num_pages={highest + 1}, ...)",
             )
         )
+    return highest
 
 
 def _owner(at: int, counts: Ints) -> int:
@@ -185,14 +198,13 @@ def _owner(at: int, counts: Ints) -> int:
 
 def positions_of(qo: Ints, kv: Ints) -> Ints:
     """``[tokens]`` int64: the position of every token in its request."""
-    ends = qo.cumsum()
+    ends = np.add.accumulate(qo)
     tokens = int(ends[-1]) if len(ends) else 0
     if tokens == len(qo):
         return kv - 1
     return np.arange(tokens) + (kv - ends).repeat(qo)
 
 
-@dataclass(frozen=True)
 class Tables:
     """What a batch looks like in pages of one size.
 
@@ -203,25 +215,23 @@ class Tables:
         kv_indices: ``[sum(counts)]`` int32, None without a page table.
         positions: ``[tokens]`` int64.
         slots: ``[tokens]`` int64, ``page * page_size + offset``; None without a page table.
+        highest_page: the highest page in use, 0 for none.
     """
 
-    page_size: int
-    qo: Ints
-    kv: Ints
-    counts: Ints
-    kv_indices: Ints | None
-    positions: Ints
-    slots: Ints | None
+    __slots__ = ("counts", "highest_page", "kv", "kv_indices", "page_size", "positions", "qo", "slots")
 
-    @cached_property
-    def highest_page(self) -> int:
-        """The highest page in use, 0 for none."""
-        return int(self.kv_indices.max()) if self.kv_indices is not None and self.kv_indices.size else 0
+    def __init__(self, qo: Ints, kv: Ints, page_size: int) -> None:
+        self.page_size, self.qo, self.kv = page_size, qo, kv
+        self.counts = (kv + (page_size - 1)) // page_size
+        self.positions = positions_of(qo, kv)
+        self.kv_indices: Ints | None = None
+        self.slots: Ints | None = None
+        self.highest_page = 0
 
     def check_limit(self, num_pages: int) -> None:
         """Raises :class:`BatchError` where a request uses a page that a cache of ``num_pages`` does not have."""
         if self.kv_indices is not None and self.highest_page >= num_pages:
-            _check_pages(self.kv_indices, self.counts, num_pages)
+            check_pages(self.kv_indices, self.counts, num_pages)
 
 
 def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> Tables:
@@ -233,35 +243,35 @@ def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> 
     """
     if page_size < 1:
         raise BatchError(f"page_size is {page_size}; it is at least 1")
-    counts = -(-kv // page_size)
-    positions = positions_of(qo, kv)
+    tables = Tables(qo, kv, page_size)
+    counts, positions = tables.counts, tables.positions
     if pages is None:
         if int(counts.sum()) > MOST:
             raise BatchError(message(f"the batch needs {counts.sum()} pages", why=f"At most {MOST}: int32."))
-        return Tables(page_size, qo, kv, counts, None, positions, None)
-    short = counts > pages.counts
-    if short.any():
-        request = int(np.argmax(short))
-        raise BatchError(
-            message(
-                f"request {request} has {pages.counts[request]} pages and needs {counts[request]}",
-                why=f"Its KV length, new tokens included, is {kv[request]}, and a page holds {page_size}.",
-                cure="Extend its row of page_table: row += cache.allocate(1)",
-            )
-        )
-    if (counts == pages.counts).all():
+        return tables
+    # Usually the lists have no page to spare.
+    if counts.tobytes() == pages.counts.tobytes():
         used = pages.flat
     else:
+        short = counts > pages.counts
+        if short.any():
+            request = int(np.argmax(short))
+            raise BatchError(
+                message(
+                    f"request {request} has {pages.counts[request]} pages and needs {counts[request]}",
+                    why=f"Its KV length, new tokens included, is {kv[request]}, and a page holds {page_size}.",
+                    cure="Extend its row of page_table: row += cache.allocate(1)",
+                )
+            )
         total = int(counts.sum())
         used = pages.flat[np.arange(total) + (pages.starts - _exclusive(counts)).repeat(counts)]
-    if pages.roomy:
-        _check_pages(used, counts, None)
+    tables.highest_page = check_pages(used, counts, None) if pages.roomy or used is not pages.flat else pages.highest
     row_starts = pages.starts if len(positions) == len(qo) else pages.starts.repeat(qo)
     in_row = positions // page_size
     token_pages = pages.flat[row_starts + in_row].astype(np.int64)
     _check_writes(used, counts, token_pages, qo)
-    slots = (token_pages - in_row) * page_size + positions
-    return Tables(page_size, qo, kv, counts, used, positions, slots)
+    tables.kv_indices, tables.slots = used, (token_pages - in_row) * page_size + positions
+    return tables
 
 
 def _check_writes(used: Ints, counts: Ints, token_pages: Ints, qo: Ints) -> None:

@@ -51,25 +51,27 @@ class PaddedBatch:
         self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
         self._tables = tables
         # Every array begins at a multiple of 16 bytes.
-        self.starts = starts = [0, 0, 0, 0, 0]
-        sizes = (requests + 1, requests + 1, requests, requests)
-        for i, size in enumerate(sizes):
-            starts[i + 1] = starts[i] + (size + 3) // 4 * 4
-        self.sizes = (*sizes, indices)
-        flat = self.flat = np.zeros(starts[4] + indices, dtype=np.int32)
-        qo, kv, last, lens = (flat[start : start + size] for start, size in zip(starts, sizes, strict=False))
-        tables.qo.cumsum(out=qo[1 : real + 1])
-        tables.counts.cumsum(out=kv[1 : real + 1])
+        wide, narrow = (requests + 4) // 4 * 4, (requests + 3) // 4 * 4
+        first = 2 * wide + 2 * narrow
+        self.starts = (0, wide, 2 * wide, 2 * wide + narrow, first)
+        self.sizes = (requests + 1, requests + 1, requests, requests, indices)
+        flat = self.flat = np.zeros(first + indices, dtype=np.int32)
+        qo, kv = flat[: requests + 1], flat[wide : wide + requests + 1]
+        last, lens = flat[2 * wide : 2 * wide + requests], flat[2 * wide + narrow : first]
+        np.add.accumulate(tables.qo, out=qo[1 : real + 1])
+        np.add.accumulate(tables.counts, out=kv[1 : real + 1])
         lens[:real] = tables.kv
+        # (kv - 1) % page_size + 1
         last[:real] = tables.kv - (tables.counts - 1) * page_size
-        # Unused slots behind the last request have no tokens and no pages.
-        qo[real + 1 :] = bucket
-        kv[real + 1 :] = kv[real] + pad_pages
+        if requests > real:
+            # The padding request, and unused slots behind it, which have no tokens and no pages.
+            qo[real + 1 :] = bucket
+            kv[real + 1 :] = kv[real] + pad_pages
         if pad:
             lens[real] = pad
             last[real] = (pad - 1) % page_size + 1
         if tables.kv_indices is not None:
-            flat[starts[4] : starts[4] + len(tables.kv_indices)] = tables.kv_indices
+            flat[first : first + len(tables.kv_indices)] = tables.kv_indices
         if int(qo[requests]) != bucket:
             raise BatchError(f"the padded query lengths add up to {qo[requests]}, not to the bucket {bucket}")
 

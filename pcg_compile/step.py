@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import BatchError, message
@@ -51,7 +53,8 @@ class StepState:
         self.rung: int | None = None
         self._memo: dict[Hashable, Any] = {}
         self._exits: list[Callable[[], None]] = []
-        self._user: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._positions: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
 
     def once(self, key: Hashable, fn: Callable[[], T]) -> T:
         """``fn()``, called once a step for a key."""
@@ -180,21 +183,27 @@ class StepState:
         """``[bucket]`` int64 at an address that is the cache's for ever; filled by :meth:`prepare`."""
         return self.require_cache().slot_mapping(bucket)
 
-    def user_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Positions and slots ``[tokens]`` int64, fresh: a caller may keep them."""
-        if self._user is None:
-            cache, batch = self.cache, self.batch
-            device = cache.device if cache is not None else torch.get_default_device()
-            slots = None if cache is None else batch.tables(cache.page_size).slots
+    def user_positions(self) -> torch.Tensor:
+        """``[tokens]`` int64, fresh: a caller may keep it."""
+        if self._positions is None:
             # Without a cache the size of a page is unknown, and whether the page table fits is nobody's concern.
-            positions = batch.host_positions()
-            parts, n = ((positions,) if slots is None else (positions, slots)), len(positions)
-            # A caller may keep them, for steps out of inference mode too.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-                target = torch.empty(len(parts) * n, dtype=torch.int64, device=device)
-                self.staging(target.device).send_longs(parts, target)
-                self._user = (target, None) if slots is None else (target[:n], target[n:])
-        return self._user
+            self._positions = self._to_user(self.batch.host_positions())
+        return self._positions
+
+    def user_slots(self) -> torch.Tensor | None:
+        """The same for the slots; None without a cache."""
+        if self._slots is None and self.cache is not None:
+            slots = self.batch.tables(self.cache.page_size).slots
+            self._slots = None if slots is None else self._to_user(slots)
+        return self._slots
+
+    def _to_user(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        device = self.cache.device if self.cache is not None else torch.get_default_device()
+        # A caller may keep them, for steps out of inference mode too.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            target = torch.empty(len(values), dtype=torch.int64, device=device)
+            self.staging(target.device).send_longs(values, target)
+        return target
 
 
 def _few(lengths: Sequence[int]) -> str:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import BatchError, OptionsError, message
@@ -18,6 +17,9 @@ from .choose import choose_impl
 __all__ = ["PagedKVCache", "Prepared"]
 
 _LOG = logging.getLogger("pcg_compile")
+
+#: Words that the size of a step's metadata is rounded up to.
+_ROUND = 64
 
 
 class Prepared:
@@ -114,6 +116,9 @@ class PagedKVCache:
         #: By capacity in tokens: the slots as int64, behind them the other metadata; and views of the slots.
         self._areas: dict[int, torch.Tensor] = {}
         self._slots: dict[int, torch.Tensor] = {}
+        #: Views of both, by the words or the tokens that they begin with.
+        self._heads: dict[tuple[int, int], torch.Tensor] = {}
+        self._mappings: dict[int, torch.Tensor] = {}
         #: Views of them, by the words of the slots and the number of requests.
         self._arrays: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._overflow: torch.Tensor | None = None
@@ -195,15 +200,18 @@ class PagedKVCache:
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
-        self._area(bucket)
-        return self._slots[_capacity(bucket)][:bucket]
+        mapping = self._mappings.get(bucket)
+        if mapping is None:
+            self._area(bucket)
+            mapping = self._mappings[bucket] = self._slots[_capacity(bucket)][:bucket]
+        return mapping
 
     def _area(self, bucket: int) -> torch.Tensor:
         capacity = _capacity(bucket)
         area = self._areas.get(capacity)
         if area is None:
             requests = min(capacity, self.max_requests) + 1
-            words = 2 * capacity + 4 * (requests + 4) + self.num_pages - (-capacity // self.page_size)
+            words = 2 * capacity + 4 * (requests + 4) + self.num_pages - (-capacity // self.page_size) + _ROUND
             with torch.inference_mode(False):
                 area = self._areas[capacity] = torch.zeros(words, dtype=torch.int32, device=self.device)
                 self._slots[capacity] = area.narrow(0, 0, 2 * capacity).view(torch.int64)
@@ -216,18 +224,23 @@ class PagedKVCache:
             padded: the batch at the number of rows that attention sees. bucket: tokens that pieces see, which get
                 slot 0 from the real tokens on.
         """
-        area, slot_words, flat = self._area(bucket), 2 * _capacity(bucket), padded.flat
+        area, capacity, flat = self._area(bucket), _capacity(bucket), padded.flat
+        slot_words, tokens = 2 * capacity, padded.tokens
         words = slot_words + len(flat)
-        buffer = self.staging.take(4 * words)
-        host = buffer.word_array
-        slots = host[:slot_words].view(np.int64)
-        slots[: padded.tokens] = padded.slots
-        slots[padded.tokens :] = 0
-        host[slot_words:words] = flat
-        static = words <= area.numel()
+        # A little more is copied than there is, so that steps of about one size share their views, which cost as much
+        # as the copy.
+        rounded = -(-words // _ROUND) * _ROUND
+        static = rounded <= area.numel()
+        buffer = self.staging.take(4 * rounded)
+        slots = buffer.long_array
+        slots[:tokens] = padded.slots
+        slots[tokens:capacity] = 0
+        buffer.word_array[slot_words:words] = flat
         if static:
-            area[:words].copy_(buffer.words[:words], non_blocking=True)
-            # Views cost more than the copy: batches of as many requests have the same ones.
+            head = self._heads.get((capacity, rounded))
+            if head is None:
+                head = self._heads[capacity, rounded] = area[:rounded]
+            head.copy_(buffer.first(rounded, longs=False), True)
             arrays = self._arrays.get((slot_words, padded.requests))
             if arrays is None:
                 arrays = self._arrays[slot_words, padded.requests] = _split(area[slot_words:], padded)

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import BatchError, OptionsError, message
 from . import ops as _ops  # noqa: F401 - defines the op
-from .base import encode_shape
 
 __all__ = ["PagedAttention"]
 
@@ -61,10 +60,10 @@ class PagedAttention(nn.Module):
             raise OptionsError(f"PagedAttention(softcap={softcap!r}): it is a number above 0, or None")
         if scale is not None and (isinstance(scale, str) or not math.isfinite(scale)):
             raise OptionsError(f"PagedAttention(scale={scale!r}): it is a number, or None")
-        self.layer, self.num_heads, self.num_kv_heads, self.head_dim = layer, num_heads, num_kv_heads, head_dim
-        self.window = window
-        self.softcap = None if softcap is None else float(softcap)
-        self.scale = head_dim**-0.5 if scale is None else float(scale)
+        self.layer = layer
+        cap, factor = None if softcap is None else float(softcap), head_dim**-0.5 if scale is None else float(scale)
+        #: All numbers but the layer's in one text: Dynamo guards what forward reads, at every step, once a layer.
+        self._numbers = f"{num_heads},{num_kv_heads},{head_dim},{window},{cap},{factor}"
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q ``[tokens, num_heads, head_dim]``, k and v ``[tokens, num_kv_heads, head_dim]`` -> like q, contiguous.
@@ -73,11 +72,42 @@ class PagedAttention(nn.Module):
             BatchError: no step or no cache, other shapes, another number of tokens than the batch's, or a cache that
                 the layer does not fit.
         """
-        check_qkv(q, k, v, self.num_heads, self.num_kv_heads, self.head_dim)
-        shape = encode_shape(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.softcap, self.scale, q.dtype
-        )
-        return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape)
+        numbers = self._numbers
+        heads, kv_heads, head_dim, _, _, _ = numbers.split(",")
+        check_qkv(q, k, v, int(heads), int(kv_heads), int(head_dim))
+        return torch.ops.pcg.paged_attention(q, k, v, self.layer, f"{numbers},{q.dtype}")
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return int(self._numbers.split(",")[0])
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key heads."""
+        return int(self._numbers.split(",")[1])
+
+    @property
+    def head_dim(self) -> int:
+        """Elements a head."""
+        return int(self._numbers.split(",")[2])
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a token sees, itself included; None for all before it."""
+        text = self._numbers.split(",")[3]
+        return None if text == "None" else int(text)
+
+    @property
+    def softcap(self) -> float | None:
+        """Scores become ``softcap * tanh(score / softcap)``; None for no cap."""
+        text = self._numbers.split(",")[4]
+        return None if text == "None" else float(text)
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self._numbers.split(",")[5])
 
     def extra_repr(self) -> str:
         """Its numbers, for ``print(model)``."""

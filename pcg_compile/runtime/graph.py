@@ -31,6 +31,11 @@ class GraphRuntime(GraphState):
         super().__post_init__()
         self._token_sizes = self.plan.token_sizes
         self._places = {symbol: i for i, symbol in enumerate(self.plan.symbols)}
+        #: Of each number of tokens its place among the sizes (-1 where it is none of them), and whether only adapters
+        #: need it.
+        self._token_places = [
+            (self._places.get(expr_of(size), -1), size, op.optional_step) for size, op in self._token_sizes
+        ]
         self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
@@ -109,16 +114,12 @@ class GraphRuntime(GraphState):
 
     def _check_tokens(self, step: StepState, sizes: tuple[int, ...]) -> None:
         """The step's batch must be the call's, wherever it matters."""
-        for size, op in self._token_sizes:
-            if not op.optional_step or step.batch.adapters is not None:
-                step.check_tokens(self._size(size, sizes))
-
-    def _size(self, size: Any, sizes: tuple[int, ...]) -> int:
-        """A size at the real ones; usually it is one of them, which must not cost an evaluation at every step."""
-        place = self._places.get(expr_of(size))
-        if place is not None:
-            return sizes[place]
-        return int(evaluate(size, dict(zip(self.plan.symbols, sizes, strict=True))))
+        for place, size, optional in self._token_places:
+            if optional and step.batch.adapters is None:
+                continue
+            # Usually it is one of the sizes: an evaluation at every step would cost more than all the rest.
+            named = dict(zip(self.plan.symbols, sizes, strict=True)) if place < 0 else {}
+            step.check_tokens(sizes[place] if place >= 0 else int(evaluate(size, named)))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
         assert program.bucket is not None

@@ -45,6 +45,8 @@ class GraphState:
         self.lock = threading.RLock()
         self.current: Binding | None = None
         self._stream: Any = None
+        self._handle: int | None = None
+        self._cuda = self.shared.device.type == "cuda"
         self._current_stream = CurrentStream(self.shared.device)
         self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
         ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
@@ -60,7 +62,7 @@ class GraphState:
         return tuple(s for s in self.plan.symbols if s in used and s in self.plan.dims)
 
     def sizes_of(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(args[p] if dim < 0 else args[p].shape[dim] for p, dim in self.plan.sizes)
+        return tuple([args[p] if dim < 0 else args[p].size(dim) for p, dim in self.plan.sizes])
 
     def tokens(self, sizes: tuple[int, ...]) -> int:
         """The tokens that a step's metadata are prepared for."""
@@ -73,12 +75,16 @@ class GraphState:
         return require_step("a model with paged attention") if self._needs_step else current_step()
 
     def order_streams(self) -> None:
-        if self.shared.device.type != "cuda":
+        """Orders a step behind the last one, where the caller is on another stream now."""
+        if not self._cuda:
+            return
+        handle = self._current_stream.handle()
+        if handle == self._handle:
             return
         stream = self._current_stream()
-        if self._stream is not None and stream is not self._stream:
+        if self._stream is not None:
             stream.wait_stream(self._stream)
-        self._stream = stream
+        self._stream, self._handle = stream, handle
 
     def binding(self, args: Sequence[Any], step: Any) -> Binding:
         """The recordings made with the addresses of this call, checked in every step."""

@@ -7,7 +7,6 @@ every buffer is still being copied the ring grows; only a host that is many step
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..torch_internals import CurrentStream
 __all__ = ["StagingBuffer", "StagingRing"]
 
 _MOST_BUFFERS = 16
+_MOST_VIEWS = 256
 
 
 class StagingBuffer:
@@ -29,7 +29,9 @@ class StagingBuffer:
         array, word_array, long_array: the same as numpy arrays.
     """
 
-    __slots__ = ("_event", "_recorded", "_stream", "array", "host", "long_array", "longs", "word_array", "words")
+    __slots__ = (
+        "_event", "_recorded", "_stream", "_views", "array", "host", "long_array", "longs", "word_array", "words",
+    )  # fmt: skip
 
     def __init__(self, nbytes: int, device: torch.device, stream: CurrentStream) -> None:
         cuda = device.type == "cuda"
@@ -42,6 +44,16 @@ class StagingBuffer:
         self.long_array: npt.NDArray[np.int64] = self.longs.numpy()
         self._event: Any = torch.cuda.Event() if cuda else None
         self._recorded = False
+        self._views: dict[tuple[bool, int], torch.Tensor] = {}
+
+    def first(self, count: int, longs: bool) -> torch.Tensor:
+        """The first words or longs, as one view for each count: steps come with the same ones again and again."""
+        view = self._views.get((longs, count))
+        if view is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[longs, count] = (self.longs if longs else self.words)[:count]
+        return view
 
     @property
     def busy(self) -> bool:
@@ -77,13 +89,13 @@ class StagingRing:
             for buffer in self._buffers:
                 buffer.wait()
             self._buffers.clear()
-        if self._buffers and (not self._buffers[0].busy or len(self._buffers) >= self._most):
-            buffer = self._buffers.popleft()
-            buffer.wait()
-        else:
-            buffer = StagingBuffer(self._nbytes, self.device, self._stream)
-        self._buffers.append(buffer)
-        return buffer
+        oldest = self._buffers[0] if self._buffers else None
+        if oldest is None or (oldest.busy and len(self._buffers) < self._most):
+            self._buffers.append(StagingBuffer(self._nbytes, self.device, self._stream))
+            return self._buffers[-1]
+        oldest.wait()
+        self._buffers.rotate(-1)
+        return oldest
 
     def send(self, values: npt.NDArray[Any], target: torch.Tensor) -> None:
         """Copies a contiguous array into a contiguous tensor on the device, whose bytes it has exactly.
@@ -96,11 +108,10 @@ class StagingRing:
         target.view(-1).copy_(buffer.host[:nbytes].view(target.dtype), non_blocking=True)
         buffer.sent()
 
-    def send_longs(self, parts: Sequence[npt.NDArray[np.int64]], target: torch.Tensor) -> None:
-        """Like :meth:`send`, for int64 arrays that lie one after the other in ``target``."""
-        buffer, at = self.take(8 * target.numel()), 0
-        for part in parts:
-            buffer.long_array[at : at + len(part)] = part
-            at += len(part)
-        target.copy_(buffer.longs[:at], non_blocking=True)
+    def send_longs(self, values: npt.NDArray[np.int64], target: torch.Tensor) -> None:
+        """Like :meth:`send`, for int64."""
+        count = len(values)
+        buffer = self.take(8 * count)
+        buffer.long_array[:count] = values
+        target.copy_(buffer.first(count, longs=True), True)
         buffer.sent()
