@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from torch import fx
 
 from .graph.facts import NodeFacts
+from .graph.scalars import expr_of
 from .runtime.agreement import Agreement
-from .torch_internals import group_backend, is_subclass, lower_subclasses
+from .torch_internals import functionalized_call, group_backend, is_subclass, lower_subclasses
 
 __all__ = ["agreement_of", "collective_outside_recordings", "has_subclasses", "lowered"]
 
+#: Ops whose result is their argument in another shape.
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d")
 
 
@@ -30,7 +34,91 @@ def lowered(
     AOTAutograd writes that graph, and takes the inputs apart at each call; for a DTensor it holds each rank's own part
     and the collectives between them.
     """
-    return lower_subclasses(gm, list(inputs), compile_plain)
+
+    def compile_lowered(plain: fx.GraphModule, fakes: Sequence[Any]) -> Any:
+        write_in_place(plain)
+        drop_idle_views(plain)
+        return compile_plain(plain, fakes)
+
+    return lower_subclasses(gm, list(inputs), compile_lowered)
+
+
+def write_in_place(gm: fx.GraphModule) -> None:
+    """Has custom ops write what they are given again, as a LoRA layer writes the product that it adds to.
+
+    AOTAutograd has them work on copies, in nodes that hold the op. A copy is left out where what is written was made
+    for the op, by nodes that nobody else uses.
+    """
+    for node in gm.graph.nodes:
+        call = functionalized_call(node)
+        if call is None:
+            continue
+        op, given = call[0], dict(call[1])
+        written = [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
+        plain = all(isinstance(given.get(name), fx.Node) for name in written)
+        if not plain or any(user.target is not operator.getitem for user in node.users):
+            continue
+        with gm.graph.inserting_before(node):
+            for name in written:
+                if not _made_for(node, given[name]):
+                    given[name] = _copy_meta(gm.graph.call_function(torch.ops.aten.clone.default, (given[name],)), node)
+            result = _copy_meta(gm.graph.call_function(op, (), given), node)
+            _replace_results(node, result, len(op._schema.returns), [given[name] for name in written])
+    gm.graph.lint()
+    gm.recompile()
+
+
+def drop_idle_views(gm: fx.GraphModule) -> None:
+    """Takes out views of the same shape: each layer that makes a DTensor of x has one, and hides that it reads x."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        viewed = node.args[0]
+        assert isinstance(viewed, fx.Node)
+        if _shape(node) == _shape(viewed) and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(viewed)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    return [expr_of(size) for size in node.meta["val"].shape]
+
+
+def _made_for(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a tensor has memory of its own that nothing but ``node`` reads, and once."""
+    if node.all_input_nodes.count(value) != 1 or list(node.kwargs.values()).count(value) != 1:
+        return False
+    user = node
+    while list(value.users) == [user]:
+        if not isinstance(value.target, torch._ops.OpOverload) or value.target.namespace != "aten":
+            return False
+        if value.target not in _VIEWS:
+            return all(returned.alias_info is None for returned in value.target._schema.returns)
+        user, value = value, value.args[0]  # type: ignore[assignment]
+    return False
+
+
+def _replace_results(node: fx.Node, result: fx.Node, returns: int, written: Sequence[fx.Node]) -> None:
+    """Gives the users of a node that holds an op what the op returns (``returns`` values), and what it wrote."""
+    first = max(1, returns)
+    for user in list(node.users):
+        position = user.args[1]
+        assert isinstance(position, int)
+        if position >= first:
+            user.replace_all_uses_with(written[position - first])
+        elif returns > 1:
+            user.args = (result, position)
+            continue
+        else:
+            user.replace_all_uses_with(result)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _copy_meta(new: fx.Node, like: fx.Node) -> fx.Node:
+    """Where the user finds a node that takes the place of another."""
+    new.stack_trace = like.stack_trace
+    new.meta.update({key: like.meta[key] for key in ("nn_module_stack", "source_fn_stack") if key in like.meta})
+    return new
 
 
 def agreement_of(facts: Mapping[fx.Node, NodeFacts]) -> Agreement | None:

@@ -56,7 +56,7 @@ class StaleAddress(PCGError):
 
 
 class AdapterError(PCGError, ValueError):
-    """A LoRA adapter that cannot be loaded or used."""
+    """A LoRA adapter that cannot be loaded or used, or a layer that none can be added to."""
 
 
 @dataclass(frozen=True)

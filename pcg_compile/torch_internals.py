@@ -169,9 +169,11 @@ def lower_subclasses(
 ) -> Callable[..., Any]:
     """AOTAutograd's inference graph over plain tensors, compiled by ``compile_plain`` (2.11 to 2.13).
 
-    Parameters keep being known as such, so that they are bound by address.
+    Parameters keep being known as such, so that they are bound by address. Calls of custom ops that write their
+    arguments are in the form that :func:`functionalized_call` reads.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._inductor import config
 
     def compile_lowered(lowered: fx.GraphModule, fakes: Sequence[Any]) -> Any:
         metadata = getattr(TracingContext.try_get(), "fw_metadata", None)
@@ -181,14 +183,28 @@ def lower_subclasses(
                 node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         return compile_plain(lowered, fakes)
 
-    return aot_module_simplified(
-        gm,
-        inputs,
-        fw_compiler=compile_lowered,
-        inference_compiler=compile_lowered,
-        decompositions={},
-        keep_inference_input_mutations=True,
-    )
+    with config.patch(enable_auto_functionalized_v2=False):
+        return aot_module_simplified(
+            gm,
+            inputs,
+            fw_compiler=compile_lowered,
+            inference_compiler=compile_lowered,
+            decompositions={},
+            keep_inference_input_mutations=True,
+        )
+
+
+def functionalized_call(node: fx.Node) -> tuple[torch._ops.OpOverload, Mapping[str, Any]] | None:
+    """The op that writes its arguments, and those, of a node that does it on copies; else None (2.11 to 2.13).
+
+    The node's result is a tuple of what the op returns, or None for an op that returns nothing, and the copies in the
+    order of the op's arguments.
+    """
+    if node.target is not torch.ops.higher_order.auto_functionalized:
+        return None
+    op = node.args[0]
+    assert isinstance(op, torch._ops.OpOverload)
+    return op, node.kwargs
 
 
 def default_store() -> Any:

@@ -163,33 +163,6 @@ def destroyed():
     return {"captured": stats.captured, "replays": stats.replays}
 
 
-def transformers_plan(folder):
-    """transformers' own plan: each rank loads its part of a saved model."""
-    from transformers import AutoModelForCausalLM
-
-    import pcg_compile.integrations.transformers  # noqa: F401 - registers the attention
-
-    def run(call, kv):
-        logits = []
-        for n, batch in batches([3, 5, 6, 9, 4]):
-            with pcg.step(batch, kv):
-                ids = torch.arange(n)[None]
-                logits.append(call(input_ids=ids, position_ids=batch.positions[None]).logits[0])
-        return logits
-
-    options = {"attn_implementation": "pcg", "dtype": torch.float32}
-    want = run(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), cache(1))
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", **options).eval()
-    compiled = compiled_of(model)
-    got = run(compiled, cache(WORLD))
-    stats = pcg.stats(compiled)
-    return {
-        "worst": max((a - b).abs().max().item() for a, b in zip(want, got, strict=True)),
-        "kind": type(model.model.layers[0].self_attn.q_proj.weight).__name__,
-        "replays": stats.replays, "fallbacks": [f.reason for f in stats.fallbacks], "pieces": stats.pieces,
-    }  # fmt: skip
-
-
 def kernels():
     """Names of the kernels that steady steps launch, and whether the host launched any but by replays."""
     compiled, kv = compiled_of(parallel()), cache(WORLD)
@@ -217,7 +190,13 @@ if __name__ == "__main__":
         torch.set_default_device(DEVICE)
     dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(seconds=20))
     name, *arguments = sys.argv[1:]
-    result = globals()[name](*arguments)
+    if name.startswith("adapters"):
+        import parallel_adapters
+
+        function = getattr(parallel_adapters, name)
+    else:
+        function = globals()[name]
+    result = function(*arguments)
     print("RESULT " + json.dumps(result), flush=True)
     if name != "split_op_raises":
         dist.barrier()

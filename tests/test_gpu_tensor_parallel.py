@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_tensor_parallel import WORKER
+from test_tensor_parallel import WORKER, adapters_of_layers, adapters_of_llama, check_adapters, check_styles
 from test_tensor_parallel import ranks as ranks_on
 
 pytestmark = [
@@ -65,3 +65,18 @@ def test_destroying_the_process_group_drops_its_recordings():
     """NCCL would wait for ever for CUDA graphs that hold its collectives."""
     for result in ranks("destroyed"):
         assert result["replays"] > 0 and result["captured"] > 0, result
+
+
+def test_adapters(tmp_path):
+    for result in ranks("adapters", str(adapters_of_layers(tmp_path))):
+        # Cuts at 2 attentions only.
+        check_adapters(result, ["eager", "inductor"], pieces=3, bound=1e-3)
+        check_styles(result["styles"], bound=1e-3)
+        assert all(result["refused"].values()), result["refused"]
+
+
+def test_the_plan_of_transformers(tmp_path):
+    root = adapters_of_llama(tmp_path)
+    for result in ranks("adapters_on_a_plan", str(root / "model"), str(root)):
+        assert result["before"] < 1e-3, result
+        check_adapters(result, ["eager"], bound=1e-3)

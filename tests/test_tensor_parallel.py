@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -28,7 +30,7 @@ def ranks(*arguments, world=2, timeout=150, device="cpu"):
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(world)
@@ -76,13 +78,80 @@ def test_an_error_on_one_rank_is_an_error_on_the_other():
     assert time.monotonic() - started < 90
 
 
-def test_the_plan_of_transformers(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_adapters(root, path, sizes):
+    """Adapters a, b and c on the layers of two decoder layers, small enough for sums in another order to agree."""
+    from adapters import save_plain
 
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=60,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    for result in ranks("transformers_plan", str(tmp_path)):
-        assert result["worst"] < 1e-5 and result["replays"] > 0, result
+    torch.manual_seed(0)
+    for rank, name in ((2, "a"), (4, "b"), (6, "c")):
+        modules = {path.format(layer, module): size for layer in range(2) for module, size in sizes.items()}
+        save_plain(root / name, modules, rank, lora_alpha=0.2)
+    return root
+
+
+def adapters_of_layers(root):
+    """For the model of the worker, and for its layers that are split in other ways."""
+    from adapters import save_plain
+
+    attention = {"q": (32, 32), "k": (32, 16), "v": (32, 16), "out": (32, 32)}
+    save_adapters(root, "{}.{}", {**attention, "up": (32, 48), "down": (48, 32)})
+    parts = {"q": (6, 8), "v": (6, 4), "back": (16, 6), "wide": (6, 7), "narrow": (7, 6)}
+    save_plain(root / "styles", {**parts, "gathered": (6, 8), "split": (8, 6)}, 3, lora_alpha=0.2)
+    save_plain(root / "qkv", {"qkv": (6, 16)}, 3)
+    return root
+
+
+def adapters_of_llama(root):
+    """And the model itself."""
+    from adapters import CONFIG
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(CONFIG).save_pretrained(root / "model")
+    attention = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
+    sizes = {f"self_attn.{name}": size for name, size in attention.items()}
+    sizes |= {"mlp.gate_proj": (32, 48), "mlp.up_proj": (32, 48), "mlp.down_proj": (48, 32)}
+    return save_adapters(root, "model.layers.{}.{}", sizes)
+
+
+def check_adapters(result, compilers, pieces=None, bound=1e-4):
+    """The values of one process, and nothing recorded for another adapter, which the worker expects."""
+    assert result["uncompiled"] < bound and result["apart"] > 1e-2, result
+    for compiler in compilers:
+        found = result[compiler]
+        assert max(found[what] for what in ("mixed", "another", "base")) < bound, result
+        assert found["replays"] > 0 and found["fallbacks"] == [], result
+        assert pieces is None or found["pieces"] == pieces * found["graphs"], result
+
+
+def check_styles(result, bound=1e-4):
+    assert max(result[name] for name in ("uncompiled", "compiled", "replicated", "tokens split")) < bound, result
+    assert result["apart"] > 1e-2, result
+
+
+REFUSED = {
+    "tokens": r"qkv was given x \(Shard\(dim=0\),\) and gave y .*\n.*all tokens.*\n.*input_layouts=Shard\(0\)",
+    "tokens, compiled": r"qkv was given x \(Shard\(dim=0\),\)",
+    "later": r"the weight of qkv was split over ranks after its adapter pool was made\n  Make the pool after",
+    "forward": r"the forward of qkv was replaced by '.*lambda",
+    "plain": r"the weight of qkv, 8 x 6, is a rank's part, and a plain tensor",
+    "summands": r"the weight of qkv is a DTensor \(Partial\(sum\),\)",
+    "small": r"one has 1 outputs, too few for each rank",
+    "gathered": r"qkv computed 6 -> 16, and this rank's part of its weight is 6 -> 8",
+}
+
+
+def test_adapters(tmp_path):
+    for result in ranks("adapters", str(adapters_of_layers(tmp_path)), timeout=300):
+        # Cuts at 2 attentions and 4 all-reduces: adapters bring no collective.
+        check_adapters(result, ["eager", "inductor"], pieces=7)
+        check_styles(result["styles"])
+        assert result["refused"].keys() == REFUSED.keys()
+        for name, error in result["refused"].items():
+            assert error and re.search(REFUSED[name], error), (name, error)
+
+
+def test_the_plan_of_transformers(tmp_path):
+    root = adapters_of_llama(tmp_path)
+    for result in ranks("adapters_on_a_plan", str(root / "model"), str(root), timeout=300):
+        assert result["before"] < 1e-5, result
+        check_adapters(result, ["eager"])

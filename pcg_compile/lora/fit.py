@@ -75,7 +75,7 @@ def _stored(layers: list[dict[str, Factors]], device: torch.device) -> Stored:
 
 
 def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int, device: torch.device) -> Stored:
-    """Reads an adapter and brings its factors to the layers' dtypes, in pinned memory where they go to a GPU.
+    """Reads an adapter and brings this rank's part of its factors to the layers' dtypes, pinned where they go to a GPU.
 
     Raises:
         AdapterError: see :func:`pcg_compile.lora.peft_folder.read_adapter`; a module that no layer is, other sizes
@@ -126,6 +126,7 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
             )
 
     adapter = read_adapter(folder, check)
+    # Whole factors are checked, so that all ranks find the same.
     changes: list[dict[str, Factors]] = [{} for _ in layers]
     for module, read in adapter.modules.items():
         i, only = found[module]
@@ -142,7 +143,8 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
             # Trained on the fused layer as one: every part has the same first factor.
             rows = factors.b.split(list(layer.parts.values()))
             changes[i] = {p: Factors(factors.a, b, read.scaling) for p, b in zip(layer.parts, rows, strict=True)}
-    return _stored(changes, device)
+    own = [layer.share.cut(layer.rows, parts) for layer, parts in zip(layers, changes, strict=True)]
+    return _stored(own, device)
 
 
 def _own_name(module: str, names: dict[str, tuple[int, str | None]]) -> str | None:

@@ -12,13 +12,14 @@ from torch import nn
 
 from ..errors import AdapterError, BatchError, message
 from ..step import current_step
-from ..torch_internals import is_subclass
 from .peft_folder import Factors
+from .shards import WHOLE, Share, own_tensors, refuse_plain_part, share_of
+from .wrapped import forward_with
 
 __all__ = ["LoRALayer", "find_layers"]
 
 _BUFFERS = ("pcg_lora_a", "pcg_lora_b", "pcg_lora_scalings", "pcg_lora_ranks")
-_FACTS = ("pcg_lora_pool", "pcg_lora_widths")
+_FACTS = ("pcg_lora_pool", "pcg_lora_name", "pcg_lora_widths", "pcg_lora_kinds", "pcg_lora_sizes")
 #: What the kernels take.
 _MOST_PARTS = 4
 
@@ -30,7 +31,8 @@ class LoRALayer:
     The layer itself stays what it is, under its name and with its state dict: a forward hook adds to its output. The
     factors are buffers of the layer that no state dict holds, at addresses that stay (see Note [hooks and guards]):
     ``a [adapters, parts * rank, in]``, ``b [adapters, out, rank]``, ``scalings [adapters]`` float32,
-    ``ranks [adapters]`` int32; rank is the pool's largest.
+    ``ranks [adapters]`` int32; rank is the pool's largest. On several ranks in and out are this rank's, and parts
+    those that it has a row of (see Note [adapters over ranks]).
 
     Note [hooks and guards]
     Dynamo does not notice hooks that come or go once a model is compiled; it would go on with the graph that it has. It
@@ -38,15 +40,21 @@ class LoRALayer:
     the same as its class's, and the hook reads the pool's number and the widths from the layer.
 
     Attributes:
-        name: path in the model. module: the layer. parts: names and widths of the columns with factors of their own.
+        name: path in the model. module: the layer. parts: names and widths of the columns with factors of their own,
+            of all ranks together. share: what this rank has of the layer.
     """
 
     name: str
     module: nn.Module
     parts: Mapping[str, int]
     max_rank: int
+    share: Share = WHOLE
+    #: By part, which of its rows this rank has.
+    rows: dict[str, torch.Tensor | None] = field(default_factory=dict)
     handle: Any = None
-    own_forward: bool = False
+    #: The module's own forward before.
+    forward_before: Any = None
+    attached: bool = False
     #: Scaling and rank that the device has, by slot.
     held: dict[int, tuple[float, int]] = field(default_factory=dict)
 
@@ -55,15 +63,10 @@ class LoRALayer:
         weight = self.module.weight
         if hasattr(self.module, _BUFFERS[0]):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
-        if is_subclass(weight):
-            raise AdapterError(
-                message(
-                    f"the weight of {self.name} is a {type(weight).__name__}",
-                    why="Adapters are not split over ranks, and not added to quantized weights.",
-                    cure="Make the pool on a model whose weights are plain tensors.",
-                )
-            )
-        inputs, outputs = features_of(self.module)
+        self.share = share_of(self.name, weight, 1 if _is_conv1d(self.module) else 0)
+        if self.share is WHOLE:
+            refuse_plain_part(self.name, self.module, features_of(self.module))
+        self.rows = self.share.rows_of(self.parts)
         dtype = dtype or weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(
@@ -73,36 +76,56 @@ class LoRALayer:
                     cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
                 )
             )
-        rows = len(self.parts) * self.max_rank
-        shapes = ((adapters, rows, inputs), (adapters, outputs, self.max_rank), (adapters,), (adapters,))
+        add = _hook_of(router)
+        forward = None if self.share is WHOLE else forward_with(self.name, self.module, add)
+        self._make_buffers(adapters, dtype, weight.device)
+        self.module.pcg_lora_pool, self.module.pcg_lora_name = router.id, self.name
+        own = vars(self.module)
+        self.forward_before = own.get("forward")
+        own["forward"] = forward or self.module.forward
+        if forward is None:
+            # Ahead of hooks that sum up the ranks' results. The router lives as long as a layer that uses it.
+            self.handle = self.module.register_forward_hook(add, prepend=self.share is not WHOLE)
+        self.attached = True
+
+    def _make_buffers(self, adapters: int, dtype: torch.dtype, device: torch.device) -> None:
+        widths = tuple(self.widths.values())
+        sizes = self.share.sizes(*features_of(self.module))
+        shape_a = (adapters, len(widths) * self.max_rank, sizes[0])
+        shapes = (shape_a, (adapters, sum(widths), self.max_rank), (adapters,), (adapters,))
         dtypes = (dtype, dtype, torch.float32, torch.int32)
         with torch.inference_mode(False), torch.no_grad():
             for name, shape, kind in zip(_BUFFERS, shapes, dtypes, strict=True):
-                empty = torch.zeros(shape, dtype=kind, device=weight.device)
+                empty = torch.zeros(shape, dtype=kind, device=device)
                 self.module.register_buffer(name, empty, persistent=False)
-        self.module.pcg_lora_pool, self.module.pcg_lora_widths = router.id, tuple(self.parts.values())
-        if "forward" not in vars(self.module):
-            self.own_forward = True
-            vars(self.module)["forward"] = self.module.forward
-        # The router lives as long as a layer that uses it.
-        self.handle = self.module.register_forward_hook(_hook_of(router))
+        self.module.pcg_lora_widths, self.module.pcg_lora_kinds = widths, self.share.kinds
+        self.module.pcg_lora_sizes = sizes
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many columns this rank has of each part; without parts that it has none of."""
+        return {part: self.parts[part] if rows is None else len(rows) for part, rows in self.rows.items()}
 
     def detach(self) -> None:
         """Leaves the layer as it was before :meth:`attach`."""
+        if not self.attached:
+            return
         if self.handle is not None:
             self.handle.remove()
-            for name in (*_BUFFERS, *_FACTS):
-                delattr(self.module, name)
-            if self.own_forward:
-                vars(self.module).pop("forward", None)
-            self.handle, self.own_forward = None, False
+        for name in (*_BUFFERS, *_FACTS):
+            delattr(self.module, name)
+        vars(self.module).pop("forward")
+        if self.forward_before is not None:
+            vars(self.module)["forward"] = self.forward_before
+        self.handle, self.attached = None, False
 
     @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Makes a slot ready for an adapter, but for copies that are left to the caller, to make all of them at once.
 
         Args:
-            factors: on this device, by part, b ``[out, max_rank]``; none for a part that the adapter leaves alone.
+            factors: this rank's, on this device, by part, b ``[out, max_rank]``; none for a part that the adapter
+                leaves alone.
 
         Returns:
             Targets and sources of the copies.
@@ -113,7 +136,7 @@ class LoRALayer:
         scaling = max((f.scaling for f in factors.values()), key=abs, default=0.0)
         first = 0
         copies = []
-        for i, (part, width) in enumerate(self.parts.items()):
+        for i, (part, width) in enumerate(self.widths.items()):
             given = factors.get(part)
             top, have = i * self.max_rank, given.rank if given is not None else 0
             rows = b[slot, first : first + width]
@@ -139,7 +162,8 @@ def _hook_of(router: Any) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tens
     def add_adapters(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not output.requires_grad:
             factors = (module.pcg_lora_a, module.pcg_lora_b, module.pcg_lora_scalings, module.pcg_lora_ranks)
-            torch.ops.pcg.lora(output, args[0], *factors, module.pcg_lora_widths, module.pcg_lora_pool)
+            y, x = own_tensors(module, output, args[0])
+            torch.ops.pcg.lora(y, x, *factors, module.pcg_lora_widths, module.pcg_lora_pool)
         elif not torch.compiler.is_compiling():
             _refuse_gradients()
         return output

@@ -40,8 +40,8 @@ class AdapterPool:
     ) -> None:
         """
         Args:
-            model: any module; its linear layers stay in place. Move it to its device first; a model that was compiled
-                before is compiled again.
+            model: any module; its linear layers stay in place. Move it to its device first, and split it over ranks;
+                a model that was compiled before is compiled again.
             max_adapters: adapters on the device at once. max_rank: the largest rank, 1 to 256.
             target_modules: as in PEFT: ends of module paths, a regular expression for whole paths, or "all-linear".
             fused: for layers fused of several, up to 4, the widths of their parts by the names that adapters have for
@@ -51,7 +51,7 @@ class AdapterPool:
 
         Raises:
             AdapterError: a bad size, modules that are not linear or do not exist, layers on several devices, a model
-                that has a pool.
+                that has a pool, weights that lie over ranks so that no part of an adapter fits.
         """
         for name, size, most in (("max_adapters", max_adapters, 1024), ("max_rank", max_rank, 256)):
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:

@@ -36,13 +36,16 @@ def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
             constants[i] = attribute(b.plan.gm, str(leaf.target))
             continue
         value = b.plan.value(leaf)
-        if isinstance(value, torch.Tensor) and id(value) in positions:
+        if id(value) in positions and not is_scalar(value):
             makers.append((i, itemgetter(positions[id(value)])))
         elif is_scalar(value):
             if symbols_of(value) <= b.sizes.keys():
                 constants[i] = evaluate(value, b.sizes)
             else:
                 makers.append((i, _late_number(b, value)))
+        elif not isinstance(value, torch.Tensor):
+            # A device mesh, for one, which a DTensor that leaves the graph is made of.
+            makers.append((i, _from_frame(b, leaf)))
         elif storage_of(value) in bases:
             makers.append((i, _view_of_argument(b, value, bases[storage_of(value)])))
         elif leaf in b.static:
