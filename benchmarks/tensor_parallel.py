@@ -27,6 +27,7 @@ _NOTES = {
     "wall_ms": "from an idle device and a running step to the end on the device, on rank 0",
     "error": "of rank 0's hidden states, relative to eager on one process",
     "warmup_s, mib": "pcg.warmup of the sizes' buckets, compiling included, and what it holds on a rank",
+    "pcg-inputs": '@pcg.piecewise(guards="inputs"): without the guards on parameters, which are dear for DTensors',
     "nccl_kernels": "that one steady step runs; collectives: calls of them by the host in it",
 }
 
@@ -116,16 +117,24 @@ def _measure(
     for tensor in cache.k + cache.v:
         # The heads of the whole model's cache would be others than those of its parts.
         tensor.zero_()
-    compiler = "inductor" if device.type == "cuda" else "eager"
-    compiled = torch.compile(model, backend="pcg", options={"compiler": compiler})
-    warm = Clock(device)
+    options = {"compiler": "inductor" if device.type == "cuda" else "eager"}
+    dynamic = {"input_ids": 1, "position_ids": 1}
+    ways = {
+        "eager": model,
+        "pcg": torch.compile(model, backend="pcg", options=options),
+        "pcg-inputs": pcg.piecewise(dynamic=dynamic, guards="inputs", **options)(model.forward),
+    }
     largest = make_lists(shape, cache, max(settings["sizes"]), 0)
-    warm.measure(lambda: _warm_up(compiled, largest, cache, settings["sizes"]))
-    stats = pcg.stats(compiled)
-    mib = sum(use.bytes for use in stats.buckets.values()) >> 20
+    recorded: dict[str, dict[str, Any]] = {}
+    for name, call in list(ways.items())[1:]:
+        warm = Clock(device)
+        warm.measure(lambda call=call: _warm_up(call, largest, cache, settings["sizes"]))  # type: ignore[misc]
+        stats = pcg.stats(call)
+        mib = sum(use.bytes for use in stats.buckets.values()) >> 20
+        recorded[name] = {"warmup_s": round(warm.wall[0] / 1e3, 2), "mib": mib, "fallbacks": len(stats.fallbacks)}
     for n in settings["sizes"]:
         lists = make_lists(shape, cache, n, 0)
-        for name, call in (("eager", model), ("pcg", compiled)):
+        for name, call in ways.items():
             clock = Clock(device)
             batch = lists.batch()
             with pcg.step(batch, cache):
@@ -137,9 +146,8 @@ def _measure(
             want = wants.setdefault(n, hidden)
             row = {"ranks": ranks, "n": n, "variant": name, **clock.medians()}
             row["error"] = float(f"{((hidden - want).norm() / want.norm()).item():.3g}")
-            if name == "pcg":
-                row |= {"warmup_s": round(warm.wall[0] / 1e3, 2), "mib": mib, "fallbacks": len(stats.fallbacks)}
-                row |= _kernels(compiled, lists, cache, device)
+            if name in recorded:
+                row |= recorded[name] | _kernels(call, lists, cache, device)
             if rank == 0:
                 print("ROW " + json.dumps(row), flush=True)
 
