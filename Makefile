@@ -8,6 +8,8 @@ VENV ?= .venv
 VENV_FLAGS ?=
 BENCH ?= all --quick
 SOAK_SECONDS ?= 600
+# Two processes at a time halve the time of the tests; on a GPU they would take each other's memory.
+PYTEST_FLAGS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --numprocesses 2 --dist loadfile)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
-def ranks(*arguments, world=2, timeout=150, device="cpu"):
+def ranks(*arguments, world=2, timeout=300, device="cpu"):
     """What each rank returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
