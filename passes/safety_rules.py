@@ -145,7 +145,8 @@ def _adds_nothing(call: Call) -> bool:
 
 
 rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "_conj", "fill", "logical_not",
-     "hardtanh", "fake_quantize_per_tensor_affine", "prelu")(pointwise)  # fmt: skip
+     "hardtanh", "hardswish", "floor_divide", "rsub", "polar", "complex", "zero",
+     "fake_quantize_per_tensor_affine", "prelu")(pointwise)  # fmt: skip
 
 
 @rule("detach", "alias", "_to_copy", "clone", "lift_fresh_copy")
@@ -160,4 +161,5 @@ def random(call: Call) -> Any:
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
         raise Mixing("it draws random numbers for padding too, so that the real rows get others")
+    numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]

@@ -14,6 +14,8 @@ from .views import expanded_dims, looks_like, real_rows, tails, unexpanded
 
 __all__ = ["bind_inputs"]
 
+_SELECTS = (torch.ops.aten.index_select.default,)
+
 
 def bind_inputs(b: Building) -> None:
     """Gives every input its static memory, or its place in the frame."""
@@ -67,7 +69,7 @@ def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: i
     """Where to copy row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
 
     So a negative one counts from the real size, and one that is out of range is the error that eager raises, where
-    at the bucket's size it would silently be a padding row.
+    at the bucket's size it would silently be a padding row. ``index_select`` has no negative ones.
     """
     with torch.inference_mode(False), torch.no_grad():
         shape = tuple(indices.shape)
@@ -75,5 +77,8 @@ def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: i
         given = b.binding.place((spec.node, "given"), ("given", spec.position), shape, strides, torch.int64)
         rows = b.binding.place(("rows", indices.dtype), ("rows", indices.dtype), (bucket,), (1,), indices.dtype)
         torch.arange(bucket, out=rows, device=rows.device)
-        b.program.prologue.append(partial(torch.take, rows[:size], given, out=indices))
+        if len(shape) == 1 and any(call.op in _SELECTS for user in spec.node.users for call in b.plan.facts[user].ops):
+            b.program.prologue.append(partial(torch.index_select, rows[:size], 0, given, out=indices))
+        else:
+            b.program.prologue.append(partial(torch.take, rows[:size], given, out=indices))
     return given
