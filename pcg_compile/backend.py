@@ -17,12 +17,12 @@ from .attention.ops import refuse_gradients
 from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
-from .graph.facts import Calls, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
-from .graph.plan import PieceSite, Plan, make_plan
+from .graph.plan import CallSite, PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
-from .graph.where import place_parts
+from .graph.where import place_of, place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
@@ -96,7 +96,14 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
-        context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
+        try:
+            facts = trace_facts(rewritable, example_inputs)
+        except DataDecide as error:
+            reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
+            counters.fall_back(reason, str(place_of(error.node)))
+            add_runtime(owner, counters, None)
+            return gm.forward
+        context = PassContext(options, device, facts, _token_symint(example_inputs))
         context.source = gm
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
@@ -106,6 +113,9 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         gm = run_passes(rewritable, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
+    for call in plan.sites:
+        if isinstance(call, CallSite):
+            call.counted = call.node in context.counted
     pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
     counters.pieces = len(pieces)
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
