@@ -21,6 +21,7 @@ __all__ = [
     "Tracked",
     "axis_of",
     "need_static",
+    "no_size_as_number",
     "numbers_are_static",
     "pointwise",
     "random",
@@ -75,6 +76,12 @@ class Call:
 
 Rule = Callable[[Call], Any]
 
+#: Arguments of torch's ops that say how large a result or a part is.
+_COUNTS = frozenset(
+    ("size", "sizes", "shape", "repeats", "start", "end", "split_size", "split_sizes", "n", "m", "N", "C", "HxW")
+)  # fmt: skip
+_LAYOUT = _COUNTS | {"stride"}
+
 
 #: Registry of rules by op name ("aten::sum", overload or packet).
 _RULES: dict[str, Rule] = {}
@@ -119,6 +126,14 @@ def numbers_are_static(call: Call, *shapes: str) -> None:
         if name not in shapes and not isinstance(value, Tracked):
             leaves = value if isinstance(value, (list, tuple)) else [value]
             static_number([v for v in leaves if not isinstance(v, Tracked)], name)
+
+
+def no_size_as_number(call: Call) -> None:
+    """Where an op of torch takes a dynamic number, and not to say how large something is, its result is another one."""
+    name = str(call.op)
+    if name.startswith("aten.") and call.shapes:
+        counts = _LAYOUT if "strided" in name or "alias" in name else _COUNTS
+        numbers_are_static(call, *counts)
 
 
 def axis_of(dims: Dims, index: int) -> int:

@@ -26,7 +26,7 @@ from .graph.where import place_of, place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
-from .passes.padding_safety import analyze_piece
+from .passes.padding_safety import PieceSafety, analyze_piece
 from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
@@ -120,8 +120,11 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     counters.pieces = len(pieces)
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
-    orders = {order: None for site in pieces if site.safety is not None for order in site.safety.orders}
-    chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
+    judged = [site.safety for site in pieces if site.safety is not None]
+    orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
+    reaches = tuple(reach for safety in judged for reach in safety.reaches)
+    conditions = shape_guards(fake_mode_of(example_inputs))
+    chooser = BucketChooser(options, conditions, _products(plan), orders, reaches)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         before_groups_end(release_collectives)
@@ -224,17 +227,20 @@ def plan_pieces(
     plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, Compiled] = {}
-    safety: dict[Any, Any] = {}
+    safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
     for site in plan.sites:
         if not isinstance(site, PieceSite):
             continue
         key = structure_of(site.piece)
-        if site.split_reason is None and key not in safety:
+        if site.split_reason is None:
             offset = len(site.piece.symbols)
-            marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
-            safety[key] = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
-        site.safety = safety.get(key)
+            marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
+            if (key, marked) not in safety:
+                found = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
+                safety[key, marked] = (site.piece.symbols, found)
+            symbols, found = safety[key, marked]
+            site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
         if site.trivial:
             continue
         if key not in distinct:

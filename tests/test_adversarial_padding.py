@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import models  # noqa: F401 - defines the silly ops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,3 +110,54 @@ def test_index_select_has_no_negative_rows():
                 with pytest.raises(IndexError):
                     run(x, torch.tensor([0, row]))
     assert pcg.stats(run).replays >= 3
+
+
+def test_pieces_of_equal_structure_count_rows_of_their_own():
+    """Two towers of different sizes share one piece's code and verdict, not the names of its sizes."""
+
+    def towers(x, y, i, j):
+        tail = lambda hidden, rows: torch.ops.silly.fresh(torch.ops.silly.fresh(hidden)[rows] * 2)
+        return tail(x, i), tail(y, j)
+
+    torch._dynamo.reset()
+    run = pcg.piecewise(dynamic={"x": 0, "y": 0}, buckets=[4, 8, 16], compiler="eager")(towers)
+    with torch.no_grad():
+        for n, m in ((3, 7), (7, 2), (1, 16), (12, 5), (3, 7)):
+            i, j = torch.tensor([-1, 0, -n]), torch.tensor([-m, m - 1, -1])
+            x, y = torch.randn(n, 4), torch.randn(m, 4)
+            torch.testing.assert_close(run(x, y, i, j), towers(x, y, i, j))
+    assert pcg.stats(run).replays == 10 and pcg.stats(run).fallbacks == ()
+
+
+#: Indices that padding may lead astray: (function, arguments for n tokens, whether a bucket of 16 serves).
+REACHING = {
+    "positions": (lambda x: x + F.embedding(torch.arange(x.shape[0]), TABLE), tokens, False),
+    "shifted positions": (lambda x: x + TABLE[torch.arange(-3, x.shape[0] - 3)], tokens, False),
+    "counted ones": (
+        lambda x: x + F.embedding(torch.ones(x.shape[0], dtype=torch.long).cumsum(0) - 1, TABLE),
+        tokens,
+        False,
+    ),
+    "positions around": (lambda x: x + F.embedding(torch.arange(x.shape[0]) % 12, TABLE), tokens, True),
+    "the largest of sums": (lambda x: F.embedding(x.cumsum(0).argmax(1), TABLE), tokens, True),
+    "from one": (lambda i: F.embedding(i - 1, TABLE), lambda n: (torch.randint(1, 13, (n, 2)),), True),
+    "differences": (
+        lambda i, j: F.embedding(i - j, TABLE),
+        lambda n: (torch.arange(n) + 50, torch.arange(n) + 50 - torch.randint(0, 12, (n,))),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REACHING)
+def test_no_index_leaves_its_table(name):
+    """On a GPU one that does is fatal, not an error: it is never tried."""
+    function, make, fits = REACHING[name]
+    stats = run_as_eager(function, make, sizes=[1, 3, 12, 9, 2, 7, 10, 11, 4])
+    assert (16 in stats.buckets) == fits and stats.replays >= (9 if fits else 5)
+    assert all("leave" in f.reason for f in stats.fallbacks) and bool(stats.fallbacks) != fits
+
+
+def test_an_index_that_counts_data_is_not_recorded():
+    stats = run_as_eager(lambda m: F.embedding(12 - m.cumsum(0), TABLE), lambda n: (torch.ones(n, dtype=torch.long),))
+    assert stats.replays == 0 and "counts on through the padding" in stats.fallbacks[0].reason

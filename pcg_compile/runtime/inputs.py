@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, shape_at, strides_at
+from ..graph.scalars import evaluate, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
-from .views import expanded_dims, looks_like, real_rows, tails, unexpanded
+from .views import assign, expanded_dims, looks_like, real_rows, tails, unexpanded
 
 __all__ = ["bind_inputs"]
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SELECTS = (torch.ops.aten.index_select.default,)
 
 
@@ -61,8 +63,24 @@ def _copy_in(b: Building, spec: InputSpec) -> None:
     else:
         b.program.targets.append(real)
         b.program.sources.append(spec.position)
+    padding = tails(target, spec.value, b.sizes)
     if pad_value is not None:
-        b.program.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, b.sizes))
+        b.program.prologue.extend(partial(t.fill_, pad_value) for t in padding)
+    elif padding and spec.value.dtype in _INTEGERS:
+        _pad_like_the_first(b.args[spec.position], spec, padding)
+
+
+def _pad_like_the_first(argument: torch.Tensor, spec: InputSpec, padding: Sequence[torch.Tensor]) -> None:
+    """Integers may become an index: where no step has put any yet, the zeros of fresh memory need not make a good one.
+
+    Once for each program is enough: from then on padding is what steps leave there.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for dim, size in enumerate(spec.value.shape):
+            if symbols_of(size):
+                argument = argument.narrow(dim, 0, 1)
+        for tail in padding:
+            assign(tail, argument.expand_as(tail))
 
 
 def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
