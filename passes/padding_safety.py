@@ -61,6 +61,8 @@ class PieceSafety:
     row_indices: tuple[tuple[int, Any], ...] = ()
     #: (size, size): at a bucket too, the first must not exceed the second.
     orders: tuple[tuple[Any, Any], ...] = ()
+    #: (size, size): a step where they differ is not recorded.
+    equals: tuple[tuple[Any, Any], ...] = ()
     #: Indices that must stay within what they look up at a bucket too.
     reaches: tuple[Reach, ...] = ()
 
@@ -76,6 +78,7 @@ class PieceSafety:
             self,
             row_indices=tuple((position, other(symbol)) for position, symbol in self.row_indices),
             orders=tuple((other(one), other(two)) for one, two in self.orders),
+            equals=tuple((other(one), other(two)) for one, two in self.equals),
             reaches=tuple(reach.renamed(names) for reach in self.reaches),
         )
 
@@ -121,6 +124,7 @@ class _Analysis:
         self.verdicts: list[NodeVerdict] = []
         self.row_indices: list[tuple[int, Any]] = []
         self.orders: list[tuple[Any, Any]] = []
+        self.equals: list[tuple[Any, Any]] = []
         self.counts = Counts()
         self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
 
@@ -144,6 +148,7 @@ class _Analysis:
             tuple(nodes),
             tuple(dict.fromkeys(self.row_indices)),
             tuple(dict.fromkeys(self.orders)),
+            tuple(dict.fromkeys(self.equals)),
             tuple(self.counts.reaches),
         )
 
@@ -204,6 +209,7 @@ class _Analysis:
         self._sizes(node, call.shapes)
         self.row_indices += call.row_indices
         self.orders += call.orders
+        self.equals += call.equals
         self.values[node] = _tracked(result, value)
 
     def _output(self, node: fx.Node) -> None:

@@ -60,6 +60,8 @@ class Call:
     row_indices: list[tuple[Any, Any]] = field(default_factory=list)
     #: (size, size): the first must not exceed the second at a bucket either, or an index would leave its tensor.
     orders: list[tuple[Any, Any]] = field(default_factory=list)
+    #: (size, size): equal in a step, or the padding of one would meet real rows of the other.
+    equals: list[tuple[Any, Any]] = field(default_factory=list)
 
     def tensor(self, name: str) -> Tracked:
         value = self.arguments[name]

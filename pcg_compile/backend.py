@@ -122,9 +122,10 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     counters.compiled = compiled
     judged = [site.safety for site in pieces if site.safety is not None]
     orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
+    equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, reaches)
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, reaches)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         before_groups_end(release_collectives)

@@ -43,6 +43,12 @@ MIXING = {
         tokens,
     ),
     "a random number below n": (lambda x: torch.randint(0, x.shape[0], (3,)) + x[0, 0], tokens),
+    "rolled by n": (lambda x: x.roll(x.shape[0], 1) + 1, tokens),
+    "n looked for": (lambda x: x + torch.searchsorted(torch.arange(20.0), x.shape[0]), tokens),
+    "added n times": (
+        lambda x: x + torch.zeros(4).index_add(0, x[:1].argmax(1), torch.ones(1), alpha=x.shape[0]),
+        tokens,
+    ),
     "members of a set of tokens": (
         lambda i: torch.isin(torch.arange(6), i) * 1,
         lambda n: (torch.randint(0, 6, (n,)),),
@@ -110,6 +116,15 @@ def test_index_select_has_no_negative_rows():
                 with pytest.raises(IndexError):
                     run(x, torch.tensor([0, row]))
     assert pcg.stats(run).replays >= 3
+
+
+def test_an_index_of_as_many_rows_or_of_fewer():
+    """Which of the two it is only the step's sizes tell."""
+    sizes = [5, 3, 8, 4, 16, 2]
+    write = lambda x, i: (x * 1).scatter(1, i, 9.0) + 1
+    assert run_as_eager(write, lambda n: (torch.randn(n, 4), torch.randint(0, 4, (n, 2))), sizes).replays == 6
+    stats = run_as_eager(write, lambda n: (torch.randn(n, 4), torch.randint(0, 4, (n - 1, 2))), sizes)
+    assert stats.replays == 0 and [f.count for f in stats.fallbacks] == [6]
 
 
 def test_pieces_of_equal_structure_count_rows_of_their_own():

@@ -57,6 +57,8 @@ class BucketChooser:
     products: Iterable[tuple[sympy.Symbol, ...]]
     #: (size, size): the first may not exceed the second at the buckets chosen.
     orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
+    #: (size, size): equal in the step and at the buckets chosen.
+    equals: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     #: Indices that must stay within what they look up at the buckets chosen.
     reaches: Sequence[Reach] = ()
     table: tuple[int, ...] = field(init=False)
@@ -107,6 +109,10 @@ class BucketChooser:
         for one, other in self.orders:
             if sympy.Le(one, other).xreplace(values) == sympy.false:
                 return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
+        real = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+        for one, other in self.equals:
+            if any(one.xreplace(at) != other.xreplace(at) for at in (real, values)):
+                return Choice(None, f"an index of {one} rows writes to a tensor of {other}")
         left = self._leaves(chosen) if self.reaches and chosen != sizes else None
         return Choice(chosen) if left is None else Choice(None, left)
 
