@@ -48,6 +48,8 @@ def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
         op = _op_name(node, context.facts)
         found.append((hazard_at(place, finding, op), place))
         context.splits[node] = f"{op}: {finding.reason}"
+        if finding.kind != "unsafe op":
+            context.counted.add(node)
     context.hazards += [hazard for hazard, _ in found]
     if found and context.options.strict and not context.collect:
         raise CaptureHazard(_strict_message(found))

@@ -52,6 +52,8 @@ class PassContext:
     tokens: Any = None
     #: Nodes that must run between pieces, with the reason (a hazard that can be isolated).
     splits: dict[fx.Node, str] = field(default_factory=dict)
+    #: Those of them that a step counts: an op that its owner marks as unsafe to record is as good as a split op.
+    counted: set[fx.Node] = field(default_factory=set)
     #: All findings, for explain() and check().
     hazards: list[Hazard] = field(default_factory=list)
     #: What rewriting passes did, one line each, for explain() and dump().

@@ -8,10 +8,11 @@ depend on padding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
 
@@ -22,7 +23,8 @@ from pcg_compile.torch_internals import functional_aten
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
 from .safety_dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
-from .safety_rules import Call, Tracked, register_row_rule, rule_for
+from .safety_reach import Counts, Reach
+from .safety_rules import Call, Tracked, no_size_as_number, register_row_rule, rule_for
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
@@ -59,6 +61,26 @@ class PieceSafety:
     row_indices: tuple[tuple[int, Any], ...] = ()
     #: (size, size): at a bucket too, the first must not exceed the second.
     orders: tuple[tuple[Any, Any], ...] = ()
+    #: (size, size): a step where they differ is not recorded.
+    equals: tuple[tuple[Any, Any], ...] = ()
+    #: Indices that must stay within what they look up at a bucket too.
+    reaches: tuple[Reach, ...] = ()
+
+    def renamed(self, names: Mapping[sympy.Symbol, sympy.Symbol]) -> PieceSafety:
+        """The verdict on a piece of the same structure, whose sizes have other names."""
+        if all(one == other for one, other in names.items()):
+            return self
+
+        def other(expr: Any) -> Any:
+            return expr.xreplace(names) if isinstance(expr, sympy.Basic) else expr
+
+        return replace(
+            self,
+            row_indices=tuple((position, other(symbol)) for position, symbol in self.row_indices),
+            orders=tuple((other(one), other(two)) for one, two in self.orders),
+            equals=tuple((other(one), other(two)) for one, two in self.equals),
+            reaches=tuple(reach.renamed(names) for reach in self.reaches),
+        )
 
     @property
     def reason(self) -> str:
@@ -102,6 +124,8 @@ class _Analysis:
         self.verdicts: list[NodeVerdict] = []
         self.row_indices: list[tuple[int, Any]] = []
         self.orders: list[tuple[Any, Any]] = []
+        self.equals: list[tuple[Any, Any]] = []
+        self.counts = Counts()
         self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
 
     def run(self) -> PieceSafety:
@@ -120,7 +144,12 @@ class _Analysis:
         worst: Kind = max(kinds, key=_ORDER.index, default="row-wise")
         nodes = sorted(self.verdicts, key=lambda v: -_ORDER.index(v.kind))
         return PieceSafety(
-            worst, tuple(nodes), tuple(dict.fromkeys(self.row_indices)), tuple(dict.fromkeys(self.orders))
+            worst,
+            tuple(nodes),
+            tuple(dict.fromkeys(self.row_indices)),
+            tuple(dict.fromkeys(self.orders)),
+            tuple(dict.fromkeys(self.equals)),
+            tuple(self.counts.reaches),
         )
 
     def _placeholder(self, node: fx.Node) -> None:
@@ -146,6 +175,7 @@ class _Analysis:
         if node.target is operator.getitem:
             source = self.values[node.args[0]]  # type: ignore[index]
             self.values[node] = source[node.args[1]] if isinstance(source, (list, tuple)) else value
+            self.counts.note_element(node)
             return
         if not _has_tensors(value) and not isinstance(node.target, torch._ops.OpOverload):
             # Arithmetic on sizes.
@@ -158,8 +188,10 @@ class _Analysis:
         )
         rule = rule_for(node.target)
         try:
+            self.counts.check(node, call)
             if rule is not None:
                 result = rule(call)
+                no_size_as_number(call)
             elif not dynamic and not _dynamic_numbers(arguments):
                 result = [dims_of(shape) for shape in call.shapes]
             else:
@@ -171,11 +203,13 @@ class _Analysis:
         except Exception as error:
             self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}")
             result = [dims_of(shape) for shape in call.shapes]
+        self.counts.note(node, call)
         if call.kind == "prefix":
             self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
         self._sizes(node, call.shapes)
         self.row_indices += call.row_indices
         self.orders += call.orders
+        self.equals += call.equals
         self.values[node] = _tracked(result, value)
 
     def _output(self, node: fx.Node) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "Mixing",
     "as_expr",
     "broadcast",
+    "counts_alike",
     "dims_of",
     "grows",
     "has_tokens",
@@ -130,12 +131,15 @@ def broadcast(shapes: Sequence[Dims]) -> Dims:
     return tuple(result)
 
 
+def counts_alike(one: Dim, other: Dim) -> bool:
+    """Whether two dimensions are of one size, whatever it is."""
+    return _merged(one) == _merged(other)
+
+
 def _alike(one: Dim, other: Dim) -> bool:
-    if not has_tokens(one) and not has_tokens(other):
+    if (not has_tokens(one) and not has_tokens(other)) or counts_alike(one, other):
         return True
     first, second = _merged(one), _merged(other)
-    if first == second:
-        return True
     # Sizes that are written otherwise and must be equal for the op to run, both with their real entries first.
     factors = (*first, *second)
     return len(first) == len(second) == 1 and all(is_dynamic(f) and not isinstance(f, Causal) for f in factors)

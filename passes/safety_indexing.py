@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from .safety_dims import Dims, Mixing, broadcast, has_tokens, is_prefix, size_of
+from .safety_dims import Dims, Mixing, broadcast, counts_alike, has_tokens, is_prefix, size_of
 from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_static, rule
 
 
@@ -28,6 +28,15 @@ def search(call: Call) -> Dims:
     return dims
 
 
+@rule("isin")
+def is_among(call: Call) -> Dims:
+    """Which entries are in a set, which is read whole."""
+    entries, those = call.arguments.get("elements"), call.arguments.get("test_elements")
+    for dim in those.dims if isinstance(those, Tracked) else ():
+        need_static(dim, "searches")
+    return entries.dims if isinstance(entries, Tracked) else ()
+
+
 @rule("gather")
 def gather(call: Call) -> Dims:
     source, index = call.tensor("self"), call.tensor("index")
@@ -47,9 +56,21 @@ def scatter(call: Call) -> Dims:
     need_static(index.dims[axis], "scatters from")
     numbers_are_static(call)
     for i, (one, other) in enumerate(zip(source.dims, index.dims, strict=True)):
-        if i != axis:
-            broadcast([(one,), (other,)])
+        if i == axis:
+            continue
+        broadcast([(one,), (other,)])
+        if has_tokens(other) and not counts_alike(one, other):
+            # With fewer rows than there are to write to, the index's padding would write real ones.
+            call.equals.append((size_of(other), size_of(one)))
     return source.dims
+
+
+@rule("take")
+def take(call: Call) -> Dims:
+    """Entries of the flattened tensor, counted from its end where negative."""
+    for dim in call.tensor("self").dims:
+        need_static(dim, "takes entries of")
+    return call.tensor("index").dims
 
 
 def _gathered(call: Call, source: Tracked, index: Tracked, axis: int) -> None:
@@ -91,7 +112,7 @@ def index_select(call: Call) -> Dims:
     return (*source.dims[:axis], *(chosen.dims or ((1,),)), *source.dims[axis + 1 :])
 
 
-@rule("index_put", "index_copy", "index_add", "index_fill", "_unsafe_index_put")
+@rule("put", "index_put", "index_copy", "index_add", "index_fill", "_unsafe_index_put")
 def index_put(call: Call) -> Dims:
     source = call.tensor("self")
     indices = call.arguments.get("indices")

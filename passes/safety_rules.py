@@ -21,6 +21,7 @@ __all__ = [
     "Tracked",
     "axis_of",
     "need_static",
+    "no_size_as_number",
     "numbers_are_static",
     "pointwise",
     "random",
@@ -59,6 +60,8 @@ class Call:
     row_indices: list[tuple[Any, Any]] = field(default_factory=list)
     #: (size, size): the first must not exceed the second at a bucket either, or an index would leave its tensor.
     orders: list[tuple[Any, Any]] = field(default_factory=list)
+    #: (size, size): equal in a step, or the padding of one would meet real rows of the other.
+    equals: list[tuple[Any, Any]] = field(default_factory=list)
 
     def tensor(self, name: str) -> Tracked:
         value = self.arguments[name]
@@ -74,6 +77,12 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
+
+#: Arguments of torch's ops that say how large a result or a part is.
+_COUNTS = frozenset(
+    ("size", "sizes", "shape", "repeats", "start", "end", "split_size", "split_sizes", "n", "m", "N", "C", "HxW")
+)  # fmt: skip
+_LAYOUT = _COUNTS | {"stride"}
 
 
 #: Registry of rules by op name ("aten::sum", overload or packet).
@@ -121,6 +130,14 @@ def numbers_are_static(call: Call, *shapes: str) -> None:
             static_number([v for v in leaves if not isinstance(v, Tracked)], name)
 
 
+def no_size_as_number(call: Call) -> None:
+    """Where an op of torch takes a dynamic number, and not to say how large something is, its result is another one."""
+    name = str(call.op)
+    if name.startswith("aten.") and call.shapes:
+        counts = _LAYOUT if "strided" in name or "alias" in name else _COUNTS
+        numbers_are_static(call, *counts)
+
+
 def axis_of(dims: Dims, index: int) -> int:
     return index % len(dims) if dims else 0
 
@@ -145,7 +162,8 @@ def _adds_nothing(call: Call) -> bool:
 
 
 rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "_conj", "fill", "logical_not",
-     "hardtanh", "fake_quantize_per_tensor_affine", "prelu")(pointwise)  # fmt: skip
+     "hardtanh", "hardswish", "floor_divide", "rsub", "polar", "complex", "zero",
+     "fake_quantize_per_tensor_affine", "prelu")(pointwise)  # fmt: skip
 
 
 @rule("detach", "alias", "_to_copy", "clone", "lift_fresh_copy")
@@ -160,4 +178,5 @@ def random(call: Call) -> Any:
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
         raise Mixing("it draws random numbers for padding too, so that the real rows get others")
+    numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]

@@ -47,6 +47,16 @@ def expand(call: Call) -> Tracked:
     return Tracked(tuple(expanded), below=call.tensor("self").below)
 
 
+@rule("view_as_real")
+def view_as_real(call: Call) -> Dims:
+    return (*call.tensor("self").dims, (2,))
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Dims:
+    return call.tensor("self").dims[:-1]
+
+
 @rule("repeat")
 def repeat(call: Call) -> Dims:
     dims, repeats = call.tensor("self").dims, call.arguments["repeats"]
@@ -188,4 +198,7 @@ def pad(call: Call) -> Dims:
 @rule("tril", "triu")
 def triangle(call: Call) -> Dims:
     numbers_are_static(call)
-    return call.tensor("self").dims
+    dims = call.tensor("self").dims
+    if call.arguments.get("diagonal", 0) and not all(map(is_prefix, dims[-2:])):
+        raise Mixing("its diagonal lies elsewhere where there is padding between the real entries")
+    return dims

@@ -9,7 +9,7 @@ from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of,
 from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_static, random, register_row_rule, rule, same
 
 
-@rule("mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "dot", "linear", "addmv")
+@rule("mm", "_int_mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "dot", "linear", "addmv")
 def matmul(call: Call) -> Dims:
     numbers_are_static(call)
     a, b = (call.arguments.get(k) for k in (("mat1", "mat2") if "mat1" in call.arguments else ("self", "mat2")))
@@ -140,6 +140,8 @@ def batch_norm(call: Call) -> Any:
 def convolution(call: Call) -> Dims:
     source, weight = call.tensor("input"), call.tensor("weight")
     need_static(source.dims[1], "sums over")
+    for dim in weight.dims if call.arguments.get("transposed") else weight.dims[1:]:
+        need_static(dim, "sums over")
     result = list(dims_of(call.shapes[0]))
     result[0] = source.dims[0]
     for axis in range(2, len(source.dims)):
@@ -223,10 +225,13 @@ def _whole_size(call: Call) -> Any:
     for tensor in call.tensors():
         for dim in tensor.dims:
             need_static(dim, "mixes the entries of")
+    if not str(call.op).startswith("aten.eye."):
+        numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]
 
 
-rule("nonzero", "_unique2", "unique_consecutive", "bincount", "histc", "as_strided",
+rule("nonzero", "nonzero_static", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "block_diag",
+      "_embedding_bag", "_embedding_bag_forward_only", "segment_reduce", "histc", "as_strided",
       "as_strided_scatter", "diagonal", "tril_indices", "triu_indices", "masked_select",
       "masked_scatter", "index_reduce", "_local_scalar_dense", "item", "dist", "cdist", "_cdist_forward", "trace",
       "linspace", "logspace", "eye", "one_hot", "equal", "repeat_interleave", "addbmm",

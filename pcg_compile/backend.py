@@ -17,16 +17,16 @@ from .attention.ops import refuse_gradients
 from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
-from .graph.facts import Calls, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
-from .graph.plan import PieceSite, Plan, make_plan
+from .graph.plan import CallSite, PieceSite, Plan, make_plan
 from .graph.scalars import symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
-from .graph.where import place_parts
+from .graph.where import place_of, place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
-from .passes.padding_safety import analyze_piece
+from .passes.padding_safety import PieceSafety, analyze_piece
 from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
 from .report.stats import Counters
 from .runtime.binding import Shared
@@ -96,7 +96,14 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
-        context = PassContext(options, device, trace_facts(rewritable, example_inputs), _token_symint(example_inputs))
+        try:
+            facts = trace_facts(rewritable, example_inputs)
+        except DataDecide as error:
+            reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
+            counters.fall_back(reason, str(place_of(error.node)))
+            add_runtime(owner, counters, None)
+            return gm.forward
+        context = PassContext(options, device, facts, _token_symint(example_inputs))
         context.source = gm
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
@@ -106,12 +113,19 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         gm = run_passes(rewritable, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
         _judge(plan, counters)
+    for call in plan.sites:
+        if isinstance(call, CallSite):
+            call.counted = call.node in context.counted
     pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
     counters.pieces = len(pieces)
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
-    orders = {order: None for site in pieces if site.safety is not None for order in site.safety.orders}
-    chooser = BucketChooser(options, shape_guards(fake_mode_of(example_inputs)), _products(plan), tuple(orders))
+    judged = [site.safety for site in pieces if site.safety is not None]
+    orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
+    equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
+    reaches = tuple(reach for safety in judged for reach in safety.reaches)
+    conditions = shape_guards(fake_mode_of(example_inputs))
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, reaches)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         before_groups_end(release_collectives)
@@ -214,17 +228,20 @@ def plan_pieces(
     plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, Compiled] = {}
-    safety: dict[Any, Any] = {}
+    safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
     for site in plan.sites:
         if not isinstance(site, PieceSite):
             continue
         key = structure_of(site.piece)
-        if site.split_reason is None and key not in safety:
+        if site.split_reason is None:
             offset = len(site.piece.symbols)
-            marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
-            safety[key] = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
-        site.safety = safety.get(key)
+            marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
+            if (key, marked) not in safety:
+                found = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
+                safety[key, marked] = (site.piece.symbols, found)
+            symbols, found = safety[key, marked]
+            site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
         if site.trivial:
             continue
         if key not in distinct:

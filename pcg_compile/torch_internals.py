@@ -21,11 +21,19 @@ import torch.fx.experimental._config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-__all__ = ["FakeTensor", "FakeTensorMode", "fake_mode_of", "python_dispatcher"]
+__all__ = ["NEEDS_DATA", "FakeTensor", "FakeTensorMode", "fake_mode_of", "python_dispatcher"]
+
+#: What a fake tensor raises where only its data tell what comes next (2.11 to 2.13).
+NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:

@@ -79,10 +79,26 @@ def test_the_hazard_names_the_line_and_the_rest_is_recorded():
     for _ in range(3):
         torch.testing.assert_close(compiled(x, y), function(x, y))
     assert pcg.stats(compiled).pieces == 2 and pcg.stats(compiled).replays > 0
+    (fallback,) = pcg.stats(compiled).fallbacks
+    assert fallback.reason.startswith("between pieces: setitem: ") and fallback.count == 3
     (hazard,) = traced(function, x, y).hazards
     line = function.__code__.co_firstlineno + 2
     assert (hazard.file, hazard.line, hazard.kind, hazard.op) == (__file__, line, "host copy", "setitem")
     assert "register_buffer" in hazard.cure
+
+
+def test_what_only_the_data_tell_runs_eagerly():
+    """An index without dimensions is read on the host: Dynamo traces it, and nobody can say what it gives."""
+    line = (row := lambda x, i: (x * 2)[i] + 1).__code__.co_firstlineno
+    compiled = _compiled(row)
+    x = torch.randn(4, 3)
+    for i in (2, -1, 0):
+        assert torch.equal(compiled(x, torch.tensor(i)), row(x, torch.tensor(i)))
+    fallbacks = pcg.stats(compiled).fallbacks
+    assert all("only the data tell" in f.reason and f"{__file__}:{line}" in f.where for f in fallbacks) and fallbacks
+    strict = _compiled(row, strict=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="only the data tell"):
+        strict(x, torch.tensor(2))
 
 
 def test_strict_refuses_with_every_place():

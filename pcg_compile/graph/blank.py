@@ -10,6 +10,8 @@ __all__ = ["blank_results"]
 _BLANK = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
+#: What a trace shows beside them, and computes nothing.
+_QUERIES = frozenset({"prim::device"})
 
 
 def blank_results(plan: Plan, site: PieceSite) -> frozenset[int]:
@@ -22,8 +24,10 @@ def blank_results(plan: Plan, site: PieceSite) -> frozenset[int]:
         facts = plan.facts.get(node)
         if facts is None or node.op in ("placeholder", "output"):
             continue
-        names = {call.op.name().partition(".")[0] for call in facts.ops if hasattr(call.op, "name")}
+        names = {call.op.name().partition(".")[0] for call in facts.ops if hasattr(call.op, "name")} - _QUERIES
+        # Some ops allocate memory for a use of their own, beside the results that they compute.
+        blank = bool(names) and names <= _BLANK
         for storage in alias_of(facts.value):
-            made.setdefault(storage, bool(names & _BLANK))
+            made.setdefault(storage, blank)
         made.update(dict.fromkeys(facts.writes, False))
     return frozenset(i for i, node in enumerate(site.outputs) if made.get(storage_of(plan.value(node)), False))

@@ -15,11 +15,11 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..torch_internals import fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
+from ..torch_internals import NEEDS_DATA, fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
 
 __all__ = [
-    "Calls", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in", "trace_facts",
-    "update_facts", "written_tensors",
+    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in",
+    "trace_facts", "update_facts", "written_tensors",
 ]  # fmt: skip
 
 #: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.
@@ -114,12 +114,26 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class DataDecide(Exception):
+    """A node whose result cannot be told without its data, such as ``x[i]`` of a tensor ``i`` without dimensions."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        super().__init__(why)
+        self.node = node
+
+
 class _Tracer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.facts: dict[fx.Node, NodeFacts] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        try:
+            return self._traced(n)
+        except NEEDS_DATA as error:
+            raise DataDecide(n, str(error)) from error
+
+    def _traced(self, n: fx.Node) -> Any:
         calls: list[OpCall] = []
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             value = super().run_node(n)
@@ -138,6 +152,9 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
 
     Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
     caller's fake tensors; storages stay shared.
+
+    Raises:
+        DataDecide: only the data tell what a node gives.
     """
     fake_mode = fake_mode_of(inputs)
     fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]

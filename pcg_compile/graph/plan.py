@@ -96,6 +96,8 @@ class CallSite:
     #: Argument nodes whose tensors the op writes.
     writes: tuple[fx.Node, ...]
     autocast: Autocast
+    #: True where no recording can hold it, so that each step counts it as a fallback.
+    counted: bool = False
 
 
 Site = PieceSite | CallSite

@@ -10,7 +10,7 @@ import torch
 
 from ..backend import compile_graph, hazards_of, pcg
 from ..errors import Hazard
-from ..graph.facts import trace_facts
+from ..graph.facts import DataDecide, trace_facts
 from ..graph.pieces import copy_graph
 from ..graph.where import place_of, place_of_stack
 from ..options import Options
@@ -68,7 +68,7 @@ class CheckBackend:
             except Exception as error:
                 # Dynamo breaks the graph there, and calls again for what is before and behind.
                 self.hazards += _waiting_node(copy, str(error))
-                raise
+                raise error.__cause__ if isinstance(error, DataDecide) and error.__cause__ else error from None
             self.hazards += hazards_of(copy, fakes, facts, self.options)
         return gm.forward
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 import sympy
 
 from ..options import Options
+
+if TYPE_CHECKING:
+    from ..passes.safety_reach import Reach
 
 __all__ = ["BucketChooser", "Choice", "default_table"]
 
@@ -53,11 +57,17 @@ class BucketChooser:
     products: Iterable[tuple[sympy.Symbol, ...]]
     #: (size, size): the first may not exceed the second at the buckets chosen.
     orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
+    #: (size, size): equal in the step and at the buckets chosen.
+    equals: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
+    #: Indices that must stay within what they look up at the buckets chosen.
+    reaches: Sequence[Reach] = ()
     table: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = self.options.buckets or default_table(self.options.max_tokens)
         self.products = tuple(set(self.products))
+        self._reaching = tuple(dict.fromkeys(s for reach in self.reaches for s in reach.symbols))
+        self._left: dict[tuple[int | None, ...], str | None] = {}
         self._pinned = {
             side
             for condition in self.conditions
@@ -99,7 +109,20 @@ class BucketChooser:
         for one, other in self.orders:
             if sympy.Le(one, other).xreplace(values) == sympy.false:
                 return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
-        return Choice(chosen)
+        real = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+        for one, other in self.equals:
+            if any(one.xreplace(at) != other.xreplace(at) for at in (real, values)):
+                return Choice(None, f"an index of {one} rows writes to a tensor of {other}")
+        left = self._leaves(chosen) if self.reaches and chosen != sizes else None
+        return Choice(chosen) if left is None else Choice(None, left)
+
+    def _leaves(self, chosen: Mapping[sympy.Symbol, int]) -> str | None:
+        """Why an index cannot be used at these sizes, or None; computed once for each."""
+        key = tuple(chosen.get(symbol) for symbol in self._reaching)
+        if key not in self._left:
+            found = (reach.leaves(chosen) for reach in self.reaches if set(reach.symbols) <= chosen.keys())
+            self._left[key] = next((reason for reason in found if reason is not None), None)
+        return self._left[key]
 
     @property
     def max_padding(self) -> float:

@@ -60,6 +60,8 @@ def run_exact(b: Building, site: PieceSite) -> None:
 
 def run_call(b: Building, site: CallSite) -> None:
     """Runs a split op, at the bucket in request mode, else at the real sizes."""
+    if site.counted:
+        b.program.fallbacks.append((f"between pieces: {site.reason}", site.where))
     request = site.mode == "request" and b.bucket is not None
     sizes = b.at if request else b.sizes
     before: list[Op] = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, shape_at, strides_at
+from ..graph.scalars import evaluate, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
-from .views import expanded_dims, looks_like, real_rows, tails, unexpanded
+from .views import assign, expanded_dims, looks_like, real_rows, tails, unexpanded
 
 __all__ = ["bind_inputs"]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SELECTS = (torch.ops.aten.index_select.default,)
 
 
 def bind_inputs(b: Building) -> None:
@@ -59,15 +63,31 @@ def _copy_in(b: Building, spec: InputSpec) -> None:
     else:
         b.program.targets.append(real)
         b.program.sources.append(spec.position)
+    padding = tails(target, spec.value, b.sizes)
     if pad_value is not None:
-        b.program.prologue.extend(partial(t.fill_, pad_value) for t in tails(target, spec.value, b.sizes))
+        b.program.prologue.extend(partial(t.fill_, pad_value) for t in padding)
+    elif padding and spec.value.dtype in _INTEGERS:
+        _pad_like_the_first(b.args[spec.position], spec, padding)
+
+
+def _pad_like_the_first(argument: torch.Tensor, spec: InputSpec, padding: Sequence[torch.Tensor]) -> None:
+    """Integers may become an index: where no step has put any yet, the zeros of fresh memory need not make a good one.
+
+    Once for each program is enough: from then on padding is what steps leave there.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for dim, size in enumerate(spec.value.shape):
+            if symbols_of(size):
+                argument = argument.narrow(dim, 0, 1)
+        for tail in padding:
+            assign(tail, argument.expand_as(tail))
 
 
 def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
     """Where to copy row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
 
     So a negative one counts from the real size, and one that is out of range is the error that eager raises, where
-    at the bucket's size it would silently be a padding row.
+    at the bucket's size it would silently be a padding row. ``index_select`` has no negative ones.
     """
     with torch.inference_mode(False), torch.no_grad():
         shape = tuple(indices.shape)
@@ -75,5 +95,8 @@ def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: i
         given = b.binding.place((spec.node, "given"), ("given", spec.position), shape, strides, torch.int64)
         rows = b.binding.place(("rows", indices.dtype), ("rows", indices.dtype), (bucket,), (1,), indices.dtype)
         torch.arange(bucket, out=rows, device=rows.device)
-        b.program.prologue.append(partial(torch.take, rows[:size], given, out=indices))
+        if len(shape) == 1 and any(call.op in _SELECTS for user in spec.node.users for call in b.plan.facts[user].ops):
+            b.program.prologue.append(partial(torch.index_select, rows[:size], 0, given, out=indices))
+        else:
+            b.program.prologue.append(partial(torch.take, rows[:size], given, out=indices))
     return given

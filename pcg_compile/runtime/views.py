@@ -14,6 +14,8 @@ from .buffers import extent
 __all__ = ["assign", "copier", "expanded_dims", "has_layout", "looks_like", "real_rows", "tails", "unexpanded"]
 
 Sizes = Mapping[sympy.Symbol, int]
+#: Of the largest element.
+_ALIGNMENT = 16
 
 
 def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.Tensor:
@@ -82,15 +84,21 @@ def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> 
             return copy_expanded
         return copy_one
 
-    layouts = [(shape_at(f, sizes), strides_at(f, sizes), _offset(f, sizes)) for _, f in views]
-    first = min(offset for _, _, offset in layouts)
-    total = max(offset + extent(shape, strides) for shape, strides, offset in layouts) - first
+    # In bytes: a view may be of another dtype.
+    layouts = [(shape_at(f, sizes), strides_at(f, sizes), _offset(f, sizes) * f.itemsize) for _, f in views]
+    first = min(offset for _, _, offset in layouts) // _ALIGNMENT * _ALIGNMENT
+    ends = [
+        offset + extent(shape, strides) * fake.itemsize
+        for (shape, strides, offset), (_, fake) in zip(layouts, views, strict=True)
+    ]
+    total = -(-(max(ends) - first) // _ALIGNMENT) * _ALIGNMENT
 
     def copy_group() -> list[torch.Tensor]:
-        base = torch.empty(total, dtype=views[0][0].dtype, device=views[0][0].device)
+        base = torch.empty(total, dtype=torch.uint8, device=views[0][0].device)
         results = []
         for (view, _), (shape, strides, offset) in zip(views, layouts, strict=True):
-            results.append(assign(base.as_strided(shape, strides, offset - first), view))
+            place = base.view(view.dtype).as_strided(shape, strides, (offset - first) // view.itemsize)
+            results.append(assign(place, view))
         return results
 
     return copy_group
