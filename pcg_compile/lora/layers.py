@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import AdapterError, BatchError, message
 from ..step import current_step
-from ..torch_internals import is_subclass
+from ..torch_internals import drop_forward_hook, is_subclass
 from .peft_folder import Factors
 
 __all__ = ["LoRALayer", "find_layers"]
@@ -53,6 +53,8 @@ class LoRALayer:
     def attach(self, adapters: int, router: Any, dtype: torch.dtype | None) -> None:
         """Makes room for adapters, and has the layer add them."""
         weight = self.module.weight
+        if drop_forward_hook(self.module, _hook_of_a_copy):
+            self._remove(own_forward=True)
         if hasattr(self.module, _BUFFERS[0]):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
         if is_subclass(weight):
@@ -85,17 +87,20 @@ class LoRALayer:
             self.own_forward = True
             vars(self.module)["forward"] = self.module.forward
         # The router lives as long as a layer that uses it.
-        self.handle = self.module.register_forward_hook(_hook_of(router))
+        self.handle = self.module.register_forward_hook(_Hook(router))
 
     def detach(self) -> None:
         """Leaves the layer as it was before :meth:`attach`."""
         if self.handle is not None:
             self.handle.remove()
-            for name in (*_BUFFERS, *_FACTS):
-                delattr(self.module, name)
-            if self.own_forward:
-                vars(self.module).pop("forward", None)
+            self._remove(self.own_forward)
             self.handle, self.own_forward = None, False
+
+    def _remove(self, own_forward: bool) -> None:
+        for name in (*_BUFFERS, *_FACTS):
+            delattr(self.module, name)
+        if own_forward:
+            vars(self.module).pop("forward", None)
 
     @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -135,8 +140,13 @@ class LoRALayer:
         return copies
 
 
-def _hook_of(router: Any) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
-    def add_adapters(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+class _Hook:
+    """The forward hook of a layer. It belongs to the layer that the pool loads adapters into, and to no copy of it."""
+
+    def __init__(self, router: Any) -> None:
+        self.router = router
+
+    def __call__(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not output.requires_grad:
             factors = (module.pcg_lora_a, module.pcg_lora_b, module.pcg_lora_scalings, module.pcg_lora_ranks)
             torch.ops.pcg.lora(output, args[0], *factors, module.pcg_lora_widths, module.pcg_lora_pool)
@@ -144,8 +154,27 @@ def _hook_of(router: Any) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tens
             _refuse_gradients()
         return output
 
-    add_adapters.router = router  # type: ignore[attr-defined]
-    return add_adapters
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What a deep copy and a pickle have in its place."""
+        return _copied_hook, ()
+
+
+def _copied_hook() -> Callable[..., None]:
+    return _hook_of_a_copy
+
+
+def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
+    """A copied layer is the base model's: its pool knows nothing of it, and loads no adapter into it."""
+    if not torch.compiler.is_compiling():
+        state = current_step()
+        adapters = None if state is None else state.batch.adapters
+        if isinstance(adapters, torch.Tensor) or any(adapters or ()):
+            raise BatchError(
+                message(
+                    "the batch names adapters, and the model is a copy of the one that their pool was made on",
+                    cure="Make a pool for the copy: AdapterPool(copy, ...)",
+                )
+            )
 
 
 def _refuse_gradients() -> None:
