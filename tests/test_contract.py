@@ -400,6 +400,9 @@ def test_pages_without_a_cache_are_nobodys_concern():
         (lambda: pcg.step(pcg.Batch([1], [1], [[1]]), "cache").__enter__(), "PagedKVCache"),
         (lambda: pcg.PagedAttention(0, 2, 1, 4, scale="1"), "scale"),
         (lambda: pcg.PagedAttention(0, 2, 1, 4, scale=float("nan")), "scale"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, scale=1j), "scale"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, softcap=float("inf")), "softcap"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, softcap="30"), "softcap"),
         (lambda: cache_for(tf.MambaConfig(), num_pages=4), "num_attention_heads"),
     ],
 )
