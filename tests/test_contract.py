@@ -290,13 +290,13 @@ SERVED = [
 REFUSED = [
     ("Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 32}, "by itself"),
     ("Falcon", {"hidden_size": 32, "num_attention_heads": 4, "alibi": True}, "by itself"),
-    ("GPTJ", {**GPT, "rotary_dim": 4}, "by itself"),
     ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, "by itself"),
     ("Llama", {**SMALL, "rope_parameters": DYNAMIC_ROPE}, "longest request"),
     ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2}, "state"),
     ("Lfm2", {**SMALL, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]}, "conv"),
     ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "position_ids"),
     ("DiffLlama", SMALL, "layer_idx"),
+    ("Dory", {**SMALL, "head_dim": 8}, "layer_idx"),
 ]
 
 
