@@ -4,7 +4,7 @@
 
 becomes
 
-    pcg::prepare_lora(rows, pool)                                            once, ahead of everything
+    pcg::prepare_lora(rows, pool, memory)                                    once, ahead of everything
     pcg::lora_apply(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices)   routing comes from the step
 
 and layers that read the same x share one ``pcg::lora_apply_many`` (:mod:`.group_lora`).
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from pcg_compile.graph.scalars import expr_of, symbols_of
-from pcg_compile.lora.routing import router_by_id
+from pcg_compile.lora.routing import RoutingMemory, router_by_id
 
 from .context import PassContext, StepInput
 from .group_lora import LoRACall, group_calls
@@ -41,6 +41,7 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
     rewriter = Rewriter(gm, context)
     opened: dict[tuple[int, str], tuple[Any, fx.Node, str]] = {}
+    memories: dict[int, RoutingMemory] = {}
     calls = []
     for node in found:
         given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
@@ -50,6 +51,8 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
             context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
             continue
         routing = (given["pool"], str(expr_of(rows)))
+        if given["pool"] not in memories:
+            memories[given["pool"]] = router_by_id(given["pool"]).new_memory()
         opened.setdefault(routing, (rows, node, str(len(opened))))
         calls.append(LoRACall(node, given, routing, (given["x"], y.dtype, y.device, b.shape[0], b.shape[2])))
     groups = group_calls(gm.graph, calls, context.facts, context.splits)
@@ -57,9 +60,9 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
         for node in moved:
             group[0].node.prepend(node)
         rows, _, name = opened[group[0].routing]
-        _open(rewriter, group, rows, name)
+        _open(rewriter, group, rows, name, memories[group[0].routing[0]])
     for (pool, _), (rows, node, _) in opened.items():
-        rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool)
+        rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool, memories[pool].id)
     if opened:
         context.notes.append(
             f"pcg::prepare_lora ahead of {len(calls)} LoRA layers in {len(groups)} calls: {len(opened)} routings a step"
@@ -78,14 +81,13 @@ def _rows(y: torch.Tensor) -> Any:
     return rows
 
 
-def _open(rewriter: Rewriter, group: Sequence[LoRACall], rows: Any, name: str) -> None:
+def _open(rewriter: Rewriter, group: Sequence[LoRACall], rows: Any, name: str, memory: RoutingMemory) -> None:
     first, given = group[0].node, group[0].given
     device = rewriter.facts[given["y"]].value.device
-    pool = given["pool"]
-    adapters = router_by_id(pool).max_adapters
+    adapters = memory.max_adapters
 
     def part(which: int) -> Callable[[Any, int], torch.Tensor]:
-        return lambda state, size: router_by_id(pool).routing(size)[which]
+        return lambda state, size: memory.routing(size)[which]
 
     permutation = rewriter.step_input(
         StepInput(

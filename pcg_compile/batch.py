@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,7 +181,7 @@ class Batch:
             runtime.prepare_ahead(self.num_tokens)
 
     def _state(self, name: str) -> StepState:
-        state = RUNNING.get()
+        state = current_step()
         while state is not None and state.batch is not self:
             state = state.outer
         if state is None:
@@ -208,7 +208,7 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
         raise BatchError(message(f"pcg.step() takes a Batch, not {name}", cure="Write: pcg.step(pcg.Batch(...))"))
     if cache is not None and not hasattr(cache, "slot_mapping"):
         raise BatchError(message(f"the cache of a step is a PagedKVCache, not {type(cache).__name__}"))
-    if RUNNING.get() is not None:
+    if current_step() is not None:
         raise BatchError(message("a step is running already", cure="Leave it before you enter the next one."))
     if cache is not None:
         if not batch.has_pages:
@@ -241,16 +241,18 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
                 "Make a pool first: pcg.lora.AdapterPool(model, ...)"
             )
     finally:
-        RUNNING.reset(token)
-        state.close()
+        # A generator that was abandoned inside the step may be closed by another task or thread, whose step it is not.
+        with suppress(ValueError):
+            RUNNING.reset(token)
         if cache is not None:
             cache.in_step = False
+        state.close()
 
 
 @contextmanager
 def scratch_step(tokens: int, cache: PagedKVCache | None) -> Iterator[StepState]:
     """A step of padding alone, for recording: it writes no page but 0. Inside a step it takes its place."""
-    running = RUNNING.get()
+    running = current_step()
     if running is not None:
         running.used = True
     state = StepState(Batch._of_padding(tokens), cache, running, scratch=True)

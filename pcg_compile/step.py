@@ -49,6 +49,8 @@ class StepState:
         self.prepared: Prepared | None = None
         #: Whether anybody has asked for the metadata, for recordings ahead of time too.
         self.used = False
+        #: Whether it is over, also for a task or thread that began inside it, or whose generator another one closed.
+        self.closed = False
         #: Request slots that warm-up asks for, whatever the batch needs.
         self.rung: int | None = None
         self._memo: dict[Hashable, Any] = {}
@@ -74,7 +76,8 @@ class StepState:
         return not any(isinstance(key, tuple) and key[0] == "lora" for key in self._memo)
 
     def close(self) -> None:
-        """Runs what waits for the step's end."""
+        """Ends the step, and runs what waits for that."""
+        self.closed = True
         exits, self._exits = self._exits, []
         for fn in exits:
             fn()
@@ -217,7 +220,8 @@ RUNNING: ContextVar[StepState | None] = ContextVar("pcg_step", default=None)
 
 def current_step() -> StepState | None:
     """The running step of this thread or task, or None."""
-    return RUNNING.get()
+    state = RUNNING.get()
+    return None if state is None or state.closed else state
 
 
 def require_step(what: str) -> StepState:
@@ -226,7 +230,7 @@ def require_step(what: str) -> StepState:
     Raises:
         BatchError: none is running; ``what`` needs it.
     """
-    state = RUNNING.get()
+    state = current_step()
     if state is None:
         raise BatchError(
             message(

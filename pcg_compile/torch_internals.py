@@ -172,6 +172,14 @@ def is_subclass(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
+def drop_forward_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
+    """Takes a hook off a module without the handle that registering it gave; whether it was there (2.11 to 2.13)."""
+    keys = [key for key, one in module._forward_hooks.items() if one is hook]
+    for key in keys:
+        del module._forward_hooks[key]
+    return bool(keys)
+
+
 def lower_subclasses(
     gm: fx.GraphModule, inputs: list[Any], compile_plain: Callable[[fx.GraphModule, Sequence[Any]], Any]
 ) -> Callable[..., Any]:

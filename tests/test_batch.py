@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import threading
 
@@ -252,6 +254,50 @@ def test_each_thread_has_its_own_step():
     assert seen["before"] is None and seen["batch"] == 1 and "step of another thread" in seen["error"]
     with step(Batch([2], page_table=table), cache):
         pass
+
+
+@pytest.mark.parametrize("closer", ["task", "thread"])
+def test_a_step_that_somebody_else_leaves_is_over_for_all(closer):
+    """A generator that was abandoned inside its step is closed where the step was never entered."""
+    cache = small_cache()
+    enter = lambda: step(Batch([1], page_table=[[1]]), cache)
+
+    def serve():
+        with enter():
+            yield current_step()
+
+    async def serve_in_tasks():
+        with enter():
+            yield current_step()
+
+    async def step_later(over):
+        await over.wait()
+        return current_step()
+
+    async def main():
+        over = asyncio.Event()
+        abandoned = serve_in_tasks()
+        state = await anext(abandoned)
+        begun_inside = asyncio.create_task(step_later(over))
+        del abandoned
+        gc.collect()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        over.set()
+        assert state.closed and await begun_inside is None
+
+    if closer == "task":
+        asyncio.run(main())
+    else:
+        abandoned = serve()
+        next(abandoned)
+        thread = threading.Thread(target=abandoned.close)
+        thread.start()
+        thread.join()
+        torch.set_grad_enabled(True)
+    assert current_step() is None and not cache.in_step
+    with enter() as batch:
+        assert current_step().batch is batch
 
 
 def test_preparing_is_idempotent_and_follows_the_batch():

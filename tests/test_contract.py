@@ -297,6 +297,7 @@ REFUSED = [
     ("Lfm2", {**SMALL, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]}, "conv"),
     ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "position_ids"),
     ("DiffLlama", SMALL, "layer_idx"),
+    ("Dory", {**SMALL, "head_dim": 8}, "layer_idx"),
 ]
 
 
@@ -405,6 +406,9 @@ def test_pages_without_a_cache_are_nobodys_concern():
         (lambda: pcg.step(pcg.Batch([1], [1], [[1]]), "cache").__enter__(), "PagedKVCache"),
         (lambda: pcg.PagedAttention(0, 2, 1, 4, scale="1"), "scale"),
         (lambda: pcg.PagedAttention(0, 2, 1, 4, scale=float("nan")), "scale"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, scale=1j), "scale"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, softcap=float("inf")), "softcap"),
+        (lambda: pcg.PagedAttention(0, 2, 1, 4, softcap="30"), "softcap"),
         (lambda: cache_for(tf.MambaConfig(), num_pages=4), "num_attention_heads"),
     ],
 )

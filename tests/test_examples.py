@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_tensor_parallel():
 def test_continuous_batching_equals_generation_one_by_one(budget, tmp_path):
     import continuous_batching as example
 
+    assert len(Path(example.__file__).read_text().splitlines()) < 250
     torch._dynamo.reset()
     model, adapters = example.make_model("cpu", tmp_path)
     compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4, 8, 16, 32, 64]})
@@ -70,3 +72,16 @@ def test_continuous_batching_equals_generation_one_by_one(budget, tmp_path):
         assert request.output == alone.output and len(request.output) == request.want
     assert pcg.stats(compiled).replays > 0
     random.seed()
+
+
+def test_continuous_batching_streams_its_tokens(monkeypatch, capsys):
+    import continuous_batching as example
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(sys, "argv", ["continuous_batching.py", "--requests", "2", "--no-adapters", "--check"])
+    example.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    for request in example.make_requests(2, []):
+        start = printed.index(f"{request.name} (base):")
+        assert re.match(rf"\S+ \(base\):(?: \d+){{{request.want}}}(?!\d)", printed[start:])
+    assert "tokens/s" in printed and "2 of 2 answers equal those of requests served alone" in printed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -382,3 +384,28 @@ def test_loading_from_another_thread(folders):
         stop.set()
         thread.join()
     assert not errors
+
+
+@torch.no_grad()
+def test_a_copy_of_the_model_has_no_adapters_until_it_gets_a_pool(folders):
+    """What is loaded later reaches the original alone: a copy that went on would compute with old factors."""
+    model, pool = make(folders, names="a")
+    pickled = io.BytesIO()
+    torch.save(model, pickled)
+    pickled.seek(0)
+    ids, batch = torch.randint(0, 20, (4,)), pcg.Batch([4], adapters=["b"])
+    for copy in (deepcopy(model), torch.load(pickled, weights_only=False)):
+        assert copy.state_dict().keys() == Model().state_dict().keys()
+        for none in (None, [None]):
+            with pcg.step(pcg.Batch([4], adapters=none)):
+                torch.testing.assert_close(copy(ids), expected(None, ids))
+        with pcg.step(batch), pytest.raises(BatchError, match="a copy of the one"):
+            copy(ids)
+        own = pcg.lora.AdapterPool(copy, max_adapters=1, max_rank=2, target_modules=["up", "down"])
+        own.load("b", folders["b"])
+        pool.load("b", folders["a"])
+        for one, folder in ((copy, folders["b"]), (model, folders["a"])):
+            with pcg.step(batch):
+                torch.testing.assert_close(one(ids), expected(folder, ids))
+        own.close()
+        torch.testing.assert_close(copy(ids), expected(None, ids))

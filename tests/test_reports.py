@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from models import ToyLlama
 
 import pcg_compile as pcg
@@ -90,6 +93,34 @@ def test_dump_is_readable_and_its_pieces_run(tmp_path):
     done = subprocess.run([sys.executable, str(pieces[0])], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "<lambda>" not in (folder / "index.html").read_text()
+
+
+def unusual(x, p):
+    """Expanded inputs, a region that is an op's argument, a function of Python's math, an op of somebody else's."""
+    y = torch.utils.checkpoint.checkpoint(lambda t: (t * p).cos(), x, use_reentrant=False)
+    return torch.ops.silly.fresh(torch.ops.usual.negative(y)) + math.ceil(x.shape[0] / 4) * p
+
+
+@torch.library.custom_op("usual::negative", mutates_args=())
+def negative(x: torch.Tensor) -> torch.Tensor:
+    """-x"""
+    return -x
+
+
+negative.register_fake(torch.empty_like)
+
+
+def test_pieces_of_every_kind_run(tmp_path):
+    compiled = torch.compile(unusual, backend="pcg", options={"buckets": [4, 8], "compiler": "eager"})
+    with pcg.dump(tmp_path) as folder:
+        for n in (3, 5):
+            compiled(torch.randn(n, 4), torch.randn(1, 4).expand(n, 4))
+    scripts = sorted(folder.glob("graph_*/piece_*.py"))
+    assert len(scripts) == 4
+    for script in scripts:
+        runpy.run_path(str(script), run_name="__main__")
+    texts = "\n".join(script.read_text() for script in scripts)
+    assert "# Import what defines usual.negative here." in texts and "from math import ceil" in texts
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 9])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from functools import partial
 
 import models  # noqa: F401 - defines the silly ops
 import pytest
 import torch
+from adapters import save_plain
 from test_faults import Model, check, compile_it, pair, warm
 from test_paged_model import Model as Paged
 from test_paged_model import Traffic
@@ -124,3 +127,43 @@ def test_a_default_device_is_the_users_business():
             torch.testing.assert_close(*results)
     stats = pcg.stats(compiled)
     assert stats.replays > 0 and stats.fallbacks == ()
+
+
+class Adapted(torch.nn.Module):
+    """Two layers for adapters, in graphs of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_adapters_of_two_threads_do_not_meet(tmp_path):
+    """Also where one of them calls the model uncompiled, or is in another graph of it."""
+    model = Adapted().eval()
+    pool = pcg.lora.AdapterPool(model, max_adapters=2, max_rank=2, target_modules="all-linear")
+    for name in "ab":
+        pool.load(name, save_plain(tmp_path / name, {"first": (8, 8), "second": (8, 8)}))
+    compiled, x = compile_it(model), torch.randn(5, 8)
+
+    def serve(call, name):
+        with pcg.step(pcg.Batch([5], adapters=[name])):
+            return call(x)
+
+    wanted = {name: serve(model, name) for name in ("a", "b", None)}
+    serve(compiled, "a")
+
+    def keep_serving(call, name):
+        for _ in range(60):
+            torch.testing.assert_close(serve(call, name), wanted[name])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        together(*(partial(keep_serving, call, name) for call in (model, compiled) for name in wanted))
+    finally:
+        sys.setswitchinterval(interval)

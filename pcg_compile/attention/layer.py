@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,9 +57,9 @@ class PagedAttention(nn.Module):
                     why="The number of key heads divides that of query heads.",
                 )
             )
-        if softcap is not None and not softcap > 0:
+        if softcap is not None and not (_is_number(softcap) and softcap > 0):
             raise OptionsError(f"PagedAttention(softcap={softcap!r}): it is a number above 0, or None")
-        if scale is not None and (isinstance(scale, str) or not math.isfinite(scale)):
+        if scale is not None and not _is_number(scale):
             raise OptionsError(f"PagedAttention(scale={scale!r}): it is a number, or None")
         self.layer = layer
         cap, factor = None if softcap is None else float(softcap), head_dim**-0.5 if scale is None else float(scale)
@@ -115,6 +116,16 @@ class PagedAttention(nn.Module):
             f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}"
         )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number: a cap of infinity, for one, makes every score NaN."""
+    if isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def check_qkv(

@@ -14,10 +14,12 @@ would give wrong numbers with packed requests is refused there (``OptionsError``
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
 import sys
+import textwrap
 from typing import Any
 
 import torch
@@ -184,9 +186,25 @@ def _why_not(model: PreTrainedModel) -> str | None:
     takes = inspect.signature(type(model).forward).parameters
     if "input_ids" in takes and "position_ids" not in takes:
         return f"{name} takes no position_ids: it counts positions by itself, through the packed requests."
-    if config.model_type in _ATTEND_TWICE:
+    if config.model_type in _ATTEND_TWICE or _loops_over_layers(type(model).forward):
         return f"{name} attends several times with one layer_idx, and a page holds one key and value a layer."
     return None
+
+
+def _loops_over_layers(forward: Any) -> bool:
+    """Whether a model passes through its layers again and again: a loop over ``self.layers`` within a loop."""
+    try:
+        source = textwrap.dedent(inspect.getsource(forward))
+    except (OSError, TypeError):
+        return False
+    open_nodes: list[tuple[ast.AST, bool]] = [(ast.parse(source), False)]
+    while open_nodes:
+        node, inside = open_nodes.pop()
+        if isinstance(node, ast.For) and inside and re.search(r"\bself\.layers\b", ast.unparse(node.iter)):
+            return True
+        inside = inside or isinstance(node, (ast.For, ast.While))
+        open_nodes += [(child, inside) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+    return False
 
 
 def _switch_cache_off(check: Any) -> Any:

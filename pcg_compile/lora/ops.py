@@ -23,7 +23,7 @@ _LIBRARY.define(
     "lora(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scalings, Tensor ranks, int[] slices, int pool) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
-_LIBRARY.define("prepare_lora(SymInt rows, int pool) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+_LIBRARY.define("prepare_lora(SymInt rows, int pool, int memory) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def lora(
@@ -49,7 +49,7 @@ def lora(
     state = current_step()
     if state is not None and state.batch.adapters is not None:
         state.check_tokens(rows)
-    routing = router_by_id(pool).prepare(state, rows)
+    routing = router_by_id(pool).routing(state, rows)
     if routing is not None:
         # Tokens in two dimensions, at the bucket's strides, are no rows: then a copy is worked on.
         flat = y.reshape(-1, y.shape[-1])
@@ -59,13 +59,13 @@ def lora(
 
 
 def bind_prepare_lora(
-    rows: int, pool: int, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
+    rows: int, pool: int, memory: int, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
 ) -> Callable[[], None]:
     """``pcg::prepare_lora`` for a bucket of ``rows``: prepares whatever step runs when it is called."""
-    router = router_by_id(pool)
+    place = router_by_id(pool).memory(memory)
 
     def prepare() -> None:
-        router.prepare(current_step(), rows)
+        place.prepare(current_step(), rows)
 
     return prepare
 
@@ -83,8 +83,8 @@ def row_wise_form_of_many(
         row_wise_form(one[0], x, *one[1:])
 
 
-def _prepare(rows: int, pool: int) -> None:
-    bind_prepare_lora(rows, pool)()
+def _prepare(rows: int, pool: int, memory: int) -> None:
+    bind_prepare_lora(rows, pool, memory)()
 
 
 def _nothing(*args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
@@ -17,7 +18,7 @@ from .route import Routing, route
 if TYPE_CHECKING:
     from ..step import StepState
 
-__all__ = ["Router", "SlotSource", "router_by_id"]
+__all__ = ["Router", "RoutingMemory", "SlotSource", "router_by_id"]
 
 
 class SlotSource(Protocol):
@@ -34,7 +35,7 @@ class SlotSource(Protocol):
 
 
 class _Area:
-    """Static memory for one power of two of rows: ``seg_indptr``, and behind it ``permutation``."""
+    """Memory for so many rows, in static memory a power of two: ``seg_indptr``, and behind it ``permutation``."""
 
     def __init__(self, capacity: int, max_adapters: int, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -52,68 +53,53 @@ _ROUTERS: WeakValueDictionary[int, Router] = WeakValueDictionary()
 
 
 class Router:
-    """Brings each step's routing to static memory, once a step whatever the number of layers.
-
-    The recordings read nothing else: which adapters a batch mixes, none included, changes no address, no shape and
-    no key. See Note [one function for key and metadata].
-
-    Note [one function for key and metadata]
-    The only key that routing has is the number of rows. What is written for it comes from :meth:`prepare` alone.
-    """
+    """Knows the adapter slots of a step's requests, for one pool; once a step, whatever the number of layers."""
 
     def __init__(self, source: SlotSource, max_adapters: int, device: torch.device) -> None:
         self.source, self.max_adapters, self.device = source, max_adapters, device
         #: Held from the choice of slots until they are in use: another thread's load could give them away between.
         self.lock = threading.RLock()
         self.id = 1 + max(_ROUTERS.keys(), default=0)
-        self._areas: dict[int, _Area] = {}
-        self._staging = StagingRing(device)
+        #: By number; a graph keeps its own alive.
+        self._memories: WeakValueDictionary[int, RoutingMemory] = WeakValueDictionary()
         _ROUTERS[self.id] = self
 
-    def routing(self, rows: int) -> Routing:
-        """Static ``permutation [rows]`` and ``seg_indptr [max_adapters + 1]`` int32; filled by :meth:`prepare`."""
-        area = self._area(rows)
-        return Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr)
+    def new_memory(self) -> RoutingMemory:
+        """Static memory for one more compiled graph."""
+        memory = RoutingMemory(self, 1 + max(self._memories.keys(), default=0))
+        self._memories[memory.id] = memory
+        return memory
 
-    def prepare(self, state: StepState | None, rows: int) -> Routing | None:
-        """Fills the static memory for ``rows`` tokens, those of the batch first and padding behind them.
+    def memory(self, number: int) -> RoutingMemory:
+        """The static memory that a graph names."""
+        return self._memories[number]
+
+    def routing(self, state: StepState | None, rows: int) -> Routing | None:
+        """The routing of a step's ``rows`` tokens in memory of the step's own: another thread's step has others.
 
         Returns:
-            The routing, or None where every token is the base model's.
+            None where every token is the base model's.
 
         Raises:
             BatchError: an unknown adapter, too many adapters, fewer rows than the batch has tokens.
         """
-        area = self._area(rows)
-        slots = None if state is None else state.once(("lora", self.id), lambda: self._slots(state))
+        slots = self.slots(state)
         if slots is None:
-            if area.owner[0] is not None:
-                area.seg_indptr.zero_()
-                # Fewer rows than before: what the longer permutation begins with is none of theirs.
-                area.permutation.copy_(area.in_order)
-                area.owner = (None, 0)
             return None
         assert state is not None
-        # What is written for more rows begins with what fewer rows need.
-        if area.owner[0] is not state or area.owner[1] < rows:
-            tokens = state.batch.num_tokens
-            if rows < tokens:
-                raise BatchError(
-                    message(
-                        f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
-                        why="Which row belongs to which request is then unknown.",
-                        cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
-                    )
-                )
-            if isinstance(slots, torch.Tensor):
-                self._route_on_device(slots, area, rows)
-            else:
-                self._route_on_host(state, slots, area, rows)
-            area.owner = (state, rows)
-        return self.routing(rows)
+
+        def make() -> Routing:
+            area = _Area(rows, self.max_adapters, self.device)
+            self.fill(area, rows, state, slots, state.staging(self.device))
+            return Routing(area.permutation, area.seg_indptr)
+
+        return state.once(("lora", self.id, rows), make)
+
+    def slots(self, state: StepState | None) -> Any:
+        """The slot of each request, or of each token where they came as a tensor; None where all are the base's."""
+        return None if state is None else state.once(("lora", self.id), lambda: self._slots(state))
 
     def _slots(self, state: StepState) -> Any:
-        """The slot of each request, or of each token where they came as a tensor; None where all are the base's."""
         adapters = state.batch.adapters
         if adapters is None:
             return None
@@ -131,22 +117,80 @@ class Router:
         state.on_exit(lambda: self.source.end_step(used))
         return slots
 
-    def _route_on_host(self, state: StepState, slots: np.ndarray[Any, Any], area: _Area, rows: int) -> None:
+    def fill(self, area: _Area, rows: int, state: StepState, slots: Any, staging: StagingRing) -> None:
+        """Writes the routing of a step to an area.
+
+        Raises:
+            BatchError: fewer rows than the batch has tokens.
+        """
+        tokens = state.batch.num_tokens
+        if rows < tokens:
+            raise BatchError(
+                message(
+                    f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
+                    why="Which row belongs to which request is then unknown.",
+                    cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
+                )
+            )
+        if isinstance(slots, torch.Tensor):
+            padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
+            route(padded, self.max_adapters, Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr))
+            return
         words = self.max_adapters + 1 + rows
-        buffer = self._staging.take(4 * words)
+        buffer = staging.take(4 * words)
         route_requests(state.batch.qo_lens, slots, self.max_adapters, buffer.word_array[:words])
         area.words.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
         buffer.sent()
 
-    def _route_on_device(self, slots: torch.Tensor, area: _Area, rows: int) -> None:
-        padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
-        route(padded, self.max_adapters, Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr))
+
+class RoutingMemory:
+    """The static memory that the recordings of one graph read their routing from.
+
+    They read nothing else: which adapters a batch mixes, none included, changes no address, no shape and no key. See
+    Note [one function for key and metadata]. A graph serves one call at a time; two graphs, in two threads, may be in
+    steps of their own, so each has memory of its own.
+
+    Note [one function for key and metadata]
+    The only key that routing has is the number of rows. What is written for it comes from :meth:`prepare` alone.
+    """
+
+    def __init__(self, router: Router, number: int) -> None:
+        #: Weakly: a graph may outlive the model, and a router has its pool's layers.
+        self._router, self.id, self.max_adapters = weakref.ref(router), number, router.max_adapters
+        self._areas: dict[int, _Area] = {}
+        self._staging = StagingRing(router.device)
+
+    def routing(self, rows: int) -> Routing:
+        """Static ``permutation [rows]`` and ``seg_indptr [max_adapters + 1]`` int32; filled by :meth:`prepare`."""
+        area = self._area(rows)
+        return Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr)
+
+    def prepare(self, state: StepState | None, rows: int) -> None:
+        """Fills the static memory for ``rows`` tokens, those of the batch first and padding behind them.
+
+        Raises:
+            BatchError: an unknown adapter, too many adapters, fewer rows than the batch has tokens.
+        """
+        router = _there(self._router())
+        area, slots = self._area(rows), router.slots(state)
+        if slots is None:
+            if area.owner[0] is not None:
+                area.seg_indptr.zero_()
+                # Fewer rows than before: what the longer permutation begins with is none of theirs.
+                area.permutation.copy_(area.in_order)
+                area.owner = (None, 0)
+            return
+        assert state is not None
+        # What is written for more rows begins with what fewer rows need.
+        if area.owner[0] is not state or area.owner[1] < rows:
+            router.fill(area, rows, state, slots, self._staging)
+            area.owner = (state, rows)
 
     def _area(self, rows: int) -> _Area:
         capacity = max(16, 1 << (rows - 1).bit_length())
         area = self._areas.get(capacity)
         if area is None:
-            area = self._areas[capacity] = _Area(capacity, self.max_adapters, self.device)
+            area = self._areas[capacity] = _Area(capacity, self.max_adapters, self._staging.device)
         return area
 
 
@@ -183,7 +227,10 @@ def router_by_id(router_id: int) -> Router:
     Raises:
         BatchError: its pool is gone.
     """
-    router = _ROUTERS.get(router_id)
+    return _there(_ROUTERS.get(router_id))
+
+
+def _there(router: Router | None) -> Router:
     if router is None:
         raise BatchError(
             message("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")

@@ -72,7 +72,7 @@ def _write_graph(folder: Path, runtime: Any) -> None:
         if script is None:
             script = f"piece_{site.index}.py"
             written[id(site.compiled)] = script
-            (folder / script).write_text(_piece_script(site))
+            (folder / script).write_text(_piece_script(site), encoding="utf-8")
             path = inductor_output(site.compiled.function)
             if path is not None:
                 outputs.append(f"{script}  {path}")
@@ -96,11 +96,11 @@ def _write_graph(folder: Path, runtime: Any) -> None:
 
 
 def _write_lines(path: Path, lines: Iterable[str | None]) -> None:
-    path.write_text("\n".join(line for line in lines if line is not None) + "\n")
+    path.write_text("\n".join(line for line in lines if line is not None) + "\n", encoding="utf-8")
 
 
 def _write_code(path: Path, title: str, gm: Any) -> None:
-    path.write_text(f"# {title}\n" + gm.print_readable(print_output=False))
+    path.write_text(f"# {title}\n" + gm.print_readable(print_output=False), encoding="utf-8")
 
 
 def _is_inserted(node: Any) -> bool:
@@ -115,15 +115,47 @@ def _describe(op: Any) -> str:
 
 def _piece_script(site: PieceSite) -> str:
     """The piece as a module that can be run: its code, and inputs like those that it was compiled for."""
-    code = site.piece.gm.print_readable(print_output=False)
+    gm = site.piece.gm
+    code = gm.print_readable(print_output=False)
     for name in ("<lambda>", "GraphModule"):
         code = code.replace(f"class {name}", "class Piece")
-    imports = ("import operator", "import torch", "from torch import device, inf, nan", "import pcg_compile")
-    lines = [f"# {site.where}", "", *imports, "", code, "", 'if __name__ == "__main__":', "    inputs = ["]
+    lines = [f"# {site.where}", *_needed_imports(gm), "", code, "", _WITH_PARTS, 'if __name__ == "__main__":']
+    lines.append("    inputs = [")
     for value in site.piece.example:
         lines.append(f"        {_example(value)},")
-    lines += ["    ]", "    print(Piece().forward(*inputs))", ""]
+    lines += ["    ]", "    print(with_parts(Piece).forward(*inputs))", ""]
     return "\n".join(lines)
+
+
+#: What runs inside of an op, such as a checkpointed region, is printed as a class within the piece's.
+_WITH_PARTS = '''
+def with_parts(kind):
+    """The module, and what its code names as its attributes."""
+    module = kind()
+    for name, part in list(vars(kind).items()):
+        if isinstance(part, type):
+            vars(module)[name] = torch.fx.symbolic_trace(with_parts(part))
+    return module
+
+'''
+_IMPORTS = ("import operator", "import torch", "from torch import device, inf, nan", "import pcg_compile")
+#: Of ops that are there once torch and pcg are.
+_KNOWN = ("aten", "prims", "prim", "pcg", "inductor", "quantized", "c10d", "_c10d_functional", "higher_order")
+
+
+def _needed_imports(gm: Any) -> list[str]:
+    """The imports of a piece's script, and what has to be imported by hand: modules that define ops."""
+    graphs = [part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)]
+    functions = {name: value for graph in graphs for name, value in graph.python_code("self").globals.items()}
+    named = [
+        f"from {value.__module__} import {value.__name__} as {name}"
+        for name, value in functions.items()
+        if callable(value) and name.isidentifier() and not isinstance(value, type)
+    ]
+    targets = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    ops = {str(target) for target in targets if type(target).__name__ in ("OpOverload", "OpOverloadPacket")}
+    by_hand = [f"# Import what defines {op} here." for op in sorted(ops) if op.partition(".")[0] not in _KNOWN]
+    return ["", *_IMPORTS, *sorted(named), *by_hand]
 
 
 def _example(value: Any) -> str:
@@ -133,8 +165,11 @@ def _example(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(number(value))
     shape, strides = tuple(map(number, value.shape)), tuple(map(number, value.stride()))
-    make = f"torch.empty_strided({shape}, {strides}, dtype={value.dtype}, device={str(value.device)!r})"
-    return f"{make}.normal_()" if value.is_floating_point() else f"{make}.zero_()"
+    # Rows of an expanded tensor share memory, and can be seen so, but not be filled so.
+    needed = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    random = value.is_floating_point() or value.is_complex()
+    make = f"torch.{'randn' if random else 'zeros'}({needed}, device={str(value.device)!r}).to({value.dtype})"
+    return f"{make}.as_strided({shape}, {strides})"
 
 
 def _write_index(root: Path, problems: list[str]) -> None:
@@ -147,7 +182,7 @@ def _write_index(root: Path, problems: list[str]) -> None:
     items = "".join(f'<li><a href="#{anchors[name]}">{html.escape(name)}</a></li>' for name in names)
     parts.append(f"<ul>{items}</ul>")
     for name in names:
-        text = html.escape((root / name).read_text(errors="replace"))
+        text = html.escape((root / name).read_text(encoding="utf-8", errors="replace"))
         link = f'<a href="{html.escape(quote(name))}">{html.escape(name)}</a>'
         parts.append(f'<details open id="{anchors[name]}"><summary>{link}</summary><pre>{text}</pre></details>')
-    (root / "index.html").write_text("\n".join(parts))
+    (root / "index.html").write_text("\n".join(parts), encoding="utf-8")
