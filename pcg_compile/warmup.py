@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from .batch import current_step
-from .errors import message
+from .errors import PCGError, message
 from .registry import runtimes
 from .runtime.warming import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
 
 __all__ = ["mark_sizes", "warmup"]
+
+_LOG = logging.getLogger("pcg_compile")
 
 Buckets = Sequence[int | tuple[int, ...]]
 
@@ -43,11 +46,14 @@ def warmup(
     """
     bar = _Bar(compiled) if progress else None
     request = WarmUp(buckets, bar.report if bar else lambda done, total, name: None)
+    before = len(runtimes())
     try:
         sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
         # With gradients there would be nothing to record.
         with warming_up(request), sizes, torch.no_grad():
             result = compiled(*example_args, **kwargs)
+        if request.served and not request.dynamic and len(runtimes()) == before:
+            _record_other_sizes(compiled, example_args, kwargs, request)
         if not request.served:
             name = getattr(compiled, "__name__", type(compiled).__name__)
             raise ValueError(
@@ -65,18 +71,64 @@ def warmup(
 
 def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> None:
     """Marks the sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
+    for tensor, dims in _sizes_to_bucket(args, kwargs, buckets):
+        mark_dynamic(tensor, dims, strict=False)
+
+
+def _sizes_to_bucket(args: Any, kwargs: Any, buckets: Buckets | None) -> list[tuple[torch.Tensor, list[int]]]:
+    """Tensors, and the dimensions of each; none where the caller has marked some."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 0]
     if any(getattr(t, "_dynamo_dynamic_indices", None) for t in tensors):
-        return
+        return []
     step = current_step()
     several = max((len(b) for b in buckets or () if isinstance(b, tuple)), default=1)
+    found = []
     for tensor in tensors:
         if step is not None:
             dims = [d for d, size in enumerate(tensor.shape) if size == step.batch.num_tokens]
         else:
             dims = list(range(min(several, tensor.dim())))
         if dims:
-            mark_dynamic(tensor, dims, strict=False)
+            found.append((tensor, dims))
+    return found
+
+
+def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) -> None:
+    """Once more with one row more, where a graph of an earlier call has answered, which serves the one size alone.
+
+    Dynamo compiles the first size that it meets for that size, and for all sizes when it meets another.
+    """
+    dims = {id(tensor): (tensor, dims) for tensor, dims in _sizes_to_bucket(args, kwargs, request.buckets)}
+    grown: list[tuple[torch.Tensor, list[int]]] = []
+
+    def grow(value: Any) -> Any:
+        tensor, along = dims.get(id(value), (value, []))
+        for dim in along:
+            tensor = torch.cat((tensor, tensor.narrow(dim, 0, min(1, tensor.shape[dim]))), dim)
+        if along:
+            grown.append((tensor, along))
+        return tensor
+
+    args, kwargs = tree_map(grow, (args, kwargs))
+
+    def mark() -> None:
+        for tensor, along in grown:
+            mark_dynamic(tensor, along, strict=False)
+
+    try:
+        sizes = compile_for_all_sizes(mark)
+        with warming_up(request), sizes, torch.no_grad():
+            compiled(*args, **kwargs)
+    except PCGError:
+        raise
+    except Exception as error:
+        # A model may take the one size only.
+        _LOG.warning("warmup recorded the size of the example alone: with one row more, %s", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 class _Bar:

@@ -177,3 +177,25 @@ def test_cached_code_is_not_used_where_memory_is_shared_otherwise(tmp_path, monk
                 for n in (3, 5):
                     x = torch.randn(n, 4)
                     torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_a_model_that_was_called_before_is_recorded_for_all_sizes_too():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    compiled = torch.compile(model, backend="pcg", options={"buckets": [4, 8, 16], "compiler": "eager"})
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        compiled(x)
+        pcg.warmup(compiled, x, progress=False)
+        with pcg.expect(compiled, captured=0, graphs=0):
+            for n in (3, 7, 15, 16):
+                compiled(torch.randn(n, 8))
+
+
+def test_a_model_of_one_size_that_was_called_before(caplog):
+    options = {"buckets": [4, 8, 16], "compiler": "eager"}
+    compiled = torch.compile(lambda x: x.view(4, 4, -1) + 1, backend="pcg", options=options)
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        compiled(x)
+        torch.testing.assert_close(pcg.warmup(compiled, x, progress=False), x.view(4, 4, -1) + 1)
+    assert "the size of the example alone" in caplog.text

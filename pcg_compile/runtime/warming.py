@@ -38,13 +38,14 @@ class WarmUp:
         buckets: what to record, one size or a tuple for each dynamic size; None: the table.
         report: called before each recording with (done, total, name of the bucket).
         observe: called once with (the graph's runtime, the call's arguments, the running step or None).
-        served: how many graphs have answered it.
+        served: how many graphs have answered it. dynamic: whether one of them has a dynamic size.
     """
 
     buckets: Sequence[int | tuple[int, ...]] | None = None
     report: Callable[[int, int, Any], None] = lambda done, total, name: None
     observe: Callable[[GraphState, Sequence[Any], StepState | None], None] = lambda runtime, args, step: None
     served: int = 0
+    dynamic: bool = False
 
 
 _WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
@@ -68,6 +69,7 @@ def warming_up(request: WarmUp) -> Iterator[None]:
 def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
     request.served += 1
+    request.dynamic = request.dynamic or bool(graph.plan.dims)
     graph.order_streams()
     sizes = dict(zip(graph.plan.symbols, graph.sizes_of(args), strict=True))
     step = graph.step()
