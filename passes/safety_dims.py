@@ -170,9 +170,11 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims:
         wanted = as_expr(size)
         taken: list[Any] = []
         while size_of(tuple(taken)) != wanted:
+            missing = _quotient(wanted, size_of(tuple(taken)))
+            if missing == 1:
+                break  # The same size, written otherwise.
             if not factors:
                 raise Mixing("its shape cannot be followed")
-            missing = _quotient(wanted, size_of(tuple(taken)))
             head = factors.pop(0)
             if missing is None or (isinstance(missing, int) and is_dynamic(head)):
                 raise Mixing("its view cuts through a dynamic size")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import models  # noqa: F401 - defines the silly ops
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import UnsafePadding
+from pcg_compile.passes.safety_dims import regroup
 from pcg_compile.registry import runtimes
 
 LIBRARY = torch.library.Library("opaque", "FRAGMENT")
@@ -233,3 +235,11 @@ def test_batch_and_sequence():
     most = 1 if torch.__version__ >= "2.12" else 2
     assert 1 <= pcg.stats(run).graphs <= most and pcg.stats(run).replays > 0
     assert all(isinstance(size, tuple) for size in pcg.stats(run).buckets)
+
+
+def test_a_view_whose_size_is_written_otherwise():
+    """``b * (m - 1)`` and ``b * m - b`` are one size; what is behind them is followed, and the search for it ends."""
+    b, n = sympy.symbols("b n", integer=True, positive=True)
+    frames = sympy.floor((n - 3) / 2) - 1
+    shape = (sympy.Mul(b, frames, evaluate=False), 2, 3)
+    assert regroup(((b,), (frames,), (6,)), shape) == ((b, frames), (2,), (3,))

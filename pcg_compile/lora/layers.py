@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import AdapterError, BatchError, message
-from ..step import current_step
+from ..errors import AdapterError, message
 from ..torch_internals import drop_forward_hook
+from .hook import AdapterHook, hook_of_a_copy
 from .peft_folder import Factors
-from .shards import WHOLE, Share, own_tensors, refuse_plain_part, share_of
+from .shards import WHOLE, Share, refuse_plain_part, share_of
 from .wrapped import forward_with
 
 __all__ = ["LoRALayer", "find_layers"]
@@ -62,8 +62,11 @@ class LoRALayer:
     def attach(self, adapters: int, router: Any, dtype: torch.dtype | None) -> None:
         """Makes room for adapters, and has the layer add them."""
         weight = self.module.weight
-        if drop_forward_hook(self.module, _hook_of_a_copy):
-            self._remove(None)
+        if drop_forward_hook(self.module, hook_of_a_copy):
+            forward = vars(self.module)["forward"]
+            self._remove()
+            if getattr(forward, "__func__", None) is not type(self.module).forward:
+                vars(self.module)["forward"] = forward
         if hasattr(self.module, _BUFFERS[0]):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
         self.share = share_of(self.name, weight, 1 if _is_conv1d(self.module) else 0)
@@ -79,7 +82,7 @@ class LoRALayer:
                     cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
                 )
             )
-        add = _Hook(router)
+        add = AdapterHook(router)
         forward = None if self.share is WHOLE else forward_with(self.name, self.module, add)
         self._make_buffers(adapters, dtype, weight.device)
         self.module.pcg_lora_pool, self.module.pcg_lora_name = router.id, self.name
@@ -115,16 +118,15 @@ class LoRALayer:
             return
         if self.handle is not None:
             self.handle.remove()
-        self._remove(self.forward_before)
+        self._remove()
+        if self.forward_before is not None:
+            vars(self.module)["forward"] = self.forward_before
         self.handle, self.attached = None, False
 
-    def _remove(self, forward: Any) -> None:
-        """Takes away what :meth:`attach` gave the layer; ``forward``: its own one before, or None."""
+    def _remove(self) -> None:
         for name in (*_BUFFERS, *_FACTS):
             delattr(self.module, name)
-        vars(self.module).pop("forward", None)
-        if forward is not None:
-            vars(self.module)["forward"] = forward
+        vars(self.module).pop("forward")
 
     @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -163,53 +165,6 @@ class LoRALayer:
             ranks[slot : slot + 1].fill_(rank)
             self.held[slot] = (scaling, rank)
         return copies
-
-
-class _Hook:
-    """The forward hook of a layer. It belongs to the layer that the pool loads adapters into, and to no copy of it."""
-
-    def __init__(self, router: Any) -> None:
-        self.router = router
-
-    def __call__(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if not output.requires_grad:
-            factors = (module.pcg_lora_a, module.pcg_lora_b, module.pcg_lora_scalings, module.pcg_lora_ranks)
-            y, x = own_tensors(module, output, args[0])
-            torch.ops.pcg.lora(y, x, *factors, module.pcg_lora_widths, module.pcg_lora_pool)
-        elif not torch.compiler.is_compiling():
-            _refuse_gradients()
-        return output
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """What a deep copy and a pickle have in its place."""
-        return _copied_hook, ()
-
-
-def _copied_hook() -> Callable[..., None]:
-    return _hook_of_a_copy
-
-
-def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
-    """A copied layer is the base model's: its pool knows nothing of it, and loads no adapter into it."""
-    if not torch.compiler.is_compiling():
-        state = current_step()
-        adapters = None if state is None else state.batch.adapters
-        if isinstance(adapters, torch.Tensor) or any(adapters or ()):
-            raise BatchError(
-                message(
-                    "the batch names adapters, and the model is a copy of the one that their pool was made on",
-                    cure="Make a pool for the copy: AdapterPool(copy, ...)",
-                )
-            )
-
-
-def _refuse_gradients() -> None:
-    """Gradients of the base model are the caller's business, those of a batch with adapters would be wrong."""
-    state = current_step()
-    if state is not None and state.batch.adapters is not None:
-        raise BatchError(
-            message("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
-        )
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
