@@ -20,8 +20,9 @@ from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import PieceSite, Plan, make_plan
-from .graph.scalars import symbols_of
+from .graph.scalars import symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
+from .graph.storages import told_apart
 from .graph.where import place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
@@ -186,9 +187,13 @@ def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Pa
 
 
 def plan_pieces(
-    gm: fx.GraphModule, context: PassContext, options: Options, counters: Counters, only_graph: bool
+    gm: fx.GraphModule,
+    context: PassContext,
+    options: Options,
+    counters: Counters,
+    only_graph: bool,
 ) -> tuple[Plan, int]:
-    """Cuts the graph and compiles each distinct piece once; returns the plan and their number.
+    """Cuts the graph, judges and compiles each distinct piece once; returns the plan and their number.
 
     ``only_graph``: a split op that is not here is nowhere.
     """
@@ -200,33 +205,26 @@ def plan_pieces(
 
     facts = context.facts
     cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing, collective_outside_recordings)
-    values: dict[sympy.Symbol, Any] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = facts[node].value
-        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-            values.setdefault(value.node.expr, value)
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = facts[node].value
-        if isinstance(value, torch.Tensor):
-            for size in value.shape:
-                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    values.setdefault(size.node.expr, size)
+    values = symbol_values([facts[node].value for node in gm.graph.find_nodes(op="placeholder")])
     plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
-    fake_mode = fake_mode_of([f.value for f in facts.values()])
-    distinct: dict[Any, Compiled] = {}
-    safety: dict[Any, Any] = {}
+    sites = [site for site in plan.sites if isinstance(site, PieceSite)]
+    keys = {site.index: structure_of(site.piece) for site in sites}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
-    for site in plan.sites:
-        if not isinstance(site, PieceSite):
-            continue
-        key = structure_of(site.piece)
+    safety: dict[Any, Any] = {}
+    for site in sites:
+        key = keys[site.index]
         if site.split_reason is None and key not in safety:
             offset = len(site.piece.symbols)
             marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
-            safety[key] = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
+            safety[key] = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
         site.safety = safety.get(key)
+    fake_mode = fake_mode_of([f.value for f in facts.values()])
+    distinct: dict[Any, Compiled] = {}
+    for site in sites:
         if site.trivial:
+            site.compiled = Compiled(site.piece.gm.forward)
             continue
+        key = keys[site.index]
         if key not in distinct:
             distinct[key] = compile_piece(site.piece, options.compiler, fake_mode)
             failure = distinct[key].failure
