@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from .torch_internals import (
     ends_in_graph_break,
     fake_inputs,
     fake_mode_of,
+    prepare_inductor,
     shape_guards,
     spare_profiler_calls,
     specialize_floats,
@@ -94,6 +95,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         counters.fall_back("a part of the graph switches gradients on: it runs eagerly")
         add_runtime(owner, counters, None)
         return gm.forward
+    ready = prepare_inductor(device) if options.compiler == "inductor" else lambda: None
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
@@ -105,7 +107,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             add_runtime(owner, counters, None)
             return gm.forward
         gm = run_passes(rewritable, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
+        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner), ready)
         _judge(plan, counters)
     pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
     counters.pieces = len(pieces)
@@ -192,10 +194,13 @@ def plan_pieces(
     options: Options,
     counters: Counters,
     only_graph: bool,
+    ready: Callable[[], None] = lambda: None,
 ) -> tuple[Plan, int]:
     """Cuts the graph, judges and compiles each distinct piece once; returns the plan and their number.
 
-    ``only_graph``: a split op that is not here is nowhere.
+    Args:
+        only_graph: a split op that is not here is nowhere.
+        ready: waits for what the compiler needs.
     """
 
     def missing(error: SplitOpNotFound) -> None:
@@ -218,6 +223,7 @@ def plan_pieces(
             marked = [i + offset for i, node in enumerate(site.piece.inputs) if node in scratch]
             safety[key] = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
         site.safety = safety.get(key)
+    ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, Compiled] = {}
     for site in sites:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import sympy
@@ -162,6 +163,37 @@ def isolated_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
     """A tracing context of our own, so that compiling a piece leaves Dynamo's alone (2.11 to 2.13)."""
     with tracing(TracingContext(fake_mode)):
         yield
+
+
+def prepare_inductor(device: torch.device) -> Callable[[], None]:
+    """Begins, beside other work, what a first compile by Inductor waits for; returns what waits for it (2.11 to 2.13).
+
+    Triton kernels are compiled in parallel by processes that take seconds to start; until they have, Inductor compiles
+    one after the other itself. The keys of its caches hash the sources of torch and Triton, hundreds of megabytes, most
+    of it without Python's lock.
+    """
+    try:
+        if device.type == "cuda":
+            from torch._inductor.async_compile import maybe_warm_pool
+
+            maybe_warm_pool()
+        # Here and not in the thread: of modules that import each other, two threads could see some half made.
+        import torch._inductor.compile_fx
+        from torch._inductor.codecache import torch_key
+        from torch._inductor.runtime import triton_compat
+    except Exception:
+        # It fails again, and is counted, where a piece is compiled.
+        return lambda: None
+
+    def hash_sources() -> None:
+        with suppress(Exception):
+            torch_key()
+            if triton_compat.HAS_TRITON:
+                triton_compat.triton_key()
+
+    thread = Thread(target=hash_sources, name="pcg-hash-sources", daemon=True)
+    thread.start()
+    return thread.join
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -209,3 +209,21 @@ def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours = verdicts
     assert (ours.kind, ours.row_indices, ours.orders) == (theirs.kind, theirs.row_indices, theirs.orders)
     assert [(v.kind, v.op, v.reason) for v in ours.nodes] == [(v.kind, v.op, v.reason) for v in theirs.nodes]
+
+
+def test_workers_start_before_the_graph_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's processes take seconds to start; pieces are compiled once its keys are made."""
+    from torch._inductor import async_compile, codecache
+
+    events: list[str] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: events.append("pool"))
+
+    def fails() -> bytes:
+        events.append("key")
+        raise OSError("unreadable")
+
+    monkeypatch.setattr(codecache, "torch_key", fails)
+    torch_internals.prepare_inductor(torch.device("cuda"))()
+    assert events == ["pool", "key"]
+    torch_internals.prepare_inductor(torch.device("cpu"))()
+    assert events == ["pool", "key", "key"]
