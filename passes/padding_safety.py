@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from pcg_compile.attention.ops import store_kv
+from pcg_compile.graph.functional import functional_form
 from pcg_compile.graph.where import place_of
 from pcg_compile.lora.ops import row_wise_form, row_wise_form_of_many
-from pcg_compile.torch_internals import functional_aten
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
 from .safety_dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
@@ -108,7 +108,7 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
         # A trace that fails inside a transform would leave the transform's state behind.
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
-        traced = functional_aten(gm, inputs, _ROW_FORMS)
+        traced = functional_form(gm, inputs, _ROW_FORMS)
     except Exception as error:
         reason = (
             f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import symbols_of
+from .graph.scalars import symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
+from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
 from .options import Options
 from .passes import metadata_passes, safety_passes
@@ -40,6 +41,7 @@ from .torch_internals import (
     ends_in_graph_break,
     fake_inputs,
     fake_mode_of,
+    prepare_inductor,
     shape_guards,
     spare_profiler_calls,
     specialize_floats,
@@ -93,6 +95,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         counters.fall_back("a part of the graph switches gradients on: it runs eagerly")
         add_runtime(owner, counters, None)
         return gm.forward
+    ready = prepare_inductor(device) if options.compiler == "inductor" else lambda: None
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
     with torch.no_grad():
@@ -111,7 +114,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             add_runtime(owner, counters, None)
             return gm.forward
         gm = run_passes(rewritable, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner))
+        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner), ready)
         _judge(plan, counters)
     for call in plan.sites:
         if isinstance(call, CallSite):
@@ -200,11 +203,18 @@ def refresh_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Pa
 
 
 def plan_pieces(
-    gm: fx.GraphModule, context: PassContext, options: Options, counters: Counters, only_graph: bool
+    gm: fx.GraphModule,
+    context: PassContext,
+    options: Options,
+    counters: Counters,
+    only_graph: bool,
+    ready: Callable[[], None] = lambda: None,
 ) -> tuple[Plan, int]:
-    """Cuts the graph and compiles each distinct piece once; returns the plan and their number.
+    """Cuts the graph, judges and compiles each distinct piece once; returns the plan and their number.
 
-    ``only_graph``: a split op that is not here is nowhere.
+    Args:
+        only_graph: a split op that is not here is nowhere.
+        ready: waits for what the compiler needs.
     """
 
     def missing(error: SplitOpNotFound) -> None:
@@ -214,36 +224,31 @@ def plan_pieces(
 
     facts = context.facts
     cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing, collective_outside_recordings)
-    values: dict[sympy.Symbol, Any] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = facts[node].value
-        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-            values.setdefault(value.node.expr, value)
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = facts[node].value
-        if isinstance(value, torch.Tensor):
-            for size in value.shape:
-                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    values.setdefault(size.node.expr, size)
+    values = symbol_values([facts[node].value for node in gm.graph.find_nodes(op="placeholder")])
     plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
+    sites = [site for site in plan.sites if isinstance(site, PieceSite)]
+    keys = {site.index: structure_of(site.piece) for site in sites}
+    scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
+    safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
+    for site in sites:
+        if site.split_reason is not None:
+            continue
+        offset = len(site.piece.symbols)
+        marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
+        key = (keys[site.index], marked)
+        if key not in safety:
+            found = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
+            safety[key] = (site.piece.symbols, found)
+        symbols, found = safety[key]
+        site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
+    ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, Compiled] = {}
-    safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
-    scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
-    for site in plan.sites:
-        if not isinstance(site, PieceSite):
-            continue
-        key = structure_of(site.piece)
-        if site.split_reason is None:
-            offset = len(site.piece.symbols)
-            marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
-            if (key, marked) not in safety:
-                found = analyze_piece(site.piece.gm, site.piece.example, scratch=marked)
-                safety[key, marked] = (site.piece.symbols, found)
-            symbols, found = safety[key, marked]
-            site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
+    for site in sites:
         if site.trivial:
+            site.compiled = Compiled(site.piece.gm.forward)
             continue
+        key = keys[site.index]
         if key not in distinct:
             distinct[key] = compile_piece(site.piece, options.compiler, fake_mode)
             failure = distinct[key].failure

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import sympy
@@ -61,6 +62,43 @@ def fake_inputs(inputs: Sequence[Any]) -> list[Any]:
             source = getattr(symbolic, "tensor_source", None)
             fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
     return fakes
+
+
+def fake_twin(tensor: FakeTensor) -> FakeTensor:
+    """A fake tensor of the same sizes, over the same storage, made without arithmetic on sizes (2.11 to 2.13)."""
+    with torch._C._DisableTorchDispatch():
+        plain = torch.Tensor._make_subclass(torch.Tensor, tensor)
+        return FakeTensor(tensor.fake_mode, plain, tensor.fake_device)
+
+
+def empty_fake(like: FakeTensor, *, whole: bool = False, inside: torch.Tensor | None = None) -> torch.Tensor:
+    """A fake tensor of the sizes of ``like`` over memory of its own, or ``inside`` that of another one (2.11 to 2.13).
+
+    ``whole``: instead, all of the memory that ``like`` is a part of, in one dimension.
+    """
+    kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    with like.fake_mode, enable_python_dispatcher(), torch.no_grad():
+        if whole:
+            return torch.empty((like.untyped_storage().nbytes() // like.element_size(),), **kind)
+        if inside is None and isinstance(like.storage_offset(), int) and like.storage_offset() == 0:
+            return torch.empty_strided(like.shape, like.stride(), **kind)
+        base = inside if inside is not None else empty_fake(like, whole=True)
+        return base.view(like.dtype).as_strided(like.shape, like.stride(), like.storage_offset())
+
+
+def holds_data(tensor: FakeTensor) -> bool:
+    """Whether a fake tensor knows its values, so that ops on it compute with them (2.11 to 2.13)."""
+    return tensor.constant is not None or tensor.real_tensor is not None
+
+
+def modes_of_trace() -> tuple[Any, ...]:
+    """The modes that decide, beside its arguments, what an op does in a trace (2.11 to 2.13)."""
+    autocast = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast)
 
 
 def python_dispatcher() -> AbstractContextManager[Any]:
@@ -133,6 +171,36 @@ def isolated_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
     """A tracing context of our own, so that compiling a piece leaves Dynamo's alone (2.11 to 2.13)."""
     with tracing(TracingContext(fake_mode)):
         yield
+
+
+def prepare_inductor(device: torch.device) -> Callable[[], None]:
+    """Begins, beside other work, what a first compile by Inductor waits for; returns what waits for it (2.11 to 2.13).
+
+    Triton kernels are compiled in parallel by processes that take seconds to start; until they have, Inductor compiles
+    one after the other itself. The keys of its caches hash the sources of torch and Triton, hundreds of megabytes, most
+    of it without Python's lock.
+    """
+    try:
+        if device.type == "cuda":
+            from torch._inductor.async_compile import maybe_warm_pool
+
+            maybe_warm_pool()
+        # Here and not in the thread: of modules that import each other, two threads could see some half made.
+        from torch._inductor.codecache import torch_key
+        from torch._inductor.runtime import triton_compat
+    except Exception:
+        # It fails again, and is counted, where a piece is compiled.
+        return lambda: None
+
+    def hash_sources() -> None:
+        with suppress(Exception):
+            torch_key()
+            if triton_compat.HAS_TRITON:
+                triton_compat.triton_key()
+
+    thread = Thread(target=hash_sources, name="pcg-hash-sources", daemon=True)
+    thread.start()
+    return thread.join
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -607,34 +675,85 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         raise TensorifyScalarRestartAnalysis
 
 
+class _Decomposing(fx.Interpreter):
+    """Runs a graph with custom ops replaced by what they are made of: functionalization does not look into them."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        decompositions: Mapping[Any, Callable[..., Any]],
+        at: Callable[[fx.Node], None] = lambda node: None,
+    ) -> None:
+        super().__init__(gm)
+        self.decompositions, self.at = decompositions, at
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at(n)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+        if overload in self.decompositions:
+            return self.decompositions[overload](*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def run_functionally(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    decompositions: Mapping[Any, Callable[..., Any]],
+    at: Callable[[fx.Node], None],
+) -> tuple[Any, ...]:
+    """The results of a graph, a tuple, and the inputs that it writes, from ops that write nothing (2.11 to 2.13).
+
+    ``at`` is told each node before it runs. Dispatch modes see the functional ops.
+    """
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not torch._is_functional_tensor(value):
+            return value
+        torch._sync(value)
+        return torch._from_functional_tensor(value)
+
+    wrapped = [torch._to_functional_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        results = _Decomposing(gm, decompositions, at).run(*wrapped)
+    finally:
+        torch._disable_functionalization()
+    tensors = [x for x in wrapped if isinstance(x, torch.Tensor)]
+    return tuple(map(plain, (*results, *(x for x in tensors if torch._functionalize_has_data_mutation(x)))))
+
+
 def functional_aten(
     gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]
 ) -> fx.GraphModule:
     """A graph in functional aten form, its nodes with fake values and the lines they come from (2.11 to 2.13).
 
-    Its results are the graph's, a tuple, and the inputs that it writes. ``decompositions`` are what custom
-    ops are made of: functionalization does not look into them.
+    Its results are the graph's, a tuple, and the inputs that it writes.
     """
     from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
-    class Decomposing(fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
-            if overload in decompositions:
-                return decompositions[overload](*args, **kwargs)
-            return super().call_function(target, args, kwargs)
-
     def run(*args: Any) -> Any:
         # What the graph writes is a result as well.
-        results = Decomposing(gm).run(*args)
+        results = _Decomposing(gm, decompositions).run(*args)
         tensors = [x for x in args if isinstance(x, FunctionalTensor)]
         return (*results, *(x for x in tensors if torch._functionalize_has_data_mutation(x.elem)))
 
     fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     with fake_mode_of(inputs), enable_python_dispatcher(), torch.no_grad(), preserve_node_meta():
         return make_fx(dispatch_functionalize(run), record_module_stack=False)(*fresh)
+
+
+def is_decomposed(op: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    """Whether torch's tracer would look at what an op is made of instead of at the op (2.11 to 2.13)."""
+    from torch.fx.experimental.proxy_tensor import autograd_would_have_decomposed
+
+    aten = torch.ops.aten
+    kept = (aten.size.default, aten.stride.default, aten.storage_offset.default)
+    return op not in kept and autograd_would_have_decomposed(op, list(args))
 
 
 def unbacked_symbols_may_stay(fake_mode: FakeTensorMode) -> AbstractContextManager[Any]:

@@ -6,8 +6,8 @@ passes read these facts instead of guessing from names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,22 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..torch_internals import NEEDS_DATA, fake_mode_of, python_dispatcher, unbacked_symbols_may_stay, without_transforms
+from ..torch_internals import (
+    NEEDS_DATA,
+    FakeTensor,
+    fake_mode_of,
+    fake_twin,
+    holds_data,
+    python_dispatcher,
+    unbacked_symbols_may_stay,
+)
+from .node_facts import NodeFacts, OpCall, tensors_in, written_tensors
+from .repeats import Repeats
+from .storages import Ambiguous, settle, storage_of, told_apart
 
 __all__ = [
     "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in",
-    "trace_facts", "update_facts", "written_tensors",
+    "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
 ]  # fmt: skip
 
 #: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.
@@ -31,55 +42,9 @@ _RESHAPING = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OpCall:
-    """One dispatched op: its overload (or higher-order op) and the fake arguments it was called with."""
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """What one node does: its fake value, the ops that it dispatches, the storages that it writes."""
-
-    value: Any
-    ops: tuple[OpCall, ...]
-    writes: frozenset[int]
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The identity of a tensor's storage; two tensors alias when it is the same."""
-    try:
-        return without_transforms(tensor).untyped_storage()._cdata
-    except NotImplementedError:
-        # Inside vmap: a wrapper without memory of its own.
-        return -id(tensor)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among the leaves of a nested value."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-
-
 def alias_of(value: Any) -> frozenset[int]:
     """The storages of all tensors of a nested value."""
     return frozenset(storage_of(t) for t in tensors_in(value))
-
-
-def written_tensors(call: OpCall) -> Iterator[torch.Tensor]:
-    """The argument tensors that an op writes, by its schema."""
-    schema = getattr(call.op, "_schema", None)
-    if schema is None:
-        return
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        if argument.name in call.kwargs:
-            yield from tensors_in(call.kwargs[argument.name])
-        elif position < len(call.args):
-            yield from tensors_in(call.args[position])
 
 
 def squeezed_sizes(facts: Mapping[fx.Node, NodeFacts]) -> list[torch.SymInt]:
@@ -123,17 +88,25 @@ class DataDecide(Exception):
 
 
 class _Tracer(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, repeats: Repeats) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.repeats = repeats
         self.facts: dict[fx.Node, NodeFacts] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        try:
-            return self._traced(n)
-        except NEEDS_DATA as error:
-            raise DataDecide(n, str(error)) from error
+        call = self.repeats.call_of(n, self.env)
+        facts = self.repeats.recall(call) if call is not None else None
+        if facts is None:
+            try:
+                facts = self._trace(n)
+            except NEEDS_DATA as error:
+                raise DataDecide(n, str(error)) from error
+            if call is not None:
+                self.repeats.remember(call, facts)
+        self.facts[n] = facts
+        return facts.value
 
-    def _traced(self, n: fx.Node) -> Any:
+    def _trace(self, n: fx.Node) -> NodeFacts:
         calls: list[OpCall] = []
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             value = super().run_node(n)
@@ -142,9 +115,13 @@ class _Tracer(fx.Interpreter):
         else:
             with _Recorder(calls):
                 value = super().run_node(n)
-        writes = frozenset(storage_of(t) for call in calls for t in written_tensors(call))
-        self.facts[n] = NodeFacts(value, tuple(calls), writes)
-        return value
+        if any(_reshapes(call) for call in calls):
+            self.repeats.stop()
+        if not calls and value is None:
+            self.repeats.new_era()
+        inputs = (tensor for source in n.all_input_nodes for tensor in tensors_in(self.env[source]))
+        settle(inputs, lambda: tensors_in((value, [(call.args, dict(call.kwargs)) for call in calls])))
+        return NodeFacts(value, tuple(calls), frozenset(storage_of(t) for call in calls for t in written_tensors(call)))
 
 
 def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
@@ -156,12 +133,32 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
     Raises:
         DataDecide: only the data tell what a node gives.
     """
+    try:
+        return _trace(gm, inputs, Repeats())
+    except Ambiguous:
+        return trace_all_facts(gm, inputs)
+
+
+def trace_all_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
+    """The same, with repeated calls traced again each time."""
+    repeats = Repeats()
+    repeats.stop()
+    return _trace(gm, inputs, repeats)
+
+
+def _trace(gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats) -> dict[fx.Node, NodeFacts]:
     fake_mode = fake_mode_of(inputs)
-    fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-    tracer = _Tracer(gm)
+    fresh = [_detached(x) for x in told_apart(inputs)]
+    tracer = _Tracer(gm, repeats)
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)
     return tracer.facts
+
+
+def _detached(value: Any) -> Any:
+    if type(value) is FakeTensor and value.layout == torch.strided and not holds_data(value):
+        return fake_twin(value)
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def calls_of(gm: fx.GraphModule) -> Calls:
@@ -181,8 +178,17 @@ def update_facts(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before:
     values = [facts[node].value if node in before else node.meta["example_value"] for node in inputs]
     if any(_reshapes(call) for fact in facts.values() for call in fact.ops):
         return trace_facts(gm, values)
+    try:
+        return _update(gm, facts, before, values)
+    except Ambiguous:
+        return trace_all_facts(gm, values)
+
+
+def _update(
+    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before: Calls, values: Sequence[Any]
+) -> dict[fx.Node, NodeFacts]:
     fake_mode = fake_mode_of(values)
-    tracer = _Tracer(gm)
+    tracer = _Tracer(gm, Repeats())
     fresh: set[fx.Node] = set()
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         for node in gm.graph.nodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -21,6 +22,7 @@ from ..torch_internals import (
 from .contexts import Autocast
 from .facts import NodeFacts, storage_of
 from .scalars import SymType, expr_of, is_scalar, plain, symbols_of
+from .storages import told_apart
 
 __all__ = ["Compiled", "Piece", "build_piece", "compile_piece", "copy_graph", "structure_of"]
 
@@ -33,7 +35,8 @@ class Piece:
     """A maximal run of nodes between split ops.
 
     Attributes:
-        gm: the run as a graph; its placeholders are ``symbols`` and then ``inputs``, its output is a tuple.
+        graph: the run; its placeholders are ``symbols`` and then ``inputs``, its output is a tuple.
+        attributes: what its ``get_attr`` nodes name.
         symbols: the dynamic sizes that it uses, each handed over as an int.
         inputs: the nodes of the whole graph whose tensors it reads.
         outputs: the nodes of the whole graph that it makes and that are used outside.
@@ -41,12 +44,18 @@ class Piece:
         writes: positions in ``inputs`` of the tensors that it mutates.
     """
 
-    gm: fx.GraphModule
+    graph: fx.Graph
+    attributes: Mapping[str, Any]
     symbols: tuple[sympy.Symbol, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     example: tuple[Any, ...]
     writes: tuple[int, ...]
+
+    @cached_property
+    def gm(self) -> fx.GraphModule:
+        """The graph as a module. Making one writes and compiles its code: of equal pieces, only one needs it."""
+        return fx.GraphModule(dict(self.attributes), self.graph)
 
 
 @dataclass
@@ -168,12 +177,11 @@ def build_piece(
     builder = _Builder(owner, facts, nodes)
     builder.build(regions, outputs)
     attributes = {name: _get(owner, name) for name in builder.attributes}
-    gm = fx.GraphModule(attributes, builder.graph)
     written: set[int] = set().union(*(facts[node].writes for node in nodes))
     writes = [i for i, node in enumerate(builder.inputs) if storage_of(facts[node].value) in written]
     symbols = tuple(builder.symbol_nodes)
     example = (*(symbol_values[s] for s in symbols), *(facts[node].value for node in builder.inputs))
-    return Piece(gm, symbols, tuple(builder.inputs), tuple(outputs), example, tuple(writes))
+    return Piece(builder.graph, attributes, symbols, tuple(builder.inputs), tuple(outputs), example, tuple(writes))
 
 
 def _get(owner: Any, name: str) -> Any:
@@ -189,7 +197,7 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
     symbols, and which inputs share a storage.
     """
     symbol_names = {symbol: sympy.Symbol(f"size_{i}", integer=True) for i, symbol in enumerate(piece.symbols)}
-    positions = {node: i for i, node in enumerate(piece.gm.graph.nodes)}
+    positions = {node: i for i, node in enumerate(piece.graph.nodes)}
     storages: dict[int, int] = {}
 
     def of_argument(value: Any) -> Any:
@@ -220,13 +228,13 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
 
     def of_node(node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return ("get_attr", id(_get(piece.gm, str(node.target))))
+            return ("get_attr", id(piece.attributes[str(node.target)]))
         target = node.target if isinstance(node.target, str) and node.op != "placeholder" else id(node.target)
         if node.op == "placeholder":
             target = ""
         return (node.op, target, of_argument(node.args), of_argument(node.kwargs))
 
-    return (*map(of_input, piece.example), *map(of_node, piece.gm.graph.nodes))
+    return (*map(of_input, piece.example), *map(of_node, piece.graph.nodes))
 
 
 def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
@@ -234,7 +242,7 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
 
     ``compiler`` is "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
     """
-    if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.gm.graph.nodes):
+    if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.graph.nodes):
         return Compiled(piece.gm.forward)
     if _writes_shared(piece):
         # AOTAutograd compiles for a common base, which it tells from how the views were made: other views than ours.
@@ -243,10 +251,11 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
     try:
         # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
         copy = copy_graph(piece.gm)
-        for node, value in zip(copy.graph.find_nodes(op="placeholder"), piece.example, strict=True):
+        example = told_apart(piece.example)
+        for node, value in zip(copy.graph.find_nodes(op="placeholder"), example, strict=True):
             node.meta["example_value"] = value
         with isolated_tracing(fake_mode), torch.no_grad():
-            return Compiled(compile_it(copy, list(piece.example)))
+            return Compiled(compile_it(copy, example))
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
         return Compiled(piece.gm.forward, f"the compiler failed: {type(error).__name__}: {first}")

@@ -28,6 +28,13 @@ __all__ = ["CallSite", "InputSpec", "PieceSite", "Plan", "Site", "make_plan"]
 _BIND_BYTES = 64 << 20
 
 
+def _not_compiled(*args: Any) -> Any:
+    raise AssertionError("a piece of a plan runs before it was compiled")
+
+
+_NOT_YET = Compiled(_not_compiled)
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One placeholder: a size, a number, a static tensor (parameter, buffer), a user's one, or one from the step."""
@@ -169,7 +176,7 @@ def make_plan(
         else:
             piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
             place = str(place_of(segment.nodes[0]))
-            site = PieceSite(piece, index, Compiled(piece.gm.forward), place, segment.kind == "trivial")
+            site = PieceSite(piece, index, _NOT_YET, place, segment.kind == "trivial")
             site.idle = site.trivial and not any(fills(facts[node]) for node in segment.nodes)
             if segment.inside_transform:
                 site.refusal = "it holds a split op inside a function transform, where no cut is possible"

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["SymType", "evaluate", "expr_of", "is_scalar", "leaves_of", "plain", "shape_at", "strides_at", "symbols_of"]
+__all__ = [
+    "SymType",
+    "evaluate",
+    "expr_of",
+    "is_scalar",
+    "leaves_of",
+    "plain",
+    "shape_at",
+    "strides_at",
+    "symbol_values",
+    "symbols_of",
+]
 
 SymType = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (
@@ -58,6 +69,16 @@ def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
         else:
             found |= _free(leaf)
     return frozenset(found)
+
+
+def symbol_values(inputs: Sequence[Any]) -> dict[sympy.Symbol, Any]:
+    """The SymInt of each symbol that a graph's inputs have: numbers first, then sizes of tensors."""
+    sizes = [size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape]
+    values: dict[sympy.Symbol, Any] = {}
+    for value in (*inputs, *sizes):
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            values.setdefault(value.node.expr, value)
+    return values
 
 
 def _free(value: Any) -> set[sympy.Symbol]:

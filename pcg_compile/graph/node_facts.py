@@ -1,0 +1,65 @@
+"""What facts are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["CopiedCall", "NodeFacts", "OpCall", "tensors_in", "written_tensors"]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One dispatched op: its overload (or higher-order op) and the fake arguments it was called with."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class CopiedCall(OpCall):
+    """An op call like another one, whose arguments are made when somebody looks at them: few ask for more than the op.
+
+    ``copy`` makes this one's arguments of the other's.
+    """
+
+    def __init__(self, like: OpCall, copy: Callable[[Any], Any]) -> None:
+        vars(self).update(op=like.op, _like=like, _copy=copy)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("args", "kwargs"):
+            raise AttributeError(name)
+        made = vars(self)[name] = self._copy(getattr(self._like, name))
+        return made
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What one node does: its fake value, the ops that it dispatches, the storages that it writes."""
+
+    value: Any
+    ops: tuple[OpCall, ...]
+    writes: frozenset[int]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the leaves of a nested value."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def written_tensors(call: OpCall) -> Iterator[torch.Tensor]:
+    """The argument tensors that an op writes, by its schema."""
+    schema = getattr(call.op, "_schema", None)
+    if schema is None:
+        return
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        if argument.name in call.kwargs:
+            yield from tensors_in(call.kwargs[argument.name])
+        elif position < len(call.args):
+            yield from tensors_in(call.args[position])

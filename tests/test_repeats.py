@@ -1,0 +1,229 @@
+"""Facts of repeated layers are copied, and equal facts of a full trace; the short way to aten equals torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import ToyLlama
+from test_facts import compare
+from torch import fx
+
+import pcg_compile as pcg
+from pcg_compile import torch_internals
+from pcg_compile.graph import functional
+from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
+from pcg_compile.graph.pieces import copy_graph
+from pcg_compile.graph.storages import Storage, told_apart, twin_of
+from pcg_compile.passes import padding_safety
+from pcg_compile.torch_internals import fake_inputs, fake_mode_of
+
+LAYERS = 4
+W = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(LAYERS)]
+Facts = Mapping[fx.Node, NodeFacts]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def _written(x: torch.Tensor, w: torch.Tensor, i: int) -> torch.Tensor:
+    y = x @ w
+    y[:, :2].add_(1)
+    first, second = y.chunk(2, dim=-1)
+    second.mul_(first)
+    return y
+
+
+def _turned(x: torch.Tensor, w: torch.Tensor, i: int) -> torch.Tensor:
+    y = (x @ w).relu()
+    if i == 2:
+        y.t_()
+        y = y.t()
+    return y + x
+
+
+def _cast(x: torch.Tensor, w: torch.Tensor, i: int) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i % 2 == 1):
+        return (x @ w).float() + x
+
+
+def _selected(x: torch.Tensor, w: torch.Tensor, i: int) -> torch.Tensor:
+    return x + x[(x[:, 0] > 0).nonzero()[:, 0]].sum(0)
+
+
+BLOCKS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "linear": lambda x, w, i: F.linear(x, w).relu() + x,
+    "views": lambda x, w, i: torch.cat([part * 2 for part in (x @ w).view(-1, 2, 2).transpose(1, 2).unbind(1)], -1),
+    "written": _written,
+    "the same twice": lambda x, w, i: torch.add(x, x if i % 2 else x * 1) @ w,
+    "several results": lambda x, w, i: (x @ w).sort(-1).values + x.max(-1, keepdim=True).values,
+    "random": lambda x, w, i: x @ w + torch.rand_like(x),
+    "numbers": lambda x, w, i: x * (0.0, -0.0, 1, True)[i] + w[0],
+    "sizes": lambda x, w, i: (x @ w) / x.shape[0] + torch.arange(x.shape[0])[:, None],
+    "strides": lambda x, w, i: (x @ w).t().contiguous().t() + x.as_strided(x.shape, x.stride()) + x.unsqueeze(0)[0],
+    "picked": lambda x, w, i: (x @ w)[torch.arange(4) % 2].sum(0) + x,
+    "turned": _turned,
+    "cast": _cast,
+    "selected": _selected,
+}
+
+
+def layered(block: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for i, w in enumerate(weights):
+            x = block(x, w, i)
+        return x
+
+    return run
+
+
+def facts_of(function: Callable[..., Any], *args: torch.Tensor) -> tuple[Facts, Facts]:
+    """Facts with copies, and those of a full trace."""
+    found: list[Facts] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        copy, fakes = copy_graph(gm), fake_inputs(inputs)
+        found.extend((trace_facts(copy, fakes), trace_all_facts(copy, fakes)))
+        return gm.forward
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch._dynamo.mark_dynamic(args[0], 0)
+        torch.compile(function, backend=backend, fullgraph=True)(*args)
+    copied, traced = found
+    return copied, traced
+
+
+def twins(facts: Facts) -> int:
+    return sum(hasattr(tensor, "_pcg_storage") for fact in facts.values() for tensor in tensors_in(fact.value))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_layers(name: str) -> None:
+    copied, traced = facts_of(layered(BLOCKS[name]), torch.randn(5, 4), *W)
+    compare(copied, traced)
+    # In "turned" and "cast" only some layers repeat another one.
+    assert twins(copied) > 0 or name in ("numbers", "selected", "cast")
+    assert twins(traced) == 0
+
+
+def test_values_of_several_layers_meet() -> None:
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        kept = [x := (x @ w).relu() for w in weights]
+        return torch.stack(kept[1:]).sum(0) + kept[3] @ (kept[1].t() @ kept[2])
+
+    copied, traced = facts_of(run, torch.randn(4, 4), *W)
+    compare(copied, traced)
+    assert twins(copied) > 0
+
+
+def test_a_view_beside_a_twin_of_its_storage() -> None:
+    """Two layers' results stand for memory of their own in one storage of torch's: whose is a view of one of them?"""
+
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        kept = [x := (x @ w).relu() for w in weights]
+        view = kept[2].view_as(kept[3])
+        view.add_(1)
+        return kept[2] + kept[3]
+
+    copied, traced = facts_of(run, torch.randn(5, 4), *W)
+    compare(copied, traced)
+
+
+def test_twins_are_told_apart_for_torch() -> None:
+    seen: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        fakes = fake_inputs(inputs)
+        tensor = next(x for x in fakes if isinstance(x, torch.Tensor))
+        with fake_mode_of(fakes):
+            row = tensor[1:]
+        one, other = Storage(), Storage()
+        given = [
+            tensor,
+            twin_of(tensor, one),
+            twin_of(row, one),
+            twin_of(row, other),
+            twin_of(tensor, Storage(tensor)),
+            3,
+        ]
+        made = told_apart(given)
+        tensors = [x for x in made if isinstance(x, torch.Tensor)]
+        ours = [storage_of(x) for x in given if isinstance(x, torch.Tensor)]
+        theirs = [x.untyped_storage()._cdata for x in tensors]
+        seen.append([ours.index(x) for x in ours] == [theirs.index(x) for x in theirs] == [0, 1, 1, 3, 0])
+        seen.append(made[0] is tensor and made[-1] == 3)
+        for x, y in zip(tensors, given, strict=False):
+            assert (x.shape, x.stride(), x.dtype, x.storage_offset()) == (
+                y.shape,
+                y.stride(),
+                y.dtype,
+                y.storage_offset(),
+            )
+        return gm.forward
+
+    x = torch.randn(5, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(lambda x: x + 1, backend=backend)(x)
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_layers_compiled(compiler: str) -> None:
+    """The last piece's inputs are copies, and it is compiled for what they stand for."""
+    model = ToyLlama(hidden=16, mlp=32, layers=5).eval()
+    run = pcg.piecewise(dynamic={"ids": 0}, buckets=[4, 8], compiler=compiler)(model.forward)
+    with pcg.expect(graphs=1, pieces=6):
+        for n in (5, 3, 8):
+            ids = torch.randint(0, 128, (n,))
+            torch.testing.assert_close(run(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert pcg.stats(run).compiled == 3
+    assert not pcg.stats(run).fallbacks
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "selected"])
+def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict from the short way to aten is the verdict from torch's tracer."""
+    verdicts: list[Any] = []
+    short = functional._recorded
+
+    def both(*args: Any) -> fx.GraphModule:
+        verdicts.append(padding_safety._Analysis(torch_internals.functional_aten(*args), ()).run())
+        made = short(*args)
+        verdicts.append(padding_safety._Analysis(made, ()).run())
+        return made
+
+    monkeypatch.setattr(functional, "_recorded", both)
+    function = layered(BLOCKS[name])
+    run = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [8]})
+    x = torch.randn(5, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    run(x, *W)
+    theirs, ours = verdicts
+    assert (ours.kind, ours.row_indices, ours.orders) == (theirs.kind, theirs.row_indices, theirs.orders)
+    assert [(v.kind, v.op, v.reason) for v in ours.nodes] == [(v.kind, v.op, v.reason) for v in theirs.nodes]
+
+
+def test_workers_start_before_the_graph_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's processes take seconds to start; pieces are compiled once its keys are made."""
+    from torch._inductor import async_compile, codecache
+
+    events: list[str] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: events.append("pool"))
+
+    def fails() -> bytes:
+        events.append("key")
+        raise OSError("unreadable")
+
+    monkeypatch.setattr(codecache, "torch_key", fails)
+    torch_internals.prepare_inductor(torch.device("cuda"))()
+    assert events == ["pool", "key"]
+    torch_internals.prepare_inductor(torch.device("cpu"))()
+    assert events == ["pool", "key", "key"]
