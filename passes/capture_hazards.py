@@ -23,7 +23,7 @@ from pcg_compile.ops import registered_split_ops
 from .bodies import bodies_of
 from .context import PassContext
 from .findings import Finding, hazard_at, made_from_data, tensor_arguments
-from .graph_memory import FROM_DATA, GraphMemory, data_of
+from .graph_memory import FROM_DATA, GraphMemory, data_of, is_lifted_number
 from .op_rules import finding_of, reads_host_scalars
 
 __all__ = ["capture_hazards", "node_finding"]
@@ -205,7 +205,7 @@ def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torc
             random = any(torch.Tag.nondeterministic_seeded in getattr(call.op, "tags", ()) for call in facts[node].ops)
             constant = found.issuperset(node.all_input_nodes) and not random
         else:
-            constant = isinstance(data_of(node, facts), (bool, int, float, complex))
+            constant = is_lifted_number(node) or isinstance(data_of(node, facts), (bool, int, float, complex))
         if constant:
             found.add(node)
     return frozenset(found)

@@ -15,7 +15,7 @@ from pcg_compile.torch_internals import FakeTensor
 
 from .findings import tensor_arguments
 
-__all__ = ["FROM_DATA", "GraphMemory", "data_of"]
+__all__ = ["FROM_DATA", "GraphMemory", "data_of", "is_lifted_number"]
 
 #: What makes a tensor of Python data.
 FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
@@ -28,6 +28,14 @@ def data_of(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> Any:
     data = node.args[0] if node.args else node.kwargs.get("data", node.kwargs.get("s", node.kwargs.get("obj")))
     is_tensor = isinstance(data, fx.Node) and isinstance(facts[data].value, torch.Tensor)
     return None if is_tensor else data
+
+
+def is_lifted_number(node: fx.Node) -> bool:
+    """Whether a node is a Python number that AOTAutograd's graph keeps as a tensor, as ``t[mask] = 0`` has one."""
+    if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant") or not node.users:
+        return False
+    lifts = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+    return all(user.target in lifts for user in node.users)
 
 
 class GraphMemory:
@@ -76,7 +84,7 @@ class GraphMemory:
     def _is_host_made(self, node: fx.Node) -> bool:
         if any(isinstance(leaf, torch.device) for leaf in tree_leaves((node.args, dict(node.kwargs)))):
             return False
-        if data_of(node, self.facts) is not None:
+        if data_of(node, self.facts) is not None or is_lifted_number(node):
             return True
         if node.op not in ("call_function", "call_method"):
             return False
