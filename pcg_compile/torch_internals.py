@@ -186,6 +186,7 @@ def prepare_inductor(device: torch.device) -> Callable[[], None]:
 
             maybe_warm_pool()
         # Here and not in the thread: of modules that import each other, two threads could see some half made.
+        import torch._inductor.compile_fx  # noqa: F401
         from torch._inductor.codecache import torch_key
         from torch._inductor.runtime import triton_compat
     except Exception:

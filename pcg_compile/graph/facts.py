@@ -24,9 +24,10 @@ from ..torch_internals import (
     python_dispatcher,
     unbacked_symbols_may_stay,
 )
+from .contexts import is_transform
 from .node_facts import NodeFacts, OpCall, tensors_in, written_tensors
 from .repeats import Repeats
-from .storages import Ambiguous, settle, storage_of, told_apart
+from .storages import settle, storage_of, told_apart
 
 __all__ = [
     "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in",
@@ -92,6 +93,8 @@ class _Tracer(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.repeats = repeats
         self.facts: dict[fx.Node, NodeFacts] = {}
+        #: Whose memory something lies in cannot be told: the facts are of no use.
+        self.ambiguous = False
 
     def run_node(self, n: fx.Node) -> Any:
         call = self.repeats.call_of(n, self.env)
@@ -120,7 +123,10 @@ class _Tracer(fx.Interpreter):
         if not calls and value is None:
             self.repeats.new_era()
         inputs = (tensor for source in n.all_input_nodes for tensor in tensors_in(self.env[source]))
-        settle(inputs, lambda: tensors_in((value, [(call.args, dict(call.kwargs)) for call in calls])))
+        if not settle(inputs, lambda: tensors_in((value, [(call.args, dict(call.kwargs)) for call in calls]))):
+            # Not an error: the state of a transform such as vmap that the graph is in must be left by its own nodes.
+            self.ambiguous = True
+            self.repeats.stop()
         return NodeFacts(value, tuple(calls), frozenset(storage_of(t) for call in calls for t in written_tensors(call)))
 
 
@@ -133,26 +139,31 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
     Raises:
         DataDecide: only the data tell what a node gives.
     """
-    try:
-        return _trace(gm, inputs, Repeats())
-    except Ambiguous:
-        return trace_all_facts(gm, inputs)
+    return _trace(gm, inputs, _repeats_of(gm)) or trace_all_facts(gm, inputs)
 
 
 def trace_all_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
     """The same, with repeated calls traced again each time."""
     repeats = Repeats()
     repeats.stop()
-    return _trace(gm, inputs, repeats)
+    return _trace(gm, inputs, repeats) or {}
 
 
-def _trace(gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats) -> dict[fx.Node, NodeFacts]:
+def _repeats_of(gm: fx.GraphModule) -> Repeats:
+    repeats = Repeats()
+    if any(is_transform(node) for node in gm.graph.nodes):
+        # Between the nodes that enter and leave vmap, tensors are wrapped in others.
+        repeats.stop()
+    return repeats
+
+
+def _trace(gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats) -> dict[fx.Node, NodeFacts] | None:
     fake_mode = fake_mode_of(inputs)
     fresh = [_detached(x) for x in told_apart(inputs)]
     tracer = _Tracer(gm, repeats)
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)
-    return tracer.facts
+    return None if tracer.ambiguous else tracer.facts
 
 
 def _detached(value: Any) -> Any:
@@ -178,17 +189,14 @@ def update_facts(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before:
     values = [facts[node].value if node in before else node.meta["example_value"] for node in inputs]
     if any(_reshapes(call) for fact in facts.values() for call in fact.ops):
         return trace_facts(gm, values)
-    try:
-        return _update(gm, facts, before, values)
-    except Ambiguous:
-        return trace_all_facts(gm, values)
+    return _update(gm, facts, before, values) or trace_all_facts(gm, values)
 
 
 def _update(
     gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before: Calls, values: Sequence[Any]
-) -> dict[fx.Node, NodeFacts]:
+) -> dict[fx.Node, NodeFacts] | None:
     fake_mode = fake_mode_of(values)
-    tracer = _Tracer(gm, Repeats())
+    tracer = _Tracer(gm, _repeats_of(gm))
     fresh: set[fx.Node] = set()
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         for node in gm.graph.nodes:
@@ -207,7 +215,7 @@ def _update(
                 else:
                     fresh.add(node)
             tracer.env[node] = tracer.facts[node].value
-    return tracer.facts
+    return None if tracer.ambiguous else tracer.facts
 
 
 def _reshapes(call: OpCall) -> bool:

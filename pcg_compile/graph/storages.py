@@ -15,13 +15,9 @@ import torch
 
 from ..torch_internals import empty_fake, fake_twin, without_transforms
 
-__all__ = ["Ambiguous", "Storage", "settle", "storage_behind", "storage_of", "told_apart", "twin_of"]
+__all__ = ["Storage", "settle", "storage_behind", "storage_of", "told_apart", "twin_of"]
 
 _NOTE = "_pcg_storage"
-
-
-class Ambiguous(Exception):
-    """What torch gives for twins does not tell whose memory it lies in."""
 
 
 class Storage:
@@ -54,29 +50,31 @@ def twin_of(tensor: torch.Tensor, storage: Storage) -> torch.Tensor:
     return twin
 
 
-def settle(inputs: Iterable[torch.Tensor], made: Callable[[], Iterable[torch.Tensor]]) -> None:
+def settle(inputs: Iterable[torch.Tensor], made: Callable[[], Iterable[torch.Tensor]]) -> bool:
     """Notes the memory of the tensors that torch made of ``inputs``, twins among them.
 
-    Raises:
-        Ambiguous: one lies in a storage that stands for the memory of several inputs.
+    False where it cannot be told: one lies in a storage that stands for the memory of several inputs.
     """
     known = {id(tensor): tensor for tensor in inputs}
     if not any(hasattr(tensor, _NOTE) for tensor in known.values()):
-        return
+        return True
     behind: dict[int, Storage | None] = {}
     for tensor in known.values():
         one = storage_behind(tensor)
         other = behind.setdefault(_apparent(tensor), one)
         if other is not None and other.identity != one.identity:
             behind[_apparent(tensor)] = None
+    told = True
     for tensor in made():
         apparent = _apparent(tensor)
         if id(tensor) in known or hasattr(tensor, _NOTE) or apparent not in behind:
             continue
         storage = behind[apparent]
         if storage is None:
-            raise Ambiguous
-        setattr(tensor, _NOTE, storage)
+            told = False
+        else:
+            setattr(tensor, _NOTE, storage)
+    return told
 
 
 def told_apart(values: Sequence[Any]) -> list[Any]:
