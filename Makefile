@@ -1,15 +1,19 @@
 # Two commands do everything: `make demo` and `make test`. Each sets up what it needs in .venv, once, and says so.
 
 # The newest Python that runs; python3 last, so that a plain machine needs nothing else.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
+ifndef PYTHON
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
+endif
 VENV ?= .venv
 # --system-site-packages keeps the torch that a machine has already, such as that of a GPU image.
 VENV_FLAGS ?=
 BENCH ?= all --quick
 SOAK_SECONDS ?= 600
 # Two processes at a time halve the time of the tests; on a GPU they would take each other's memory.
-PYTEST_FLAGS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --numprocesses 2 --dist loadfile)
+ifndef PYTEST_FLAGS
+PYTEST_FLAGS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --numprocesses 2 --dist loadfile)
+endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
