@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from .runtime.warming import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
 
 __all__ = ["mark_sizes", "warmup"]
-
-_LOG = logging.getLogger("pcg_compile")
 
 Buckets = Sequence[int | tuple[int, ...]]
 
@@ -123,7 +120,9 @@ def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) 
         raise
     except Exception as error:
         # A model may take the one size only.
-        _LOG.warning("warmup recorded the size of the example alone: with one row more, %s", _first_line(error))
+        reason = f"warmup recorded the size of the example alone: with one row more, {_first_line(error)}"
+        for counters in request.counters:
+            counters.fall_back(reason)
 
 
 def _first_line(error: Exception) -> str:

@@ -198,4 +198,5 @@ def test_a_model_of_one_size_that_was_called_before(caplog):
     with torch.no_grad():
         compiled(x)
         torch.testing.assert_close(pcg.warmup(compiled, x, progress=False), x.view(4, 4, -1) + 1)
-    assert "the size of the example alone" in caplog.text
+    (fallback,) = pcg.stats(compiled).fallbacks
+    assert "the size of the example alone" in fallback.reason and fallback.reason in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -13,6 +13,7 @@ import torch
 
 from ..batch import StepState, scratch_step
 from ..graph.scalars import evaluate, shape_at
+from ..report.stats import Counters
 from .binding import Binding
 from .build import build_and_run
 from .graph_state import GraphState
@@ -39,6 +40,7 @@ class WarmUp:
         report: called before each recording with (done, total, name of the bucket).
         observe: called once with (the graph's runtime, the call's arguments, the running step or None).
         served: how many graphs have answered it. dynamic: whether one of them has a dynamic size.
+        counters: their figures.
     """
 
     buckets: Sequence[int | tuple[int, ...]] | None = None
@@ -46,6 +48,7 @@ class WarmUp:
     observe: Callable[[GraphState, Sequence[Any], StepState | None], None] = lambda runtime, args, step: None
     served: int = 0
     dynamic: bool = False
+    counters: list[Counters] = field(default_factory=list)
 
 
 _WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
@@ -70,6 +73,7 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     """Records buckets with a call's arguments as the example, and answers the call; nothing else changes."""
     request.served += 1
     request.dynamic = request.dynamic or bool(graph.plan.dims)
+    request.counters.append(graph.shared.counters)
     graph.order_streams()
     sizes = dict(zip(graph.plan.symbols, graph.sizes_of(args), strict=True))
     step = graph.step()
