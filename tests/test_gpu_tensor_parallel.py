@@ -27,7 +27,9 @@ def test_the_values_of_one_process(compiler):
     assert max(first["worst"], second["worst"]) < 1e-3
     assert first == {**second, "worst": first["worst"]}
     # Cuts at 2 attentions only.
-    assert first["pieces"] == 3 * first["graphs"] and first["fallbacks"] == []
+    assert first["pieces"] == 3 * first["graphs"] and all(
+        "attention in plain PyTorch" in reason for reason in first["fallbacks"]
+    )
     assert first["replays"] > 0 and {"4", "8", "16"} <= set(first["buckets"])
 
 

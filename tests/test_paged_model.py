@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import pcg_compile as pcg
-from pcg_compile.errors import BatchError
+from pcg_compile.attention.reference import ReferenceAttention
+from pcg_compile.errors import BatchError, PCGError
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 8, 50
 
@@ -170,3 +171,33 @@ def test_an_exception_in_a_step_leaves_the_next_right():
     with pytest.raises(RuntimeError, match="mine"), pcg.step(traffic.batch({9: 2}), traffic.caches[1]):
         raise RuntimeError("mine")
     traffic.check(model, compiled, {1: 3})
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """A device that attends by other means than it is meant to."""
+    reason = "flashinfer-python 0.0.1 is installed"
+    monkeypatch.setattr("pcg_compile.attention.cache.choose_impl", lambda shape, device: (ReferenceAttention, reason))
+    return f"attention in plain PyTorch: {reason}"
+
+
+@pytest.mark.parametrize("attention", ["eager", "captured"])
+def test_attention_in_plain_pytorch_is_counted_at_each_step(plain, attention):
+    traffic, model = Traffic(), Model().eval()
+    options = {"compiler": "eager", "buckets": [8], "attention": attention}
+    compiled = torch.compile(model, backend="pcg", options=options, dynamic=True)
+    sizes = [5, 6, 5, 7, 20]
+    for request, n in enumerate(sizes):
+        traffic.check(model, compiled, {request: n})
+    (found,) = [f for f in pcg.stats(compiled).fallbacks if f.reason == plain]
+    # Once for all layers; at sizes of one bucket, which share its program, and beyond the largest bucket too.
+    assert found.count == len(sizes) and "test_paged_model.py" in found.where
+    assert "0.0.1 is installed" in str(pcg.explain(compiled))
+
+
+def test_attention_in_plain_pytorch_is_an_error_under_strict(plain):
+    model = Model().eval()
+    options = {"compiler": "eager", "buckets": [8], "strict": True}
+    compiled = torch.compile(model, backend="pcg", options=options, dynamic=True)
+    with pytest.raises(PCGError, match="attention in plain PyTorch"):
+        Traffic().check(model, compiled, {1: 5})

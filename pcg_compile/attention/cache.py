@@ -193,7 +193,7 @@ class PagedKVCache:
             shape = AttentionShape.decode(text)
             kind, reason = choose_impl(shape, self.device)
             if reason is not None:
-                self.reasons[text] = reason
+                self.reasons[text] = f"attention in plain PyTorch: {reason}"
                 _LOG.warning("attention %s runs in plain PyTorch on %s: %s", text, self.device, reason)
             impl = self._impls[text] = kind(shape, self)
         return impl

@@ -24,6 +24,7 @@ __all__ = [
     "join_shapes",
     "paged_attention",
     "refuse_gradients",
+    "why_plain",
 ]
 
 _WHAT = "paged attention"
@@ -119,6 +120,11 @@ def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> C
         run(state.plan(shape, rows))
 
     return attend
+
+
+def why_plain(q: object, out: object, layer: int, shape: str) -> str | None:
+    """Why ``pcg::attend``, bound to the running step's cache, is not what its device is meant to have; None where it is."""
+    return require_step(_WHAT).require_cache().reasons.get(shape)
 
 
 def _prepare_batch(tokens: int, shapes: str) -> None:

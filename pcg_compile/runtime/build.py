@@ -83,6 +83,7 @@ def _build(b: Building) -> Any:
             program.replays,
             program.recording_keys,
             program.whole,
+            list(program.fallbacks),
         )
     return b.program.emit(b.args)
 
@@ -92,6 +93,7 @@ def _build_on(b: Building, body: Body) -> Any:
     program = b.program
     program.ops, program.replays, program.whole = body.ops, body.replays, body.whole
     program.op_sites, program.recording_keys = body.op_sites, body.recording_keys
+    program.fallbacks = list(body.fallbacks)
     program.emit = emitter(b)
     return program.run(b.args)
 
@@ -109,7 +111,7 @@ def _is_the_buckets(b: Building) -> bool:
         b.compiled
         and b.program.complete
         and not b.program.frame
-        and not b.program.fallbacks
+        and len(b.program.fallbacks) == b.program.bucket_fallbacks
         and all(site.mode == "request" for site in b.plan.sites if isinstance(site, CallSite))
     )
 

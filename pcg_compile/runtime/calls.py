@@ -94,6 +94,9 @@ def run_call(b: Building, site: CallSite) -> None:
         extra["mode"] = site.mode
     if site.op.bind is not None:
         call = _binder(b, site.op.bind, arguments, {**keywords, **extra})
+        reason = site.op.fallback(*site.node.args, **site.node.kwargs) if site.op.fallback is not None else None
+        if reason is not None:
+            b.program.fall_back_with_bucket(reason, site.where)
     else:
         call = _caller(b, _function_of(site), arguments, keywords)
     if site.autocast:

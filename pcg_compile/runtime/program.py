@@ -54,10 +54,18 @@ class Program:
     emit: Callable[[Sequence[Any]], Any] = lambda args: ()
     replays: int = 0
     recording_keys: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    #: Fallbacks to count at each step: (reason, where).
+    #: Fallbacks to count at each step: (reason, where). The first ``bucket_fallbacks`` are of every program of the
+    #: bucket, whatever its real sizes.
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
+    bucket_fallbacks: int = 0
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
+
+    def fall_back_with_bucket(self, reason: str, where: str) -> None:
+        """Counts a fallback, once a step whatever the number of places, that all programs of the bucket share."""
+        if all(reason != known for known, _ in self.fallbacks):
+            self.fallbacks.insert(self.bucket_fallbacks, (reason, where))
+            self.bucket_fallbacks += 1
 
     def load(self, args: Sequence[Any]) -> None:
         """Puts the arguments where the program reads them."""
@@ -102,3 +110,4 @@ class Body:
     replays: int
     recording_keys: list[tuple[int, tuple[int, ...]]]
     whole: WholeStep | None
+    fallbacks: list[tuple[str, str]]
