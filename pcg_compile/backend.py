@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .attention.ops import refuse_gradients
-from .distributed import agreement_of, collective_outside_recordings, has_subclasses, lowered
+from .distributed import agreement_of, collective_outside_recordings, first_collective, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
@@ -128,9 +128,11 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, reaches)
+    assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
+        plan.first_collective = first_collective(plan.sites, plan.facts)
         before_groups_end(release_collectives)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))

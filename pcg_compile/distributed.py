@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph.facts import NodeFacts
+from .graph.node_facts import NodeFacts, OpCall
+from .graph.plan import CallSite, Site
 from .graph.scalars import expr_of
 from .runtime.agreement import Agreement
-from .torch_internals import functionalized_call, group_backend, is_subclass, lower_subclasses
+from .torch_internals import functionalized_call, group_backend, is_subclass, lower_subclasses, ranks_of_group
 
-__all__ = ["agreement_of", "collective_outside_recordings", "has_subclasses", "lowered"]
+__all__ = ["agreement_of", "collective_outside_recordings", "first_collective", "has_subclasses", "lowered"]
 
 #: Ops whose result is their argument in another shape.
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -122,17 +123,38 @@ def _copy_meta(new: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def agreement_of(facts: Mapping[fx.Node, NodeFacts]) -> Agreement | None:
-    """How the ranks of a graph with collectives agree; None for a graph without."""
-    calls = (call for fact in facts.values() for call in fact.ops)
-    if any(isinstance(call.op, torch._ops.OpOverload) and call.op.namespace in _NAMESPACES for call in calls):
-        return Agreement()
-    return None
+    """How the ranks of a graph with collectives agree, those of its collectives' groups; None for a graph without."""
+    calls = [call for fact in facts.values() for call in fact.ops if is_collective(call)]
+    if not calls:
+        return None
+    names = dict.fromkeys(arg for call in calls for arg in call.args if isinstance(arg, str))
+    groups = [ranks for ranks in map(ranks_of_group, names) if ranks is not None]
+    # An op that has no name of a group: of any rank.
+    return Agreement(groups or [range(torch.distributed.get_world_size())])
+
+
+def first_collective(sites: Sequence[Site], facts: Mapping[fx.Node, NodeFacts]) -> int:
+    """The place of the first site that talks to other ranks; 0 where none is found."""
+    for site in sites:
+        if isinstance(site, CallSite):
+            found = any(map(is_collective, facts[site.node].ops))
+        else:
+            targets = (node.target for node in site.piece.graph.nodes)
+            found = any(isinstance(t, torch._ops.OpOverload) and t.namespace in _NAMESPACES for t in targets)
+        if found:
+            return site.index
+    return 0
+
+
+def is_collective(call: OpCall) -> bool:
+    """Whether an op talks to other ranks, or waits for them."""
+    return isinstance(call.op, torch._ops.OpOverload) and call.op.namespace in _NAMESPACES
 
 
 def collective_outside_recordings(node: fx.Node, facts: NodeFacts | None) -> str | None:
     """Why a collective runs between pieces: only NCCL's can be recorded. None for what is no collective, or NCCL's."""
     for call in facts.ops if facts else ():
-        if not isinstance(call.op, torch._ops.OpOverload) or call.op.namespace not in _NAMESPACES:
+        if not is_collective(call):
             continue
         backend = next((group_backend(arg) for arg in reversed(node.args) if isinstance(arg, str)), None)
         if backend is None:

@@ -39,8 +39,8 @@ class SplitOp:
             whatever changes from step to step from its tensor arguments, on the device.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
-        fallback: ``fn(*args, **kwargs) -> str | None``, called with the node's arguments once ``bind`` has returned: why
-            the op runs otherwise than it is meant to on this device, which is counted at each step.
+        fallback: ``fn(*args, **kwargs) -> str | None``, called with the node's arguments once ``bind`` has returned:
+            why the op runs otherwise than it is meant to on this device, which is counted at each step.
     """
 
     name: str

@@ -376,6 +376,56 @@ def group_backend(name: str) -> str | None:
     return str(dist.get_backend(group))
 
 
+def ranks_of_group(name: str) -> list[int] | None:
+    """The ranks of a process group by its name, in the world's numbers; None where no group has it (2.11 to 2.13)."""
+    import torch.distributed as dist
+
+    try:
+        return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
+    except (LookupError, RuntimeError, ValueError):
+        return None
+
+
+class GroupMaximum:
+    """The largest of two numbers over some ranks, each pair's own, from host to host: a gloo group of its own.
+
+    The backend is called directly: through the dispatcher it would cost twice the time.
+
+    Raises:
+        RuntimeError: gloo finds no way between the ranks; from :meth:`wait` also where one is gone, or has not answered
+            within the timeout of the default process group.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        import torch.distributed as dist
+
+        default = dist.distributed_c10d._get_default_group()
+        options = getattr(default._get_backend(default._device_types[0]), "options", None)
+        group = dist.new_group(
+            list(ranks), getattr(options, "_timeout", None), backend="gloo", use_local_synchronization=True
+        )
+        assert group is not None
+        self._backend = group._get_backend(torch.device("cpu"))
+        self._largest = dist.AllreduceOptions()
+        self._largest.reduceOp = dist.ReduceOp.MAX
+        with torch.inference_mode(False):
+            numbers = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self._numbers, self._array = [numbers], numbers.numpy()
+        self._work: Any = None
+
+    def start(self, numbers: tuple[int, int]) -> None:
+        """Sends this rank's numbers."""
+        self._array[:] = numbers
+        self._work = self._backend.allreduce(self._numbers, self._largest)
+
+    def wait(self) -> tuple[int, int]:
+        """The largest of all ranks' numbers."""
+        self._work.wait()
+        self._work = None
+        first, second = self._array.tolist()
+        return first, second
+
+
 def before_groups_end(release: Callable[[], None]) -> None:
     """Has ``release`` called ahead of ``torch.distributed.destroy_process_group()`` and of the end of Python, once.
 
@@ -449,6 +499,101 @@ def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
     # A symbol that was found equal to another is no longer anybody's size; one that was found to be a number still is.
     fixed = [sympy.Eq(symbol, value) for symbol, value in env.replacements.items() if value.is_number]
     return [*(env.replace(condition) for condition in conditions), *fixed]
+
+
+@contextmanager
+def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
+    """What a compiler assumes of sizes inside becomes no guard of Dynamo's, but is listed afterwards (2.11 to 2.13).
+
+    Inductor asks whether a size is 1 where it lays out a view, say, and Dynamo would compile the whole model again for
+    that size. A size that is found to be a number, or equal to another, stays so: its symbol is gone.
+    """
+    env, found = fake_mode.shape_env, []  # type: ignore[var-annotated]
+    if env is None:
+        yield found
+        return
+    count, replacements = len(env.guards), dict(env.replacements)
+    tables = (env.axioms, env.var_to_range, env.var_to_range_sloc)
+    before, divisible = [dict(table) for table in tables], set(env.divisible)
+    try:
+        yield found
+    finally:
+        new = [env.replace(guard.expr) for guard in env.guards[count:]]
+        if new and env.replacements == replacements and not any(map(_fixes_a_size, new)):
+            found += new
+            del env.guards[count:]
+            for table, old in zip(tables, before, strict=True):
+                table.clear()
+                table.update(old)
+            env.divisible = divisible
+            env._update_version_counter()
+
+
+def _fixes_a_size(condition: sympy.Basic) -> bool:
+    return isinstance(condition, sympy.Eq) and any(side.is_number for side in condition.args)
+
+
+#: What a compiler is shown for sizes of 0 and 1, by symbol: equal ones it would take for the same.
+_SHOWN = (16, 24, 40, 48, 56, 80, 88, 96)
+
+
+@contextmanager
+def shown_larger(
+    values: Sequence[Any], symbols: Sequence[sympy.Symbol], fake_mode: FakeTensorMode
+) -> Iterator[Sequence[Any]]:
+    """The fake inputs of a piece, its sizes of 0 and 1 replaced by larger ones while it compiles (2.11 to 2.13).
+
+    Inductor would lay out code for such a size alone. The values as they are, where that cannot be done.
+    """
+    env = fake_mode.shape_env
+    hints = _larger_hints(env, symbols) if env is not None else {}
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    plain = all(type(t) in (FakeTensor, torch.nn.Parameter) and not (t.is_conj() or t.is_neg()) for t in tensors)
+    storages = {t.untyped_storage()._cdata for t in tensors} if plain else set()
+    if env is None or not hints or len(storages) < len(tensors) or any(isinstance(v, torch.SymFloat) for v in values):
+        yield values
+        return
+    before = {symbol: env.backed_var_to_val[symbol] for symbol in hints}
+    env.backed_var_to_val.update(hints)
+    env._update_version_counter()
+
+    def number(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node.expr
+        return env.create_symintnode(expr, hint=int(expr.xreplace(dict(env.backed_var_to_val))))
+
+    def again(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return number(value)
+        shape, strides, offset = map(number, value.shape), map(number, value.stride()), number(value.storage_offset())
+        shape, strides = list(shape), list(strides)
+        if not any(isinstance(size, torch.SymInt) for size in (*shape, *strides, offset)):
+            return value
+        with fake_mode, enable_python_dispatcher(), torch.no_grad():
+            if isinstance(offset, int) and offset == 0:
+                return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+            reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            base = torch.empty((offset + reach + 1,), dtype=value.dtype, device=value.device)
+            return base.as_strided(shape, strides, offset)
+
+    try:
+        yield [again(value) for value in values]
+    finally:
+        env.backed_var_to_val.update(before)
+        env._update_version_counter()
+
+
+def _larger_hints(env: Any, symbols: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Integer]:
+    """Larger values for those of 0 and 1 that break none of the conditions so far; {} where there are none."""
+    known = env.backed_var_to_val
+    small = [symbol for symbol in symbols if known.get(symbol) in (0, 1)]
+    free = [n for n in _SHOWN if n not in known.values()]
+    hints = {symbol: sympy.Integer(n) for symbol, n in zip(small, free, strict=False)}
+    values = {**known, **hints}
+    if len(hints) < len(small) or any(hints[s] not in env.bound_sympy(s) for s in small):
+        return {}
+    return hints if all(guard.expr.xreplace(values) == sympy.true for guard in env.guards) else {}
 
 
 def is_static_input(node: fx.Node) -> bool:

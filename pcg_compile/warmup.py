@@ -75,7 +75,8 @@ def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> None:
 def _sizes_to_bucket(args: Any, kwargs: Any, buckets: Buckets | None) -> list[tuple[torch.Tensor, list[int]]]:
     """Tensors, and the dimensions of each; none where the caller has marked some."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 0]
-    if any(getattr(t, "_dynamo_dynamic_indices", None) for t in tensors):
+    marks = ("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices")
+    if any(getattr(t, mark, None) for t in tensors for mark in marks):
         return []
     step = current_step()
     several = max((len(b) for b in buckets or () if isinstance(b, tuple)), default=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -50,11 +51,11 @@ def make(ranks):
     return nn.Sequential(*(Layer(i, ranks) for i in range(LAYERS))).eval()
 
 
-def parallel():
-    model = make(WORLD)
+def parallel(mesh=None):
+    mesh = mesh or init_device_mesh(DEVICE.type, (WORLD,))
+    model = make(mesh.size())
     plan = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
     plan |= {name: RowwiseParallel() for name in ("out", "down")}
-    mesh = init_device_mesh(DEVICE.type, (WORLD,))
     for layer in model:
         parallelize_module(layer, mesh, plan)
     return model
@@ -121,14 +122,42 @@ def capture_fails():
     }  # fmt: skip
 
 
-def different_sizes():
+def different_sizes(before="3,5,6", size="7"):
+    """Rank 1 is called with one token more than rank 0, after calls that were alike."""
     compiled, kv = compiled_of(parallel()), cache(WORLD)
-    serve(compiled, kv, [3, 5, 6])
+    serve(compiled, kv, [int(n) for n in before.split(",") if n])
+    replays = pcg.stats(compiled).replays
     try:
-        serve(compiled, kv, [7 + RANK])
+        serve(compiled, kv, [int(size) + RANK])
     except pcg.errors.BatchError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "replays": pcg.stats(compiled).replays - replays}
     return {"error": None}
+
+
+def dies():
+    """Rank 1 ends between two steady steps."""
+    compiled, kv = compiled_of(parallel()), cache(WORLD)
+    serve(compiled, kv, [3, 6, 3, 6])
+    if RANK == 1:
+        print("RESULT {}", flush=True)
+        os._exit(0)
+    started = time.monotonic()
+    try:
+        serve(compiled, kv, [3, 6])
+    except pcg.errors.PCGError as error:
+        print("RESULT " + json.dumps({"error": str(error), "s": time.monotonic() - started}), flush=True)
+    os._exit(0)
+
+
+def two_by_two():
+    """Two copies of a model in two parts each, which serve batches of their own."""
+    mesh = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("copies", "parts"))
+    compiled = compiled_of(parallel(mesh["parts"]))
+    mine = [3, 5, 6, 9] if RANK < 2 else [8, 5, 2, 12, 4]
+    want = serve(make(1), cache(1), mine)
+    got = serve(compiled, cache(2), mine)
+    worst = max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))
+    return {"worst": worst, "replays": pcg.stats(compiled).replays, "steps": pcg.stats(compiled).steps}
 
 
 def split_op_raises():

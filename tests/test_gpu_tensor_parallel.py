@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_tensor_parallel import WORKER, adapters_of_layers, adapters_of_llama, check_adapters, check_styles
+from test_tensor_parallel import DIFFERENT, WORKER, adapters_of_layers, adapters_of_llama, check_adapters, check_styles
 from test_tensor_parallel import ranks as ranks_on
 
 pytestmark = [
@@ -45,9 +45,15 @@ def test_a_recording_that_fails_on_one_rank_is_given_up_by_both():
     assert [r for r in second["fallbacks"] if "out of memory" in r]
 
 
-def test_ranks_with_different_batches_hear_of_it():
-    for result in ranks("different_sizes"):
-        assert "ranks were called with different sizes (rank 0: [7], rank 1: [8])" in result["error"]
+@pytest.mark.parametrize(("before", "size"), DIFFERENT, ids=str)
+def test_ranks_with_different_batches_hear_of_it(before, size):
+    for result in ranks("different_sizes", before, str(size)):
+        assert f"ranks were called with different sizes (rank 0: [{size}], rank 1: [{size + 1}])" in result["error"]
+
+
+def test_a_rank_that_dies_is_an_error_in_the_next_steady_step():
+    first, _ = ranks("dies")
+    assert "a rank took no part in the step" in first["error"] and first["s"] < 30
 
 
 def test_an_error_on_one_rank_ends_the_others():

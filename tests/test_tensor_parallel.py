@@ -65,9 +65,25 @@ def test_a_recording_that_fails_on_one_rank_is_given_up_by_both():
     assert [r for r in second["fallbacks"] if "out of memory" in r]
 
 
-def test_ranks_with_different_batches_hear_of_it():
-    for result in ranks("different_sizes"):
-        assert "ranks were called with different sizes (rank 0: [7], rank 1: [8])" in result["error"]
+#: What both ranks were called with before, and rank 0's size of the last call: new to both, recorded by both in one
+#: bucket and in two, new to rank 1, the first of all.
+DIFFERENT = [("3,5,6", 7), ("3,5,6,5,6", 5), ("3,8,9,8,9", 8), ("3,8,8", 8), ("", 7)]
+
+
+@pytest.mark.parametrize(("before", "size"), DIFFERENT, ids=str)
+def test_ranks_with_different_batches_hear_of_it(before, size):
+    for result in ranks("different_sizes", before, str(size)):
+        assert f"ranks were called with different sizes (rank 0: [{size}], rank 1: [{size + 1}])" in result["error"]
+
+
+def test_a_rank_that_dies_is_an_error_in_the_next_steady_step():
+    first, _ = ranks("dies")
+    assert "a rank took no part in the step" in first["error"] and first["s"] < 30
+
+
+def test_copies_of_a_model_serve_batches_of_their_own():
+    for result in ranks("two_by_two", world=4):
+        assert result["worst"] < 1e-5 and result["replays"] > 0
 
 
 def test_an_error_on_one_rank_is_an_error_on_the_other():

@@ -123,7 +123,7 @@ def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> C
 
 
 def why_plain(q: object, out: object, layer: int, shape: str) -> str | None:
-    """Why ``pcg::attend``, bound to the running step's cache, is not what its device is meant to have; None where it is."""
+    """Why ``pcg::attend``, bound to the running step's cache, is not what its device is meant to have, or None."""
     return require_step(_WHAT).require_cache().reasons.get(shape)
 
 

@@ -16,8 +16,10 @@ from ..torch_internals import (
     FakeTensorMode,
     compile_with_inductor,
     expression_nodes,
+    guards_apart,
     isolated_tracing,
     keep_traced_function,
+    shown_larger,
 )
 from .contexts import Autocast
 from .facts import NodeFacts, storage_of
@@ -60,12 +62,29 @@ class Piece:
 
 @dataclass
 class Compiled:
-    """What a distinct piece was compiled to. ``failure`` says why the compiler asked for was not used."""
+    """What a distinct piece was compiled to.
+
+    Attributes:
+        failure: why the compiler asked for was not used.
+        conditions: what the compiler assumed of the sizes; symbols: the piece's, in whose terms it did.
+    """
 
     function: Callable[..., Any]
     failure: str | None = None
+    conditions: tuple[sympy.Basic, ...] = ()
+    symbols: tuple[sympy.Symbol, ...] = ()
     #: Sizes that it has run at: kernels that load or tune themselves for a size must not do so while recording.
     warm: set[tuple[int, ...]] = field(default_factory=set)
+
+    def conditions_in(self, symbols: Sequence[sympy.Symbol]) -> list[sympy.Basic]:
+        """The conditions for a piece like it, with symbols of its own."""
+        names = dict(zip(self.symbols, symbols, strict=True)) if self.conditions else {}
+        return [condition.xreplace(names) for condition in self.conditions]
+
+    def broken_at(self, symbols: Sequence[sympy.Symbol], sizes: Mapping[sympy.Symbol, int]) -> sympy.Basic | None:
+        """A condition that sizes do not satisfy, of a piece with those symbols; None where all hold."""
+        values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+        return next((c for c in self.conditions_in(symbols) if c.xreplace(values) != sympy.true), None)
 
 
 class _Builder:
@@ -252,10 +271,16 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
         # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
         copy = copy_graph(piece.gm)
         example = told_apart(piece.example)
-        for node, value in zip(copy.graph.find_nodes(op="placeholder"), example, strict=True):
-            node.meta["example_value"] = value
-        with isolated_tracing(fake_mode), torch.no_grad():
-            return Compiled(compile_it(copy, example))
+        with (
+            isolated_tracing(fake_mode),
+            torch.no_grad(),
+            guards_apart(fake_mode) as conditions,
+            shown_larger(example, piece.symbols, fake_mode) as shown,
+        ):
+            for node, value in zip(copy.graph.find_nodes(op="placeholder"), shown, strict=True):
+                node.meta["example_value"] = value
+            function = compile_it(copy, list(shown))
+        return Compiled(function, conditions=tuple(conditions), symbols=piece.symbols)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
         return Compiled(piece.gm.forward, f"the compiler failed: {type(error).__name__}: {first}")

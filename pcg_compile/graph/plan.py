@@ -131,6 +131,8 @@ class Plan:
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
     slots: dict[fx.Node, int] = field(default_factory=dict)
     last_use: dict[fx.Node, int] = field(default_factory=dict)
+    #: The place of the first site that talks to other ranks, if any does.
+    first_collective: int = 0
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
 

@@ -72,7 +72,8 @@ def attention(
     if reason is not None:
         raise BatchError(reason)
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    # The transposes first: they undo those of the model, so that Inductor need not ask whether there are two tokens.
+    q, k, v = query.transpose(1, 2)[0], key.transpose(1, 2)[0], value.transpose(1, 2)[0]
     check_qkv(q, k, v, heads, kv_heads, head_dim)
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     shape = encode_shape(

@@ -49,6 +49,7 @@ class BucketChooser:
         options: the table and its limits.
         conditions: sympy relations on the symbols, all of which a bucket must satisfy: a graph that was traced for
             2 <= n <= 15 is wrong at 16, and says nothing.
+        assumed: the same, of what the compiler took for granted: Dynamo does not see to it that steps satisfy these.
         products: for each tensor with dynamic sizes, the symbols that it carries.
     """
 
@@ -59,6 +60,7 @@ class BucketChooser:
     orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     #: (size, size): equal in the step and at the buckets chosen.
     equals: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
+    assumed: Sequence[sympy.Basic] = ()
     #: Indices that must stay within what they look up at the buckets chosen.
     reaches: Sequence[Reach] = ()
     table: tuple[int, ...] = field(init=False)
@@ -133,7 +135,7 @@ class BucketChooser:
 
     def _allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
         values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
-        for condition in self.conditions:
+        for condition in (*self.conditions, *self.assumed):
             result = condition.xreplace(values)
             if result == sympy.false:
                 return False

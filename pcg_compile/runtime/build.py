@@ -65,6 +65,9 @@ def _build(b: Building) -> Any:
     b.program.start(b.args)
     with b.shared.engine.session():
         for site in b.plan.sites:
+            if b.shared.agreement is not None and site.index == b.plan.first_collective:
+                b.program.confirm = b.shared.agreement.confirm
+                b.add(b.program.confirm)
             _run_site(b, site)
             b.program.op_sites += [site.index] * (len(b.program.ops) - len(b.program.op_sites))
             b.keep.pop(site.index, None)
@@ -94,6 +97,7 @@ def _build_on(b: Building, body: Body) -> Any:
     program.ops, program.replays, program.whole = body.ops, body.replays, body.whole
     program.op_sites, program.recording_keys = body.op_sites, body.recording_keys
     program.fallbacks = list(body.fallbacks)
+    program.confirm = b.shared.agreement.confirm if b.shared.agreement is not None else None
     program.emit = emitter(b)
     return program.run(b.args)
 

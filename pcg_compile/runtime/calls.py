@@ -21,7 +21,7 @@ from .building import Building
 from .program import Op
 from .views import assign, looks_like, real_rows, tails
 
-__all__ = ["attribute", "callable_of", "run_call", "run_exact"]
+__all__ = ["attribute", "callable_of", "function_at", "run_call", "run_exact"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,24 @@ def run_exact(b: Building, site: PieceSite) -> None:
     """Runs a piece at the step's real sizes."""
     piece = site.piece
     numbers = [b.sizes.get(s, _LateNumber(v, b.sizes)) for s, v in zip(piece.symbols, piece.example, strict=False)]
-    function = site.compiled.function if b.compiled else piece.gm.forward
+    function = function_at(b, site, b.sizes)
     before: list[Op] = []
     after: list[Op] = []
     arguments = [_real(b, node, i in piece.writes, site, before, after) for i, node in enumerate(piece.inputs)]
     written = [piece.inputs[i] for i in piece.writes]
     call = _caller(b, function, (*numbers, *arguments), {})
     _finish(b, site, call, before, after, written, [(node, (i,)) for i, node in enumerate(piece.outputs)], False)
+
+
+def function_at(b: Building, site: PieceSite, sizes: Mapping[sympy.Symbol, int]) -> Callable[..., Any]:
+    """What computes a piece at sizes that no bucket was chosen for: eager where the compiler assumed others."""
+    if not b.compiled:
+        return site.piece.gm.forward
+    broken = site.compiled.broken_at(site.piece.symbols, sizes)
+    if broken is None:
+        return site.compiled.function
+    b.program.fallbacks.append((f"a piece runs eagerly: it was compiled for {broken}", site.where))
+    return site.piece.gm.forward
 
 
 def run_call(b: Building, site: CallSite) -> None:

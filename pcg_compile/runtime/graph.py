@@ -15,6 +15,7 @@ from ..batch import StepState
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate, expr_of
 from ..step import DoesNotFit, require_step
+from .agreement import Agreement
 from .binding import Binding
 from .build import build_and_run
 from .graph_state import GraphState
@@ -42,6 +43,9 @@ class GraphRuntime(GraphState):
         #: The same, of each tensor that has any.
         carried = {tuple(self._places[s] for s in symbols) for symbols in self.shared.chooser.products if symbols}
         self._carried = carried or {(i,) for i in self._dims}
+        #: Of a graph without dynamic sizes, those of its inputs.
+        users = [s.value for s in self.plan.inputs if s.kind == "user" and not self.plan.symbols]
+        self._fixed = tuple(int(size) for value in users for size in value.shape)
         self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
 
     def __call__(self, *args: Any) -> Any:
@@ -56,6 +60,8 @@ class GraphRuntime(GraphState):
             self.order_streams()
             sizes = self.sizes_of(args)
             step = self.step()
+            if self.shared.agreement is not None:
+                self._propose(self.shared.agreement, sizes, step)
             binding = self.binding(args, step)
             program = binding.steps.get(sizes)
             counters = self.shared.counters
@@ -112,6 +118,14 @@ class GraphRuntime(GraphState):
             program, _ = build_and_run(binding, named, bucket, args, step)
         return sizes, program
 
+    def _propose(self, agreement: Agreement, sizes: tuple[int, ...], step: StepState | None) -> None:
+        """Tells the other ranks of this call's sizes; of a graph without dynamic ones, the sizes of its inputs."""
+        if not sizes:
+            sizes = self._fixed if step is None else (step.batch.num_tokens,)
+        reason = agreement.propose(sizes)
+        if reason is not None:
+            self.shared.counters.fall_back(reason)
+
     def _check_tokens(self, step: StepState, sizes: tuple[int, ...]) -> None:
         """The step's batch must be the call's, wherever it matters."""
         for place, size, optional in self._token_places:
@@ -142,7 +156,7 @@ class GraphRuntime(GraphState):
         """The first step of some sizes, for one set of addresses."""
         named = dict(zip(self.plan.symbols, sizes, strict=True))
         if self.shared.agreement is not None:
-            self.shared.agreement.same("sizes", list(sizes))
+            self.shared.agreement.confirm(building=True)
         if step is not None:
             self._check_tokens(step, sizes)
         if self._may_alias and self._overlap(args):

@@ -43,6 +43,8 @@ class Program:
     prologue: list[Op] = field(default_factory=list)
     #: The same step as one recording, or None.
     whole: WholeStep | None = None
+    #: Has ranks agree, ahead of the first collective.
+    confirm: Op | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     #: (static memory, argument, dimensions) of arguments that are expanded: the first entries along those.
@@ -92,6 +94,8 @@ class Program:
         """One step."""
         self.start(args)
         try:
+            if self.confirm is not None and self.whole is not None and self.whole.wanted:
+                self.confirm()
             if self.whole is None or not self.whole.wanted or not self.whole.run():
                 self.run_pieces()
             return self.emit(args)

@@ -1,0 +1,103 @@
+"""What Inductor assumes of sizes while it compiles a piece is the piece's own affair: nothing is compiled again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pcg_compile as pcg
+
+
+class Heads(nn.Module):
+    """Rows in heads, as attention wants them. Inductor lays out the last view for two rows or more."""
+
+    def __init__(self, mixing=False):
+        super().__init__()
+        self.project, self.mixing = nn.Linear(64, 64), mixing
+
+    def forward(self, x):
+        y = self.project(x).view(1, x.shape[1], 4, 16).transpose(1, 2)
+        if self.mixing:
+            # No bucket can serve this.
+            y = y + y.mean(2, keepdim=True)
+        return y[0].transpose(0, 1) * 2
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def rows(n):
+    return torch.randn(1, n, 64)
+
+
+@pytest.mark.parametrize("first", [30, 1])
+@pytest.mark.parametrize("guards", ["dynamo", "inputs"])
+def test_one_row_is_no_second_graph(guards, first):
+    model = Heads().eval()
+    compiled = pcg.piecewise(dynamic={"x": 1}, guards=guards)(model.forward)
+    with torch.no_grad():
+        for n in (first, 1, 30, 7, 1):
+            x = rows(n)
+            torch.testing.assert_close(compiled(x), model(x))
+    stats = pcg.stats(compiled)
+    assert stats.graphs == 1 and stats.steps == 5 and stats.fallbacks == ()
+
+
+def test_warmup_serves_one_row():
+    model = Heads().eval()
+    compiled = torch.compile(model, backend="pcg", options={"buckets": [1, 2, 32]})
+    x = rows(30)
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    with torch.no_grad():
+        pcg.warmup(compiled, x, progress=False)
+        with pcg.expect(compiled, graphs=0, captured=0):
+            for n in (1, 30, 2, 1):
+                x = rows(n)
+                torch.testing.assert_close(compiled(x), model(x))
+    assert pcg.stats(compiled).fallbacks == ()
+
+
+def test_code_for_other_sizes_is_not_run(monkeypatch):
+    """An exact run of one row, where the compiler relies on two: eager, and counted."""
+
+    def relies_on_two(gm, inputs):
+        rows = next(value for value in inputs if isinstance(value, torch.SymInt))
+        assert rows > 1
+
+        def run(*args):
+            assert args[0] > 1
+            return gm(*args)
+
+        return run
+
+    model = Heads(mixing=True).eval()
+    compiled = pcg.piecewise(dynamic={"x": 1}, compiler=relies_on_two)(model.forward)
+    with torch.no_grad():
+        for n in (30, 1, 7, 1):
+            x = rows(n)
+            torch.testing.assert_close(compiled(x), model(x))
+    stats = pcg.stats(compiled)
+    (found,) = [f for f in stats.fallbacks if "a piece runs eagerly: it was compiled for" in f.reason]
+    assert found.count == 2 and stats.graphs == 1 and stats.steps == 4
+
+
+def test_a_compiler_for_one_size_is_asked_again():
+    """What holds for one size only stays Dynamo's guard."""
+
+    def for_one_size(gm, inputs):
+        rows = next((value for value in inputs if isinstance(value, torch.SymInt)), None)
+        assert rows is None or int(rows) == rows
+        return gm
+
+    model = Heads().eval()
+    compiled = torch.compile(model, backend="pcg", options={"compiler": for_one_size}, dynamic=True)
+    with torch.no_grad():
+        for n in (30, 7, 30):
+            x = rows(n)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert pcg.stats(compiled).graphs == 2
