@@ -26,11 +26,12 @@ _MOST_MOVED = 4
 
 @dataclass(frozen=True)
 class LoRACall:
-    """One ``pcg::lora``: arguments by name, pool and number of tokens, and what else calls of a group share."""
+    """One ``pcg::lora``: arguments by name, pool and number of tokens, slices, and what else calls of a group share."""
 
     node: fx.Node
     given: Mapping[str, Any]
     routing: tuple[int, str]
+    slices: int
     shared: tuple[Hashable, ...]
 
 
@@ -72,11 +73,11 @@ def _join(group: _Group, call: LoRACall, facts: Mapping[fx.Node, NodeFacts]) -> 
     first = group.calls[0]
     if (call.routing, call.shared) != (first.routing, first.shared):
         return False
-    if sum(len(one.given["slices"]) for one in (*group.calls, call)) > _MOST_SLICES:
+    if sum(one.slices for one in (*group.calls, call)) > _MOST_SLICES:
         return False
     written = frozenset[int]().union(*(alias_of(facts[one.given["y"]].value) for one in group.calls))
     mine = alias_of(facts[call.given["y"]].value)
-    read = [one.given[name] for one in (*group.calls, call) for name in ("x", "a", "b", "scalings", "ranks")]
+    read = [one.given[name] for one in (*group.calls, call) for name in ("x", "factors")]
     if mine & written or any((mine | written) & alias_of(facts[node].value) for node in read):
         return False
     moved = _needed(call.node, group.behind, set(group.moved))

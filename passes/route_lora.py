@@ -1,11 +1,11 @@
 """Opens LoRA layers: the adapters' work joins its piece, routing comes first, once for all layers.
 
-    pcg::lora(y, x, a, b, scalings, ranks, slices, pool)
+    pcg::lora(y, x, factors, layout)
 
 becomes
 
-    pcg::prepare_lora(rows, pool, memory)                                    once, ahead of everything
-    pcg::lora_apply(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices)   routing comes from the step
+    pcg::prepare_lora(rows, pool, memory)                              once, ahead of everything
+    pcg::lora_apply(y, x, factors, permutation, seg_indptr, layout)    routing comes from the step
 
 and layers that read the same x share one ``pcg::lora_apply_many`` (:mod:`.group_lora`).
 """
@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from pcg_compile.graph.scalars import expr_of, symbols_of
+from pcg_compile.lora.packed import decode
 from pcg_compile.lora.routing import RoutingMemory, router_by_id
 
 from .context import PassContext, StepInput
@@ -28,8 +29,7 @@ from .rewriting import Rewriter
 __all__ = ["route_lora"]
 
 _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
-_NAMES = ("y", "x", "a", "b", "scalings", "ranks", "slices", "pool")
-_OF_EACH = ("y", "a", "b", "scalings", "ranks")
+_NAMES = ("y", "x", "factors", "layout")
 
 
 def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
@@ -45,16 +45,17 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     calls = []
     for node in found:
         given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-        y, b = context.facts[given["y"]].value, context.facts[given["b"]].value
+        y, layout = context.facts[given["y"]].value, decode(given["layout"])
         rows = _rows(y)
         if rows is None:
             context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
             continue
-        routing = (given["pool"], str(expr_of(rows)))
-        if given["pool"] not in memories:
-            memories[given["pool"]] = router_by_id(given["pool"]).new_memory()
+        routing = (layout.pool, str(expr_of(rows)))
+        if layout.pool not in memories:
+            memories[layout.pool] = router_by_id(layout.pool).new_memory()
         opened.setdefault(routing, (rows, node, str(len(opened))))
-        calls.append(LoRACall(node, given, routing, (given["x"], y.dtype, y.device, b.shape[0], b.shape[2])))
+        shared = (given["x"], y.dtype, y.device, layout.adapters, layout.rank, layout.dtype)
+        calls.append(LoRACall(node, given, routing, len(layout.slices), shared))
     groups = group_calls(gm.graph, calls, context.facts, context.splits)
     for group, moved in groups:
         for node in moved:
@@ -109,13 +110,11 @@ def _open(rewriter: Rewriter, group: Sequence[LoRACall], rows: Any, name: str, m
     routing = (permutation, seg_indptr)
     with rewriter.graph.inserting_before(first):
         if len(group) == 1:
-            tensors = [given[key] for key in _NAMES[:6]]
-            rewriter.call(first, torch.ops.pcg.lora_apply.default, (*tensors, *routing, given["slices"]))
+            arguments = (given["y"], given["x"], given["factors"], *routing, given["layout"])
+            rewriter.call(first, torch.ops.pcg.lora_apply.default, arguments)
         else:
-            y, a, b, scalings, ranks = ([one.given[key] for one in group] for key in _OF_EACH)
-            slices = [width for one in group for width in one.given["slices"]]
-            counts = [len(one.given["slices"]) for one in group]
-            arguments = (y, given["x"], a, b, scalings, ranks, *routing, slices, counts)
+            y, factors, layouts = ([one.given[key] for one in group] for key in ("y", "factors", "layout"))
+            arguments = (y, given["x"], factors, *routing, ";".join(layouts))
             rewriter.call(first, torch.ops.pcg.lora_apply_many.default, arguments)
     for one in group:
         rewriter.graph.erase_node(one.node)

@@ -566,8 +566,8 @@ def shown_larger(
     def again(value: Any) -> Any:
         if not isinstance(value, FakeTensor):
             return number(value)
-        shape, strides, offset = map(number, value.shape), map(number, value.stride()), number(value.storage_offset())
-        shape, strides = list(shape), list(strides)
+        shape, strides = [number(n) for n in value.shape], [number(n) for n in value.stride()]
+        offset = number(value.storage_offset())
         if not any(isinstance(size, torch.SymInt) for size in (*shape, *strides, offset)):
             return value
         with fake_mode, enable_python_dispatcher(), torch.no_grad():

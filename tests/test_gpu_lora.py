@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pcg_compile as pcg
+from pcg_compile.lora.packed import decode, pack
 from pcg_compile.lora.routing import Router
 
 pytestmark = [
@@ -31,25 +32,27 @@ class Source:
 class Layer(nn.Module):
     def __init__(self, router):
         super().__init__()
-        self.base, self.router, self.id = nn.Linear(WIDTH, WIDTH), router, router.id
-        self.register_buffer("a", torch.randn(ADAPTERS, RANK, WIDTH) / 10)
-        self.register_buffer("b", torch.randn(ADAPTERS, WIDTH, RANK) / 10)
-        self.register_buffer("scalings", torch.tensor([0.5, 1.0, 2.0, 1.5]))
-        self.register_buffer("ranks", torch.tensor([16, 1, 8, 5], dtype=torch.int32))
+        self.base, self.router = nn.Linear(WIDTH, WIDTH, device="cuda", dtype=torch.bfloat16), router
+        a, b = torch.randn(ADAPTERS, RANK, WIDTH) / 10, torch.randn(ADAPTERS, WIDTH, RANK) / 10
+        scalings, ranks = torch.tensor([0.5, 1.0, 2.0, 1.5]), torch.tensor([16, 1, 8, 5], dtype=torch.int32)
+        parts = (a.to("cuda", torch.bfloat16), b.to("cuda", torch.bfloat16), scalings, ranks)
+        factors, self.layout = pack(*parts, [WIDTH], router.id)
+        self.register_buffer("factors", factors)
 
     def forward(self, x):
         y = self.base(x)
-        torch.ops.pcg.lora(y, x, self.a, self.b, self.scalings, self.ranks, [WIDTH], self.id)
+        torch.ops.pcg.lora(y, x, self.factors, self.layout)
         return y
 
     def expected(self, x, slots):
         """In float32, one token at a time."""
         y = nn.functional.linear(x.float(), self.base.weight.float(), self.base.bias.float())
+        a, b, scalings, ranks = decode(self.layout).views(self.factors, WIDTH)
         for row, slot in enumerate(slots):
             if slot >= 0:
-                rank = int(self.ranks[slot])
-                down = x[row].float() @ self.a[slot, :rank].float().t()
-                y[row] += self.scalings[slot] * (down @ self.b[slot, :, :rank].float().t())
+                rank = int(ranks[slot])
+                down = x[row].float() @ a[slot, :rank].float().t()
+                y[row] += scalings[slot] * (down @ b[slot, :, :rank].float().t())
         return y
 
 
@@ -57,8 +60,7 @@ class Layer(nn.Module):
 def setup():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer = Layer(Router(Source(), ADAPTERS, torch.device("cuda"))).cuda().to(torch.bfloat16)
-    layer.scalings, layer.ranks = layer.scalings.float(), layer.ranks.int()
+    layer = Layer(Router(Source(), ADAPTERS, torch.device("cuda")))
     return layer, torch.compile(layer, backend="pcg", options={"buckets": [8, 32, 128]})
 
 

@@ -135,7 +135,7 @@ MODELS = {
 
 class Bare(Layer):
     def add(self, y, x):
-        torch.ops.pcg.lora(y, x, self.a, self.b, self.scalings, self.ranks, [WIDTH], self.id)
+        torch.ops.pcg.lora(y, x, self.factors, self.layout)
 
 
 class Model(nn.Module):
@@ -145,7 +145,7 @@ class Model(nn.Module):
         router = Router(Source(), ADAPTERS, torch.device("cpu"))
         self.layers = nn.ModuleList(Bare(router) for _ in range(3))
         for i, layer in enumerate(self.layers):
-            layer.ranks.copy_(torch.tensor([[2, 1, 2], [0, 2, 1], [1, 1, 0]][i]))
+            layer.parts[3].copy_(torch.tensor([[2, 1, 2], [0, 2, 1], [1, 1, 0]][i]))
         self.other = Bare(Router(Source(), ADAPTERS, torch.device("cpu")))
         self.register_buffer("steps", torch.ones(()))
         self.body = body

@@ -16,6 +16,7 @@ import torch
 from benchmarks import lora_kernels
 from pcg_compile.lora import route
 from pcg_compile.lora.apply import lora_apply
+from pcg_compile.lora.packed import pack
 from pcg_compile.lora.plain import add_adapters
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -129,9 +130,9 @@ def check_many(run, widths, max_rank, ranks, slots, in_features=40, dtype=torch.
 
 
 def run_many(layers, x, permutation, seg_indptr, widths):
-    y, *rest = ([layer[i] for layer in layers] for i in range(5))
-    slices = [width for own in widths for width in own]
-    torch.ops.pcg.lora_apply_many(y, x, *rest, permutation, seg_indptr, slices, [len(own) for own in widths])
+    packed = [pack(*rest, own) for (_, *rest), own in zip(layers, widths, strict=True)]
+    factors, layouts = [one for one, _ in packed], ";".join(layout for _, layout in packed)
+    torch.ops.pcg.lora_apply_many([y for y, *_ in layers], x, factors, permutation, seg_indptr, layouts)
 
 
 def run_many_kernels(*args):
@@ -277,9 +278,9 @@ def test_every_token_and_feature_has_a_program(tokens, in_features):
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_one_node_for_compilers(backend):
-    def function(x, w, *rest):
+    def function(x, w, factors, layout, *routing):
         y = x @ w
-        torch.ops.pcg.lora_apply(y, x, *rest, [8])
+        torch.ops.pcg.lora_apply(y, x, factors, *routing, layout)
         return y + 1
 
     compiled = torch.compile(function, backend=backend, dynamic=True)
@@ -288,7 +289,7 @@ def test_one_node_for_compilers(backend):
         routing = route(torch.tensor(slots), 2)
         w = torch.randn(5, 8)
         want = expected(x @ w, x, *rest, slots, [8]) + 1
-        torch.testing.assert_close(compiled(x, w, *rest, *routing).double(), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x, w, *pack(*rest, [8]), *routing).double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -303,20 +304,21 @@ def test_several_layers_on_a_gpu():
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [64, 1000, 2000])
 def test_one_recording_serves_every_mix(tokens):
-    y, *rest = make(tokens, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
+    y, x, *parts = make(tokens, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
+    factors, layout = pack(*parts, [128, 64])
     start, routing = y.clone(), route(torch.full((tokens,), -1, device="cuda"), 4)
-    lora_apply(y, *rest, *routing, [128, 64])
+    lora_apply(y, x, factors, *routing, layout)
     torch.cuda.synchronize()
     assert torch.equal(y, start)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        lora_apply(y, *rest, *routing, [128, 64])
+        lora_apply(y, x, factors, *routing, layout)
     for seed in range(3):
         slots = torch.randint(-1, 4, (tokens,), generator=torch.Generator().manual_seed(seed))
         route(slots.cuda(), 4, out=routing)
         y.copy_(start)
         graph.replay()
-        want = expected(start, *rest, slots.tolist(), [128, 64])
+        want = expected(start, x, *parts, slots.tolist(), [128, 64])
         torch.testing.assert_close(y.double(), want, rtol=0.03, atol=0.03 * float(want.abs().max()))
         assert torch.equal(y[(slots < 0).cuda()], start[(slots < 0).cuda()])
 

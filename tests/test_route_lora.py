@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import pcg_compile as pcg
+from pcg_compile.lora.packed import decode, pack
 from pcg_compile.lora.routing import Router, route_requests
 
 ADAPTERS, RANK, WIDTH = 3, 2, 6
@@ -36,26 +37,30 @@ class Layer(nn.Module):
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.base, self.router = nn.Linear(WIDTH, WIDTH), router
-        self.register_buffer("a", torch.randn(ADAPTERS, RANK, WIDTH))
-        self.register_buffer("b", torch.randn(ADAPTERS, WIDTH, RANK))
-        self.register_buffer("scalings", torch.tensor([0.5, 1.0, 2.0]))
-        self.register_buffer("ranks", torch.tensor([2, 1, 2], dtype=torch.int32))
-        self.id = router.id
+        a, b = torch.randn(ADAPTERS, RANK, WIDTH), torch.randn(ADAPTERS, WIDTH, RANK)
+        scalings, ranks = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([2, 1, 2], dtype=torch.int32)
+        factors, self.layout = pack(a, b, scalings, ranks, [WIDTH], router.id)
+        self.register_buffer("factors", factors)
+
+    @property
+    def parts(self):
+        return decode(self.layout).views(self.factors, WIDTH)
 
     def forward(self, x):
         y = self.base(x)
-        torch.ops.pcg.lora(y, x, self.a, self.b, self.scalings, self.ranks, [WIDTH], self.id)
+        torch.ops.pcg.lora(y, x, self.factors, self.layout)
         return y
 
     def expected(self, x, slots):
         """One token at a time; ``slots`` has one for each of x's tokens."""
         y = self.base(x)
         rows, inputs = y.view(-1, WIDTH), x.reshape(-1, WIDTH)
+        a, b, scalings, ranks = self.parts
         for row, slot in enumerate(slots):
             if slot >= 0:
-                rank = int(self.ranks[slot])
-                delta = inputs[row] @ self.a[slot, :rank].t() @ self.b[slot, :, :rank].t()
-                rows[row] += self.scalings[slot] * delta
+                rank = int(ranks[slot])
+                delta = inputs[row] @ a[slot, :rank].t() @ b[slot, :, :rank].t()
+                rows[row] += scalings[slot] * delta
         return y
 
 

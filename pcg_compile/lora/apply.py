@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 
+from .packed import decode
 from .plain import add_adapters
 
 __all__ = ["lora_apply", "lora_apply_many"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 _LIBRARY.define(
-    "lora_apply(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scalings, Tensor ranks, Tensor permutation, "
-    "Tensor seg_indptr, int[] slices) -> ()"
+    "lora_apply(Tensor(a!) y, Tensor x, Tensor factors, Tensor permutation, Tensor seg_indptr, str layout) -> ()"
 )
 _LIBRARY.define(
-    "lora_apply_many(Tensor(a!)[] y, Tensor x, Tensor[] a, Tensor[] b, Tensor[] scalings, Tensor[] ranks, "
-    "Tensor permutation, Tensor seg_indptr, int[] slices, int[] counts) -> ()"
+    "lora_apply_many(Tensor(a!)[] y, Tensor x, Tensor[] factors, Tensor permutation, Tensor seg_indptr, "
+    "str layouts) -> ()"
 )
 
 
 def lora_apply(
     y: torch.Tensor,
     x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scalings: torch.Tensor,
-    ranks: torch.Tensor,
+    factors: torch.Tensor,
     permutation: torch.Tensor,
     seg_indptr: torch.Tensor,
-    slices: Sequence[int],
+    layout: str,
 ) -> None:
     """Adds to each token's row of ``y`` what its adapter makes of its row of ``x``; base tokens stay as they are.
 
@@ -43,44 +39,44 @@ def lora_apply(
 
     Args:
         y: ``[..., out]``, written; its leading dimensions are contiguous rows. x: ``[..., in]`` of the same dtype.
-        a: ``[max_adapters, slices * max_rank, in]``. b: ``[max_adapters, out, max_rank]``.
-        scalings: float32 ``[max_adapters]``. ranks: int32 ``[max_adapters]``.
+        factors: a, b, scalings and ranks, as :func:`pcg_compile.lora.packed.pack` makes one tensor of them.
         permutation, seg_indptr: int32, as :func:`pcg_compile.lora.route` gives them.
-        slices: widths of the columns that have factors of their own, such as those of q, k and v in a fused layer;
-            they add up to ``out``.
+        layout: the encoded :class:`~pcg_compile.lora.packed.PackedFactors`; its slices are widths of the columns that
+            have factors of their own, such as those of q, k and v in a fused layer, and add up to ``out``.
     """
-    lora_apply_many([y], x, [a], [b], [scalings], [ranks], permutation, seg_indptr, slices, [len(slices)])
+    lora_apply_many([y], x, [factors], permutation, seg_indptr, layout)
 
 
 def lora_apply_many(
     y: Sequence[torch.Tensor],
     x: torch.Tensor,
-    a: Sequence[torch.Tensor],
-    b: Sequence[torch.Tensor],
-    scalings: Sequence[torch.Tensor],
-    ranks: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
     permutation: torch.Tensor,
     seg_indptr: torch.Tensor,
-    slices: Sequence[int],
-    counts: Sequence[int],
+    layouts: str,
 ) -> None:
     """:func:`lora_apply` for layers of one pool that read the same ``x``, such as q, k and v: on a GPU, two launches.
 
     Args:
-        y, a, b, scalings, ranks: one of each for each layer; no y shares memory with another.
-        slices: of all layers, one after the other; at most 4 on a GPU. counts: how many of them are each layer's.
+        y, factors: one of each for each layer; no y shares memory with another.
+        layouts: of all layers, with ";" between them; at most 4 slices in all on a GPU.
     """
-    rows_x, widths = x.reshape(-1, x.shape[-1]), iter(slices)
-    layers = list(zip([one.view(-1, one.shape[-1]) for one in y], a, b, scalings, ranks, strict=True))
-    of_each = [list(islice(widths, count)) for count in counts]
+    rows_x, every = x.reshape(-1, x.shape[-1]), [decode(text) for text in layouts.split(";")]
+    parts = [layout.views(packed, x.shape[-1]) for layout, packed in zip(every, factors, strict=True)]
+    # The model may have been cast since the factors were.
+    layers = [
+        (one.view(-1, one.shape[-1]), a.to(x.dtype), b.to(x.dtype), scalings, ranks)
+        for one, (a, b, scalings, ranks) in zip(y, parts, strict=True)
+    ]
+    of_each = [layout.slices for layout in every]
     if x.device.type == "cuda" and x.dtype != torch.float64:
         from .kernels import add_adapters_on_gpu
 
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments' is.
             add_adapters_on_gpu(layers, rows_x, permutation, seg_indptr, of_each)
     else:
-        for (rows_y, down, up, factors, sizes), own in zip(layers, of_each, strict=True):
-            add_adapters(rows_y, rows_x, down, up, factors, sizes, permutation, seg_indptr, own)
+        for (rows_y, a, b, scalings, ranks), own in zip(layers, of_each, strict=True):
+            add_adapters(rows_y, rows_x, a, b, scalings, ranks, permutation, seg_indptr, own)
 
 
 for _name, _function in (("lora_apply", lora_apply), ("lora_apply_many", lora_apply_many)):

@@ -131,7 +131,7 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
     for module, read in adapter.modules.items():
         i, only = found[module]
         layer = layers[i]
-        dtype = layer.module.pcg_lora_a.dtype
+        dtype = layer.layout.dtype
         factors = Factors(read.a.to(dtype), read.b.to(dtype), read.scaling)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
             raise AdapterError(

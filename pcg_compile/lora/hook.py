@@ -22,9 +22,8 @@ class AdapterHook:
 
     def __call__(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not output.requires_grad:
-            factors = (module.pcg_lora_a, module.pcg_lora_b, module.pcg_lora_scalings, module.pcg_lora_ranks)
             y, x = own_tensors(module, output, args[0])
-            torch.ops.pcg.lora(y, x, *factors, module.pcg_lora_widths, module.pcg_lora_pool)
+            torch.ops.pcg.lora(y, x, module.pcg_lora_factors, module.pcg_lora_layout)
         elif not torch.compiler.is_compiling():
             _refuse_gradients()
         return output

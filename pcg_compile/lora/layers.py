@@ -13,14 +13,15 @@ from torch import nn
 from ..errors import AdapterError, message
 from ..torch_internals import drop_forward_hook
 from .hook import AdapterHook, hook_of_a_copy
+from .packed import PackedFactors
 from .peft_folder import Factors
 from .shards import WHOLE, Share, refuse_plain_part, share_of
 from .wrapped import forward_with
 
 __all__ = ["LoRALayer", "find_layers"]
 
-_BUFFERS = ("pcg_lora_a", "pcg_lora_b", "pcg_lora_scalings", "pcg_lora_ranks")
-_FACTS = ("pcg_lora_pool", "pcg_lora_name", "pcg_lora_widths", "pcg_lora_kinds", "pcg_lora_sizes")
+_BUFFER = "pcg_lora_factors"
+_FACTS = ("pcg_lora_layout", "pcg_lora_name", "pcg_lora_kinds", "pcg_lora_sizes")
 #: What the kernels take.
 _MOST_PARTS = 4
 
@@ -30,15 +31,14 @@ class LoRALayer:
     """One layer of the model, and the adapters' factors on it.
 
     The layer itself stays what it is, under its name and with its state dict: a forward hook adds to its output. The
-    factors are buffers of the layer that no state dict holds, at addresses that stay (see Note [hooks and guards]):
-    ``a [adapters, parts * rank, in]``, ``b [adapters, out, rank]``, ``scalings [adapters]`` float32,
-    ``ranks [adapters]`` int32; rank is the pool's largest. On several ranks in and out are this rank's, and parts
-    those that it has a row of (see Note [adapters over ranks]).
+    factors are one buffer of the layer that no state dict holds, at an address that stays (see Note [hooks and
+    guards]), packed as :class:`~pcg_compile.lora.packed.PackedFactors` says. On several ranks in and out are this
+    rank's, and parts those that it has a row of (see Note [adapters over ranks]).
 
     Note [hooks and guards]
     Dynamo does not notice hooks that come or go once a model is compiled; it would go on with the graph that it has. It
     guards what it reads of a layer, though, and whether the layer has a ``forward`` of its own. So the layer gets one,
-    the same as its class's, and the hook reads the pool's number and the widths from the layer.
+    the same as its class's, and the hook reads the factors' layout, with the pool's number in it, from the layer.
 
     Attributes:
         name: path in the model. module: the layer. parts: names and widths of the columns with factors of their own,
@@ -56,6 +56,9 @@ class LoRALayer:
     #: The module's own forward before.
     forward_before: Any = None
     attached: bool = False
+    layout: PackedFactors = field(init=False)
+    #: What the user said that the factors are; None: what the weight is.
+    dtype: torch.dtype | None = None
     #: Scaling and rank that the device has, by slot.
     held: dict[int, tuple[float, int]] = field(default_factory=dict)
 
@@ -67,13 +70,13 @@ class LoRALayer:
             self._remove()
             if getattr(forward, "__func__", None) is not type(self.module).forward:
                 vars(self.module)["forward"] = forward
-        if hasattr(self.module, _BUFFERS[0]):
+        if hasattr(self.module, _BUFFER):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
         self.share = share_of(self.name, weight, 1 if _is_conv1d(self.module) else 0)
         if self.share is WHOLE:
             refuse_plain_part(self.name, self.module, features_of(self.module))
         self.rows = self.share.rows_of(self.parts)
-        dtype = dtype or weight.dtype
+        self.dtype, dtype = dtype, dtype or weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(
                 message(
@@ -84,8 +87,8 @@ class LoRALayer:
             )
         add = AdapterHook(router)
         forward = None if self.share is WHOLE else forward_with(self.name, self.module, add)
-        self._make_buffers(adapters, dtype, weight.device)
-        self.module.pcg_lora_pool, self.module.pcg_lora_name = router.id, self.name
+        self._make_factors(adapters, router.id, dtype, weight.device)
+        self.module.pcg_lora_name = self.name
         own = vars(self.module)
         self.forward_before = own.get("forward")
         own["forward"] = forward or self.module.forward
@@ -94,18 +97,31 @@ class LoRALayer:
             self.handle = self.module.register_forward_hook(add, prepend=self.share is not WHOLE)
         self.attached = True
 
-    def _make_buffers(self, adapters: int, dtype: torch.dtype, device: torch.device) -> None:
-        widths = tuple(self.widths.values())
+    def _make_factors(self, adapters: int, pool: int, dtype: torch.dtype, device: torch.device) -> None:
         sizes = self.share.sizes(*features_of(self.module))
-        shape_a = (adapters, len(widths) * self.max_rank, sizes[0])
-        shapes = (shape_a, (adapters, sum(widths), self.max_rank), (adapters,), (adapters,))
-        dtypes = (dtype, dtype, torch.float32, torch.int32)
+        self.layout = PackedFactors(adapters, self.max_rank, tuple(self.widths.values()), dtype, pool)
         with torch.inference_mode(False), torch.no_grad():
-            for name, shape, kind in zip(_BUFFERS, shapes, dtypes, strict=True):
-                empty = torch.zeros(shape, dtype=kind, device=device)
-                self.module.register_buffer(name, empty, persistent=False)
-        self.module.pcg_lora_widths, self.module.pcg_lora_kinds = widths, self.share.kinds
+            self.module.register_buffer(_BUFFER, self.layout.empty(sizes[0], device), persistent=False)
+        self.module.pcg_lora_layout, self.module.pcg_lora_kinds = self.layout.encode(), self.share.kinds
         self.module.pcg_lora_sizes = sizes
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Where the model was cast to another dtype, casts the factors: in a new buffer, which is recorded anew."""
+        dtype = self.module.weight.dtype
+        if self.dtype is not None or dtype == self.layout.dtype:
+            return
+        inputs, before = self.module.pcg_lora_sizes[0], self.layout
+        parts = before.views(self.factors, inputs)
+        self._make_factors(before.adapters, before.pool, dtype, self.factors.device)
+        for new, old in zip(self.layout.views(self.factors, inputs), parts, strict=True):
+            new.copy_(old)
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """The packed tensor."""
+        factors: torch.Tensor = getattr(self.module, _BUFFER)
+        return factors
 
     @property
     def widths(self) -> dict[str, int]:
@@ -124,7 +140,7 @@ class LoRALayer:
         self.handle, self.attached = None, False
 
     def _remove(self) -> None:
-        for name in (*_BUFFERS, *_FACTS):
+        for name in (_BUFFER, *_FACTS):
             delattr(self.module, name)
         vars(self.module).pop("forward")
 
@@ -139,7 +155,7 @@ class LoRALayer:
         Returns:
             Targets and sources of the copies.
         """
-        a, b, scalings, ranks = (getattr(self.module, name) for name in _BUFFERS)
+        a, b, scalings, ranks = self.layout.views(self.factors, self.module.pcg_lora_sizes[0])
         rank = max((f.rank for f in factors.values()), default=0)
         # The parts' common one; b makes up for the difference, and by a factor of at most 1.
         scaling = max((f.scaling for f in factors.values()), key=abs, default=0.0)

@@ -14,33 +14,25 @@ import torch
 
 from ..step import current_step
 from . import apply as apply  # defines pcg::lora_apply
+from .packed import decode
 from .routing import router_by_id
 
 __all__ = ["bind_prepare_lora", "lora", "row_wise_form", "row_wise_form_of_many"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 _LIBRARY.define(
-    "lora(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scalings, Tensor ranks, int[] slices, int pool) -> ()",
+    "lora(Tensor(a!) y, Tensor x, Tensor factors, str layout) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.define("prepare_lora(SymInt rows, int pool, int memory) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
-def lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scalings: torch.Tensor,
-    ranks: torch.Tensor,
-    slices: Sequence[int],
-    pool: int,
-) -> None:
+def lora(y: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, layout: str) -> None:
     """Adds each token's adapter to ``y``, as the batch of the running step says; outside a step all are the base's.
 
     Args:
-        y: ``[..., out]``. x: ``[..., in]``, the same tokens. The rest: see :func:`pcg_compile.lora.apply.lora_apply`.
-        pool: id of the pool's router.
+        y: ``[..., out]``. x: ``[..., in]``, the same tokens.
+        factors, layout: the layer's :class:`~pcg_compile.lora.packed.PackedFactors`, the layout encoded.
 
     Raises:
         BatchError: an unknown adapter, other tokens than the batch's.
@@ -49,11 +41,11 @@ def lora(
     state = current_step()
     if state is not None and state.batch.adapters is not None:
         state.check_tokens(rows)
-    routing = router_by_id(pool).routing(state, rows)
+    routing = router_by_id(decode(layout).pool).routing(state, rows)
     if routing is not None:
         # Tokens in two dimensions, at the bucket's strides, are no rows: then a copy is worked on.
         flat = y.reshape(-1, y.shape[-1])
-        torch.ops.pcg.lora_apply(flat, x.reshape(-1, x.shape[-1]), a, b, scalings, ranks, *routing, slices)
+        torch.ops.pcg.lora_apply(flat, x.reshape(-1, x.shape[-1]), factors, *routing, layout)
         if flat.data_ptr() != y.data_ptr():
             y.copy_(flat.view(y.shape))
 
@@ -70,17 +62,20 @@ def bind_prepare_lora(
     return prepare
 
 
-def row_wise_form(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> None:
-    """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter."""
-    y.add_((x @ a[0].t())[..., : b.shape[2]] @ b[0].t())
+def row_wise_form(y: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, *rest: Any) -> None:
+    """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter.
+
+    Which one, and what it holds, is nothing that rows have.
+    """
+    row_wise_form_of_many([y], x, [factors], *rest)
 
 
 def row_wise_form_of_many(
-    y: Sequence[torch.Tensor], x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *rest: Any
+    y: Sequence[torch.Tensor], x: torch.Tensor, factors: Sequence[torch.Tensor], *rest: Any
 ) -> None:
     """:func:`row_wise_form` of ``pcg::lora_apply_many``."""
-    for one in zip(y, a, b, strict=True):
-        row_wise_form(one[0], x, *one[1:])
+    for one in y:
+        one.add_(x @ x.new_zeros(x.shape[-1], one.shape[-1]))
 
 
 def _prepare(rows: int, pool: int, memory: int) -> None:

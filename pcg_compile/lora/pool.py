@@ -189,12 +189,8 @@ class AdapterPool:
 
     def nbytes(self) -> int:
         """Bytes of device memory for all slots."""
-        return sum(
-            buffer.numel() * buffer.element_size()
-            for layer in self._layers
-            for name, buffer in layer.module.named_buffers(recurse=False)
-            if name.startswith("pcg_lora_")
-        )
+        attached = [layer.factors for layer in self._layers if layer.attached]
+        return sum(factors.numel() * factors.element_size() for factors in attached)
 
     # -- for the router: what a step needs ---------------------------------------------------------------------
 
@@ -262,7 +258,7 @@ class AdapterPool:
     def _usable(self) -> None:
         if self._closed:
             raise AdapterError(message("the adapter pool is closed", cure="Make another: AdapterPool(model, ...)"))
-        device = self._layers[0].module.pcg_lora_a.device
+        device = self._layers[0].factors.device
         if device != self.device:
             raise AdapterError(
                 message(
@@ -270,6 +266,11 @@ class AdapterPool:
                     cure="Make the pool after model.to(...).",
                 )
             )
+        first = self._layers[0]
+        if first.module.weight.dtype != first.layout.dtype:
+            with self._lock:
+                for layer in self._layers:
+                    layer.follow()
 
     def _known(self, name: str) -> None:
         if name not in self._stored:
