@@ -49,7 +49,7 @@ def test_many_adapters():
 def test_tensor_parallel():
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     out = run(*torchrun, EXAMPLES / "tensor_parallel.py")
-    assert "14 pieces" in out and out.count("ms in parts") == 4
+    assert "7 pieces" in out and out.count("ms in parts") == 4
 
 
 @pytest.mark.parametrize("budget", [7, 64])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pcg_compile as pcg
 
-EXAMPLES = int(os.environ.get("PCG_EXAMPLES", 2000 if os.environ.get("PCG_NIGHTLY") else 200))
+EXAMPLES = int(os.environ.get("PCG_EXAMPLES", 2000 if os.environ.get("PCG_NIGHTLY") else 80))
 NIGHTLY = bool(os.environ.get("PCG_NIGHTLY"))
 # Shrinking compiles hundreds of graphs more: by hand, at night.
 PHASES = list(Phase) if NIGHTLY else [Phase.explicit, Phase.generate]

@@ -1,5 +1,5 @@
 """Random traffic: adapters come and go, buckets too, and the numbers stay eager's. ``PCG_SOAK_SECONDS``: for how long,
-instead of 1,000 steps."""
+instead of 500 steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(folder, *arguments):
 
 def test_soak(tmp_path):
     seconds = os.environ.get("PCG_SOAK_SECONDS")
-    run(tmp_path, *(["--seconds", seconds] if seconds else ["--steps", "1000"]))
+    run(tmp_path, *(["--seconds", seconds] if seconds else ["--steps", "500"]))
     (row,) = json.loads((tmp_path / "soak.json").read_text())["rows"]
     assert row["faults"] == [] and row["recompiled"] == 0
     assert row["steps"] > 100 and row["compared"] >= row["steps"] // 50 and row["evicted"] > 0
