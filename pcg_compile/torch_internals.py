@@ -241,6 +241,18 @@ def is_subclass(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
+def put_forward_hook_first(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+    """Has a hook that is registered called ahead of the others (2.11 to 2.13).
+
+    By a new order of insertion: ``prepend=True`` changes the order of an OrderedDict alone, and Dynamo of 2.11 then
+    takes one hook for another.
+    """
+    hooks = module._forward_hooks
+    items = sorted(hooks.items(), key=lambda item: item[1] is not hook)
+    hooks.clear()
+    hooks.update(items)
+
+
 def drop_forward_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
     """Takes a hook off a module without the handle that registering it gave; whether it was there (2.11 to 2.13)."""
     keys = [key for key, one in module._forward_hooks.items() if one is hook]

@@ -19,6 +19,7 @@ from test_tensor_parallel import (
     check_adapters,
     check_different,
     check_styles,
+    others,
 )
 from test_tensor_parallel import ranks as ranks_on
 
@@ -36,9 +37,7 @@ def test_the_values_of_one_process(compiler):
     assert max(first["worst"], second["worst"]) < 1e-3
     assert first == {**second, "worst": first["worst"]}
     # Cuts at 2 attentions only.
-    assert first["pieces"] == 3 * first["graphs"] and all(
-        "attention in plain PyTorch" in reason for reason in first["fallbacks"]
-    )
+    assert first["pieces"] == 3 * first["graphs"] and others(first["fallbacks"]) == []
     assert first["replays"] > 0 and {"4", "8", "16"} <= set(first["buckets"])
 
 

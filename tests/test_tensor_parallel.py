@@ -98,6 +98,11 @@ def test_an_error_on_one_rank_is_an_error_on_the_other():
     assert time.monotonic() - started < 90
 
 
+def others(reasons):
+    """Without float32's attention on a GPU, which FlashInfer does not compute."""
+    return [reason for reason in reasons if "attention in plain PyTorch" not in reason]
+
+
 def save_adapters(root, path, sizes):
     """Adapters a, b and c on the layers of two decoder layers, small enough for sums in another order to agree."""
     from adapters import save_plain
@@ -139,7 +144,7 @@ def check_adapters(result, compilers, pieces=None, bound=1e-4):
     for compiler in compilers:
         found = result[compiler]
         assert max(found[what] for what in ("mixed", "another", "base")) < bound, result
-        assert found["replays"] > 0 and found["fallbacks"] == [], result
+        assert found["replays"] > 0 and others(found["fallbacks"]) == [], result
         assert pieces is None or found["pieces"] == pieces * found["graphs"], result
 
 

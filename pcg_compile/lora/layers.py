@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, message
-from ..torch_internals import drop_forward_hook
+from ..torch_internals import drop_forward_hook, put_forward_hook_first
 from .hook import AdapterHook, hook_of_a_copy
 from .packed import PackedFactors
 from .peft_folder import Factors
@@ -93,8 +93,11 @@ class LoRALayer:
         self.forward_before = own.get("forward")
         own["forward"] = forward or self.module.forward
         if forward is None:
-            # Ahead of hooks that sum up the ranks' results. The router lives as long as a layer that uses it.
-            self.handle = self.module.register_forward_hook(add, prepend=self.share is not WHOLE)
+            # The router lives as long as a layer that uses it.
+            self.handle = self.module.register_forward_hook(add)
+            if self.share is not WHOLE:
+                # Ahead of hooks that sum up the ranks' results.
+                put_forward_hook_first(self.module, add)
         self.attached = True
 
     def _make_factors(self, adapters: int, pool: int, dtype: torch.dtype, device: torch.device) -> None:
