@@ -86,6 +86,8 @@ def test_buckets_and_fallbacks_are_in_every_form():
     text, markup, data = str(report), report._repr_html_(), json.loads(report.to_json())
     for form in (text, markup):
         assert "mean padding" in form and "33%" in form and "softmax" in form and "fallbacks" in form
+    # 7 and 5 tokens in a bucket of 8.
+    assert data["stats"]["buckets"]["8"]["mean_padding"] == pytest.approx(16 / 12 - 1)
     assert data["stats"]["buckets"]["8"]["hits"] == 2 and data["stats"]["sizes"] == {"3": 1, "7": 1, "5": 1}
     assert data["stats"]["fallbacks"][0]["count"] == 3
 

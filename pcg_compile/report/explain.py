@@ -95,7 +95,9 @@ class Report:
             k: getattr(self.stats, k)
             for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
         }
-        buckets = {str(size): asdict(use) for size, use in self.stats.buckets.items()}
+        buckets = {
+            str(size): {**asdict(use), "mean_padding": use.mean_padding} for size, use in self.stats.buckets.items()
+        }
         falls = [asdict(f) for f in self.stats.fallbacks]
         sizes = {str(size): steps for size, steps in self.stats.sizes.items()}
         graphs = [asdict(graph) for graph in self.graphs]

@@ -44,7 +44,7 @@ def sections(report: Report) -> Iterator[Section]:
         (
             str(size),
             str(use.hits),
-            f"{use.padded_tokens / use.tokens - 1:.0%}" if use.tokens else "",
+            f"{use.mean_padding:.0%}" if use.mean_padding is not None else "",
             f"{use.bytes / 2**20:.1f}",
             f"{use.seconds:.3f}",
             use.attention,

@@ -38,6 +38,11 @@ class BucketStats:
     #: Under attention="auto", what warm-up chose for the bucket and both times; else "".
     attention: str = ""
 
+    @property
+    def mean_padding(self) -> float | None:
+        """Padding tokens over real ones, of all steps; None before the first."""
+        return self.padded_tokens / self.tokens - 1 if self.tokens else None
+
 
 @dataclass(frozen=True)
 class Stats:
