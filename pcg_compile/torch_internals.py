@@ -518,7 +518,7 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
     """What a compiler assumes of sizes inside becomes no guard of Dynamo's, but is listed afterwards (2.11 to 2.13).
 
     Inductor asks whether a size is 1 where it lays out a view, say, and Dynamo would compile the whole model again for
-    that size. A size that is found to be a number, or equal to another, stays so: its symbol is gone.
+    that size. What other sizes do not satisfy either stays a guard: for those, there will be a graph of their own.
     """
     env, found = fake_mode.shape_env, []  # type: ignore[var-annotated]
     if env is None:
@@ -531,7 +531,7 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
         yield found
     finally:
         new = [env.replace(guard.expr) for guard in env.guards[count:]]
-        if new and env.replacements == replacements and not any(map(_fixes_a_size, new)):
+        if new and env.replacements == replacements and all(_is_of_0_and_1(guard, env) for guard in new):
             found += new
             del env.guards[count:]
             for table, old in zip(tables, before, strict=True):
@@ -541,8 +541,18 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
             env._update_version_counter()
 
 
-def _fixes_a_size(condition: sympy.Basic) -> bool:
-    return isinstance(condition, sympy.Eq) and any(side.is_number for side in condition.args)
+#: Sizes of all kinds: small and large, odd, powers of two.
+_SAMPLES = (2, 3, 5, 8, 17, 64, 1000, 4096, 100_000)
+
+
+def _is_of_0_and_1(condition: sympy.Basic, env: Any) -> bool:
+    """Whether a condition on sizes holds at all but 0 and 1, as far as samples tell."""
+    known, symbols = dict(env.backed_var_to_val), condition.free_symbols
+    if not symbols <= known.keys():
+        return False
+    changes = [dict.fromkeys(symbols, sympy.Integer(n)) for n in _SAMPLES]
+    changes += [{symbol: sympy.Integer(n)} for symbol in symbols for n in _SAMPLES]
+    return all(condition.xreplace({**known, **change}) == sympy.true for change in changes)
 
 
 #: What a compiler is shown for sizes of 0 and 1, by symbol: equal ones it would take for the same.
@@ -560,7 +570,10 @@ def shown_larger(
     env = fake_mode.shape_env
     hints = _larger_hints(env, symbols) if env is not None else {}
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    plain = all(type(t) in (FakeTensor, torch.nn.Parameter) and not (t.is_conj() or t.is_neg()) for t in tensors)
+    plain = all(
+        type(t) in (FakeTensor, torch.nn.Parameter) and t.layout == torch.strided and not (t.is_conj() or t.is_neg())
+        for t in tensors
+    )
     storages = {t.untyped_storage()._cdata for t in tensors} if plain else set()
     if env is None or not hints or len(storages) < len(tensors) or any(isinstance(v, torch.SymFloat) for v in values):
         yield values

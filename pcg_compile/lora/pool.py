@@ -267,7 +267,7 @@ class AdapterPool:
                 )
             )
         first = self._layers[0]
-        if first.module.weight.dtype != first.layout.dtype:
+        if first.dtype is None and first.module.weight.dtype != first.layout.dtype:
             with self._lock:
                 for layer in self._layers:
                     layer.follow()
