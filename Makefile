@@ -12,7 +12,7 @@ BENCH ?= all --quick
 SOAK_SECONDS ?= 600
 # Two processes at a time halve the time of the tests; on a GPU they would take each other's memory.
 ifndef PYTEST_FLAGS
-PYTEST_FLAGS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --numprocesses 2 --dist loadfile)
+PYTEST_FLAGS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --numprocesses 2 --dist loadfile --no-loadscope-reorder)
 endif
 
 BIN := $(VENV)/bin

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 
+#: Minutes each: begun first, so that two processes end at the same time.
+LONG = ("tensor_parallel", "examples", "families", "soak", "notebooks", "random_graphs", "benchmarks", "encoders")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` on a machine without a CUDA device."""
+    """Long files first; skips tests marked ``gpu`` on a machine without a CUDA device."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
