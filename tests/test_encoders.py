@@ -91,3 +91,31 @@ def test_equal_to_eager_and_recorded(name: str) -> None:
     assert after.graphs == before.graphs and after.compiled == before.compiled
     assert after.replays > before.replays > 0
     assert not after.fallbacks
+
+
+@pytest.mark.parametrize("example", [(3, 12), (8, 8)])
+@pytest.mark.parametrize("make", [bert, modern_bert, llama])
+def test_warmup_by_batch_and_length(make, example):
+    """A mask's sizes are those of the ids, and follow their buckets."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make().eval()
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": BUCKETS})
+    with torch.no_grad():
+        pcg.warmup(compiled, **text(*example, False), buckets=[(2, 16), (4, 16), (8, 32)], progress=False)
+        with pcg.expect(compiled, graphs=0, captured=0):
+            for batch, length in [(3, 12), (1, 9), (4, 16), (2, 10), (7, 20), (1, 16), (8, 31)]:
+                inputs = text(batch, length, True)
+                want, got = (call(**inputs).last_hidden_state for call in (model, compiled))
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert pcg.stats(compiled).fallbacks == ()
+
+
+def test_warmup_names_the_sizes_that_a_bucket_lacks():
+    torch._dynamo.reset()
+    compiled = torch.compile(bert().eval(), backend="pcg", options={"compiler": "eager"})
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"4 sizes, the model has 2 dynamic ones: dimension 0 of l_.*"),
+    ):
+        pcg.warmup(compiled, **text(3, 12, False), buckets=[(2, 16, 2, 16)], progress=False)

@@ -78,16 +78,17 @@ class BucketChooser:
             if isinstance(side, sympy.Symbol) and isinstance(other, sympy.Integer)
         }
 
-    def choose(self, sizes: Mapping[sympy.Symbol, int], bucketed: Iterable[sympy.Symbol]) -> Choice:
+    def choose(self, sizes: Mapping[sympy.Symbol, int], bucketed: Sequence[sympy.Symbol]) -> Choice:
         """The smallest allowed bucket >= its size for every symbol in ``bucketed``; others stay exact."""
-        chosen = dict(sizes)
-        for symbol in bucketed:
+        # A graph for one size only, such as Dynamo makes for 1, is recorded at that size.
+        open_ = [symbol for symbol in bucketed if symbol not in self._pinned]
+        smallest = min((sizes[symbol] for symbol in bucketed), default=1)
+        if smallest < 1:
+            return Choice(None, f"a dynamic size is {smallest}")
+        # A condition is asked for once the last of its sizes is chosen: two that must be equal are so in the end only.
+        chosen = {symbol: n for symbol, n in sizes.items() if symbol not in open_}
+        for symbol in open_:
             n = sizes[symbol]
-            if n < 1:
-                return Choice(None, f"a dynamic size is {n}")
-            if symbol in self._pinned:
-                # A graph for one size only, such as Dynamo makes for 1: recorded at that size.
-                continue
             # Without n, which would make a fallback of its own of every size.
             reason = f"a size is beyond the largest bucket, {self.table[-1]}"
             for bucket in self.table:
@@ -111,9 +112,9 @@ class BucketChooser:
         for one, other in self.orders:
             if sympy.Le(one, other).xreplace(values) == sympy.false:
                 return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
-        real = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+        exact = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for one, other in self.equals:
-            if any(one.xreplace(at) != other.xreplace(at) for at in (real, values)):
+            if any(one.xreplace(at) != other.xreplace(at) for at in (exact, values)):
                 return Choice(None, f"an index of {one} rows writes to a tensor of {other}")
         left = self._leaves(chosen) if self.reaches and chosen != sizes else None
         return Choice(chosen) if left is None else Choice(None, left)
@@ -134,6 +135,7 @@ class BucketChooser:
         return _PADDING_LIMIT if self.options.buckets is None else float("inf")
 
     def _allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether sizes satisfy the conditions that name no other."""
         values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for condition in (*self.conditions, *self.assumed):
             result = condition.xreplace(values)

@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from ..batch import StepState, scratch_step
-from ..graph.scalars import evaluate, shape_at
+from ..graph.scalars import evaluate, expr_of, shape_at
 from ..report.stats import Counters
 from .binding import Binding
 from .build import build_and_run
@@ -106,28 +106,55 @@ def _wanted(graph: GraphState, request: WarmUp, sizes: Mapping[sympy.Symbol, int
         return []
     if not graph.bucketed:
         return [dict(sizes)]
-    if request.buckets is None and len(graph.bucketed) > 1:
+    groups = _alike(graph, sizes)
+    if request.buckets is None and len(groups) > 1:
         raise ValueError(
-            f"the model has {len(graph.bucketed)} dynamic sizes: pass buckets=[(b, ...), ...] to pcg.warmup(), "
-            "one tuple a bucket"
+            f"the model has {len(groups)} dynamic sizes ({_named(graph, groups)}): pass buckets=[(b, ...), ...] to "
+            "pcg.warmup(), one tuple a bucket"
         )
     table = request.buckets if request.buckets is not None else graph.shared.chooser.table
     wanted: list[dict[sympy.Symbol, int]] = []
     for entry in table:
-        entries = entry if isinstance(entry, tuple) else (entry,) * len(graph.bucketed)
-        if len(entries) != len(graph.bucketed):
+        entries = entry if isinstance(entry, tuple) else (entry,) * len(groups)
+        if len(entries) == len(graph.bucketed):
+            groups = [[symbol] for symbol in graph.bucketed]
+        if len(entries) != len(groups):
             raise ValueError(
-                f"bucket {entry} has {len(entries)} sizes, the model has {len(graph.bucketed)} dynamic ones"
+                f"bucket {entry} has {len(entries)} sizes, the model has {len(groups)} dynamic ones: "
+                f"{_named(graph, groups)}"
             )
-        choice = graph.shared.chooser.choose(
-            {**sizes, **dict(zip(graph.bucketed, entries, strict=True))}, graph.bucketed
-        )
+        of_each = {symbol: n for group, n in zip(groups, entries, strict=True) for symbol in group}
+        choice = graph.shared.chooser.choose({**sizes, **of_each}, graph.bucketed)
         if choice.sizes is None:
             graph.shared.counters.fall_back(f"bucket {entry} was not recorded: {choice.reason}")
         elif dict(choice.sizes) not in wanted:
             wanted.append(dict(choice.sizes))
     # Largest first: smaller buckets then fit into the memory of larger ones.
     return sorted(wanted, key=lambda bucket: tuple(bucket[s] for s in graph.bucketed), reverse=True)
+
+
+def _alike(graph: GraphState, sizes: Mapping[sympy.Symbol, int]) -> list[list[sympy.Symbol]]:
+    """The sizes to bucket; as one those of several tensors with one dimension and value, such as ids and their mask."""
+    groups: dict[tuple[int, int], list[sympy.Symbol]] = {}
+    for symbol in graph.bucketed:
+        groups.setdefault((_place(graph, symbol)[0], sizes[symbol]), []).append(symbol)
+    return list(groups.values())
+
+
+def _place(graph: GraphState, symbol: sympy.Symbol) -> tuple[int, str]:
+    """A dimension that a size is, and of which input; -1 for a number."""
+    for spec in graph.plan.inputs:
+        if isinstance(spec.value, torch.Tensor):
+            for dim, size in enumerate(spec.value.shape):
+                if expr_of(size) == symbol:
+                    return dim, spec.node.name
+    return -1, str(symbol)
+
+
+def _named(graph: GraphState, groups: Sequence[Sequence[sympy.Symbol]]) -> str:
+    """Whose sizes they are."""
+    places = [_place(graph, group[0]) for group in groups]
+    return ", ".join(f"dimension {dim} of {name}" for dim, name in places)
 
 
 def _shrunk(graph: GraphState, args: Sequence[Any], real: Mapping[sympy.Symbol, int]) -> list[Any]:
