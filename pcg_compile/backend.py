@@ -30,6 +30,7 @@ from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
 from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
 from .report.stats import Counters
+from .runtime.agreement import release_channels
 from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
@@ -71,6 +72,11 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
         ends_step = not ends_in_graph_break(gm)
         return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
     return _compile(gm, real_inputs, options, owner, not ends_in_graph_break(gm))
+
+
+def _release_groups() -> None:
+    release_collectives()
+    release_channels()
 
 
 def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, ends_step: bool) -> Any:
@@ -133,7 +139,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
-        before_groups_end(release_collectives)
+        before_groups_end(_release_groups)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))
     add_runtime(owner, counters, runtime)

@@ -109,7 +109,6 @@ def release_collectives() -> None:
     for runtime in runtimes():
         if runtime.shared.agreement is not None:
             runtime.release()
-            runtime.shared.agreement.release()
 
 
 def reset_owner(owner: object) -> None:

@@ -426,7 +426,9 @@ class GroupMaximum:
         self._work: Any = None
 
     def start(self, numbers: tuple[int, int]) -> None:
-        """Sends this rank's numbers."""
+        """Sends this rank's numbers. Those of a step that ended early, which nobody waited for, have come by now."""
+        if self._work is not None:
+            self._work.wait()
         self._array[:] = numbers
         self._work = self._backend.allreduce(self._numbers, self._largest)
 

@@ -13,14 +13,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
 from ..errors import BatchError, PCGError, message
 from ..torch_internals import GroupMaximum, default_store
 
-__all__ = ["Agreement", "RankFailed"]
+__all__ = ["Agreement", "RankFailed", "release_channels"]
 
 #: How long ranks wait for each other; recording one piece takes a fraction of a second, compiling came before.
 _TIMEOUT = timedelta(seconds=60)
@@ -97,10 +96,6 @@ class Agreement:
     def any_of(self, value: bool) -> bool:
         """Whether it is so on any rank."""
         return any(self._channel.gather(value).values())
-
-    def release(self) -> None:
-        """Ahead of the end of the process groups."""
-        self._channel.release()
 
 
 class _Channel:
@@ -201,8 +196,15 @@ class _Channel:
         self._maxima = None
 
 
-#: Graphs of the same ranks share a channel, so that ranks that run different graphs hear of it.
-_CHANNELS: WeakValueDictionary[tuple[tuple[int, ...], ...], _Channel] = WeakValueDictionary()
+#: Graphs of the same ranks share a channel, so that ranks that run different graphs hear of it. It outlives them: when
+#: the last one is collected, differs from rank to rank.
+_CHANNELS: dict[tuple[tuple[int, ...], ...], _Channel] = {}
+
+
+def release_channels() -> None:
+    """Lets go of process groups, ahead of their end."""
+    for channel in _CHANNELS.values():
+        channel.release()
 
 
 def _channel_of(groups: Iterable[Sequence[int]]) -> _Channel:
