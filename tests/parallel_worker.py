@@ -139,6 +139,27 @@ def different_sizes(cases):
     return errors
 
 
+def no_gloo():
+    """Rank 1 finds no way to rank 0 but the store."""
+    from pcg_compile.runtime import agreement
+
+    def unreachable(ranks):
+        raise RuntimeError("no such host")
+
+    if RANK == 1:
+        agreement.GroupMaximum = unreachable
+    else:
+        agreement.GroupMaximum = lambda ranks: None
+    compiled, kv = compiled_of(parallel(layers=1)), cache(WORLD)
+    want, got = serve(make(1, layers=1), cache(1), [3, 5, 6, 5]), serve(compiled, kv, [3, 5, 6, 5])
+    result = {"worst": max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))}
+    try:
+        serve(compiled, kv, [7 + RANK])
+    except pcg.errors.BatchError as error:
+        result["error"] = str(error)
+    return result | {"fallbacks": [f.reason for f in pcg.stats(compiled).fallbacks]}
+
+
 def dies():
     """Rank 1 ends between two steady steps."""
     compiled, kv = compiled_of(parallel(layers=1)), cache(WORLD)

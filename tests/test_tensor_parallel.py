@@ -80,6 +80,12 @@ def test_ranks_with_different_batches_hear_of_it():
     check_different(ranks("different_sizes", json.dumps(DIFFERENT)))
 
 
+def test_without_gloo_new_sizes_are_compared():
+    for result in ranks("no_gloo"):
+        assert result["worst"] < 1e-5 and "(rank 0: [7], rank 1: [8])" in result["error"]
+        assert [r for r in result["fallbacks"] if "gloo found no way between them: no such host" in r]
+
+
 def test_a_rank_that_dies_is_an_error_in_the_next_steady_step():
     first, _ = ranks("dies")
     assert "a rank took no part in the step" in first["error"] and first["s"] < 30
