@@ -323,6 +323,20 @@ def test_a_model_that_moves(folders):
         pool.load("c", folders["c"])
 
 
+def test_a_compiled_model_that_is_cast(folders):
+    torch._dynamo.reset()
+    model, pool = make(folders, "a")
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4]}, dynamic=True)
+    ids = torch.tensor([3, 1, 4])
+    with torch.no_grad():
+        for cast in (lambda: None, model.double, lambda: None):
+            cast()
+            with pcg.step(pcg.Batch([3], adapters=["a"])):
+                got = compiled(ids).float()
+            torch.testing.assert_close(got, expected(folders["a"], ids), rtol=1e-4, atol=1e-4)
+    assert pool._layers[0].factors.dtype == torch.uint8 and pool._layers[0].layout.dtype == torch.float64
+
+
 def test_numbers_that_the_layer_cannot_hold(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
