@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,9 +47,10 @@ from .torch_internals import (
     shape_guards,
     spare_profiler_calls,
     specialize_floats,
+    start_inductor_workers,
 )
 
-__all__ = ["compile_graph", "pcg"]
+__all__ = ["compile_graph", "pcg", "start_early"]
 
 _LOG = logging.getLogger("pcg_compile")
 
@@ -62,6 +64,15 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
         GraphBreakingScalarWrite, CaptureHazard: what no recording can hold, and cannot be isolated.
     """
     return compile_graph(gm, example_inputs, Options.parse(options), calling_wrapper() or pcg)
+
+
+def start_early(backend: Any, keywords: Mapping[str, Any]) -> None:
+    """Begins, ahead of a trace, what compiling will wait for: of a backend that is pcg's, with its keywords."""
+    with suppress(Exception):
+        # What is wrong with the options is raised where a graph is compiled.
+        options = Options.parse(keywords.get("options")) if backend is pcg else getattr(backend, "options", None)
+        if isinstance(options, Options) and options.compiler == "inductor" and torch.cuda.is_initialized():
+            start_inductor_workers()
 
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:

@@ -173,18 +173,24 @@ def isolated_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def start_inductor_workers() -> None:
+    """Begins to start the processes that compile Triton kernels in parallel, if they are not (2.11 to 2.13).
+
+    They take seconds to start; until they have, Inductor compiles kernels itself, one after the other.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def prepare_inductor(device: torch.device) -> Callable[[], None]:
     """Begins, beside other work, what a first compile by Inductor waits for; returns what waits for it (2.11 to 2.13).
 
-    Triton kernels are compiled in parallel by processes that take seconds to start; until they have, Inductor compiles
-    one after the other itself. The keys of its caches hash the sources of torch and Triton, hundreds of megabytes, most
-    of it without Python's lock.
+    The keys of its caches hash the sources of torch and Triton, hundreds of megabytes, mostly without Python's lock.
     """
     try:
         if device.type == "cuda":
-            from torch._inductor.async_compile import maybe_warm_pool
-
-            maybe_warm_pool()
+            start_inductor_workers()
         # Here and not in the thread: of modules that import each other, two threads could see some half made.
         import torch._inductor.compile_fx  # noqa: F401
         from torch._inductor.codecache import torch_key
@@ -652,7 +658,10 @@ def wrapper_of(compiled: Any) -> object | None:
             candidate = cell.cell_contents
             if hasattr(candidate, "callback"):
                 context = candidate
-    seen = getattr(context, "callback", None)
+    return _innermost_backend(getattr(context, "callback", None))
+
+
+def _innermost_backend(seen: Any) -> Any:
     for _ in range(16):
         if seen is None or isinstance(seen, torch._TorchCompileWrapper):
             return seen
@@ -719,6 +728,8 @@ _MARK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_mark", default=No
 _MARKED: ContextVar[list[tuple[torch.Tensor, dict[str, Any]]] | None] = ContextVar("pcg_marked", default=None)
 _WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
 _WAS_RECORDING: ContextVar[bool | None] = ContextVar("pcg_was_recording", default=None)
+#: Frames between a callback of Dynamo's and the function that knows the backend, and more.
+_FRAMES = 24
 
 
 def spare_profiler_calls() -> None:
@@ -730,6 +741,27 @@ def spare_profiler_calls() -> None:
         _register_callbacks()
         _WAS_RECORDING.set(True)
         torch._dynamo.config.record_runtime_overhead = False
+
+
+def ahead_of_traces(call: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    """Has ``call(backend, keywords)`` called ahead of each of Dynamo's traces, with the backend of ``torch.compile``.
+
+    Until ``torch._dynamo.reset()``: no error follows from a call that is missed (2.11 to 2.13).
+    """
+
+    def on_start(args: Any) -> None:
+        frame: Any = sys._getframe(1)
+        for _ in range(_FRAMES):
+            frame = frame.f_back
+            if frame is None:
+                return
+            if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
+                wrapper = _innermost_backend(frame.f_locals["compiler_fn"])
+                if wrapper is not None:
+                    call(wrapper.compiler_fn, wrapper.kwargs)
+                return
+
+    torch._dynamo.callback.callback_handler.register_start_callback(on_start)
 
 
 def _register_callbacks() -> None:

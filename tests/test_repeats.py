@@ -13,10 +13,10 @@ from test_facts import compare
 from torch import fx
 
 import pcg_compile as pcg
-from pcg_compile import torch_internals
+from pcg_compile import backend, decorator, torch_internals
 from pcg_compile.graph import functional
 from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
-from pcg_compile.graph.pieces import copy_graph
+from pcg_compile.graph.pieces import Compiled, copy_graph
 from pcg_compile.graph.storages import Storage, told_apart, twin_of
 from pcg_compile.passes import padding_safety
 from pcg_compile.torch_internals import fake_inputs, fake_mode_of
@@ -228,3 +228,39 @@ def test_workers_start_before_the_graph_is_looked_at(monkeypatch: pytest.MonkeyP
     assert events == ["pool", "key"]
     torch_internals.prepare_inductor(torch.device("cpu"))()
     assert events == ["pool", "key", "key"]
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "piecewise"])
+@pytest.mark.parametrize(("compiler", "started"), [("inductor", True), ("eager", False)])
+def test_workers_start_before_the_trace(
+    way: str, compiler: str, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracing a model takes as long as they do."""
+    events: list[str] = []
+    monkeypatch.setattr(backend, "start_inductor_workers", lambda: events.append("workers"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend, "compile_piece", lambda piece, *rest: Compiled(piece.gm.forward))
+    handler = torch._dynamo.callback.callback_handler
+    monkeypatch.setattr(handler, "start_callbacks", [])
+    torch_internals.ahead_of_traces(backend.start_early)
+    compile_graph = backend.compile_graph
+
+    def compiling(*args: Any) -> Any:
+        events.append("compile")
+        return compile_graph(*args)
+
+    monkeypatch.setattr(backend, "compile_graph", compiling)
+    monkeypatch.setattr(decorator, "compile_graph", compiling)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    if way == "piecewise":
+        compiled: Any = pcg.piecewise(compiler=compiler)(f)
+    else:
+        compiled = torch.compile(f, backend="pcg", options={"compiler": compiler})
+    torch.compile(f, backend="eager")(torch.ones(3))
+    assert events == []
+    with torch.no_grad():
+        compiled(torch.ones(4))
+    assert events == ["workers", "compile"] if started else ["compile"]
