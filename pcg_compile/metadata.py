@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import struct
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -76,7 +77,7 @@ def check_count(name: str, value: Any) -> int:
 
 def _integers(name: str, values: Any) -> Ints:
     try:
-        array = np.asarray(values)
+        array = _packed(values) if type(values) is list and values and type(values[0]) is int else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(
             message(f"{name} is no list of whole numbers on the host", why=str(error).splitlines()[0])
@@ -90,6 +91,14 @@ def _integers(name: str, values: Any) -> Ints:
             )
         )
     return array
+
+
+def _packed(values: list[Any]) -> Ints:
+    """A list as an array of int64: numpy looks at each number several times, which takes four times as long."""
+    try:
+        return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64)
+    except struct.error:
+        return np.asarray(values)
 
 
 class PageTable:
