@@ -37,6 +37,7 @@ from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.graph import GraphRuntime
 from .torch_internals import (
+    ahead_of_traces,
     before_groups_end,
     calling_wrapper,
     compile_whole_with_inductor,
@@ -48,6 +49,7 @@ from .torch_internals import (
     spare_profiler_calls,
     specialize_floats,
     start_inductor_workers,
+    trace_floats_as_constants,
 )
 
 __all__ = ["compile_graph", "pcg", "start_early"]
@@ -71,7 +73,10 @@ def start_early(backend: Any, keywords: Mapping[str, Any]) -> None:
     with suppress(Exception):
         # What is wrong with the options is raised where a graph is compiled.
         options = Options.parse(keywords.get("options")) if backend is pcg else getattr(backend, "options", None)
-        if isinstance(options, Options) and options.compiler == "inductor" and torch.cuda.is_initialized():
+        if not isinstance(options, Options):
+            return
+        trace_floats_as_constants()
+        if options.compiler == "inductor" and torch.cuda.is_initialized():
             start_inductor_workers()
 
 
@@ -79,6 +84,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
     specialize_floats(gm)
     spare_profiler_calls()
+    ahead_of_traces(start_early)
     if has_subclasses(real_inputs) and not torch.is_grad_enabled():
         ends_step = not ends_in_graph_break(gm)
         return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))

@@ -728,6 +728,7 @@ _MARK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_mark", default=No
 _MARKED: ContextVar[list[tuple[torch.Tensor, dict[str, Any]]] | None] = ContextVar("pcg_marked", default=None)
 _WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
 _WAS_RECORDING: ContextVar[bool | None] = ContextVar("pcg_was_recording", default=None)
+_WAS_SYMBOLIC: ContextVar[bool] = ContextVar("pcg_was_symbolic", default=False)
 #: Frames between a callback of Dynamo's and the function that knows the backend, and more.
 _FRAMES = 24
 
@@ -746,10 +747,16 @@ def spare_profiler_calls() -> None:
 def ahead_of_traces(call: Callable[[Any, Mapping[str, Any]], None]) -> None:
     """Has ``call(backend, keywords)`` called ahead of each of Dynamo's traces, with the backend of ``torch.compile``.
 
-    Until ``torch._dynamo.reset()``: no error follows from a call that is missed (2.11 to 2.13).
+    Until ``torch._dynamo.reset()``: nothing may be wrong where a call is missed (2.11 to 2.13).
     """
+    handler, at_start = torch._dynamo.callback.callback_handler, _at_start(call)
+    if at_start not in handler.start_callbacks:
+        handler.register_start_callback(at_start)
 
-    def on_start(args: Any) -> None:
+
+@functools.cache
+def _at_start(call: Callable[[Any, Mapping[str, Any]], None]) -> Callable[[Any], None]:
+    def at_start(args: Any) -> None:
         frame: Any = sys._getframe(1)
         for _ in range(_FRAMES):
             frame = frame.f_back
@@ -761,7 +768,15 @@ def ahead_of_traces(call: Callable[[Any, Mapping[str, Any]], None]) -> None:
                     call(wrapper.compiler_fn, wrapper.kwargs)
                 return
 
-    torch._dynamo.callback.callback_handler.register_start_callback(on_start)
+    return at_start
+
+
+def trace_floats_as_constants() -> None:
+    """Spares the trace at hand :func:`specialize_floats`, which has Dynamo trace all of it again (2.11 to 2.13)."""
+    if not torch._dynamo.config.specialize_float and not _WAS_SYMBOLIC.get():
+        _register_callbacks()
+        _WAS_SYMBOLIC.set(True)
+        torch._dynamo.config.specialize_float = True
 
 
 def _register_callbacks() -> None:
@@ -789,6 +804,9 @@ def _on_compile_end(args: Any) -> None:
     if _WAS_RECORDING.get() is not None:
         torch._dynamo.config.record_runtime_overhead = True
         _WAS_RECORDING.set(None)
+    if _WAS_SYMBOLIC.get():
+        torch._dynamo.config.specialize_float = False
+        _WAS_SYMBOLIC.set(False)
 
 
 @contextmanager

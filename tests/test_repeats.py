@@ -264,3 +264,41 @@ def test_workers_start_before_the_trace(
     with torch.no_grad():
         compiled(torch.ones(4))
     assert events == ["workers", "compile"] if started else ["compile"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_number_of_a_module_does_not_have_the_model_traced_twice(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamic=True Dynamo makes tensors of floats, which pcg has no use for, and would begin anew."""
+    traced: list[bool] = []
+    specialize = backend.specialize_floats
+
+    def count(gm: fx.GraphModule) -> None:
+        traced.append(torch._dynamo.config.specialize_float)
+        if fails:
+            raise RuntimeError("no more")
+        specialize(gm)
+
+    monkeypatch.setattr(backend, "specialize_floats", count)
+
+    class Scaled(torch.nn.Module):
+        scale = 0.3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.scale).relu()
+
+    model = Scaled()
+    torch_internals.ahead_of_traces(backend.start_early)
+    compiled = torch.compile(model, backend="pcg", options={"compiler": "eager"}, dynamic=True)
+    x = torch.randn(5, 4)
+    if fails:
+        with pytest.raises(Exception, match="no more"):
+            compiled(x)
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+            model.scale = 0.5
+            torch.testing.assert_close(compiled(x), model(x))
+    assert traced == [True] if fails else traced == [True, True]
+    assert not torch._dynamo.config.specialize_float
