@@ -165,20 +165,23 @@ def _measure(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]
 
 
 def _sweep(shape: tuple[int, ...], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Both kernels with every tile size that makes sense for the tokens."""
-    from pcg_compile.lora.kernels import Blocks
+    """Each kernel with every tile size that makes sense for the tokens, the other one as the rule has it."""
+    from pcg_compile.lora.kernels import Blocks, blocks_for
 
     work = _copies(shape, args.device)
-    rows = (16, 32) if shape[0] <= 128 else (32, 64, 128)
-    for sizes in itertools.product(rows, (64, 128), (1, 2, 4, 8), (64, 128)):
-        blocks = Blocks(*sizes)
-        try:
-            pairs = [one.launches(blocks) for one in work]
-            times = [_time([pair[i] for pair in pairs], len(pairs), args.repeats) for i in range(2)]
-        except Exception as error:  # Tiles that are too large for this GPU.
-            yield {"blocks": str(blocks), "failed": one_line(error)}
-            continue
-        yield {"blocks": str(blocks), "shrink_us": times[0], "expand_us": times[1]}
+    rule, rows = blocks_for(*shape[:3]), (16, 32) if shape[0] <= 128 else (32, 64, 128)
+    for which, names, *sizes in (
+        (0, ("rows", "sum", "splits"), rows, (64, 128), (1, 2, 4, 8)),
+        (1, ("rows", "columns", "turns"), rows, (64, 128, 256), (1, 2, 4, 8)),
+    ):
+        for tried in itertools.product(*sizes):
+            blocks: Blocks = rule._replace(**dict(zip(names, tried, strict=True)))
+            row = {"kernel": ("shrink", "expand")[which], "blocks": ", ".join(map(str, tried))}
+            try:
+                row["us"] = _time([one.launches(blocks)[which] for one in work], len(work), args.repeats)
+            except Exception as error:  # Tiles that are too large for this GPU.
+                row["failed"] = one_line(error)
+            yield row
 
 
 def _copies(shape: tuple[int, ...], device: torch.device) -> list[Work]:

@@ -308,7 +308,8 @@ def _repeated(pages: Ints) -> Ints:
     """The pages that occur more than once."""
     if len(pages) > 512 and int(pages.max()) < 64 * len(pages):
         return np.flatnonzero(np.bincount(pages) > 1)
-    order = np.sort(pages)
+    order = pages.copy()
+    order.sort()
     return order[1:][order[1:] == order[:-1]]
 
 

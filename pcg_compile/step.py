@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -202,10 +201,15 @@ class StepState:
 
     def _to_user(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         device = self.cache.device if self.cache is not None else torch.get_default_device()
-        # A caller may keep them, for steps out of inference mode too.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            target = torch.empty(len(values), dtype=torch.int64, device=device)
-            self.staging(target.device).send_longs(values, target)
+        if torch.is_inference_mode_enabled():
+            # A caller may keep them, for steps out of inference mode too.
+            with torch.inference_mode(False):
+                return self._sent(values, device)
+        return self._sent(values, device)
+
+    def _sent(self, values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+        target = torch.empty(len(values), dtype=torch.int64, device=device)
+        self.staging(target.device).send_longs(values, target)
         return target
 
 

@@ -809,25 +809,31 @@ def _on_compile_end(args: Any) -> None:
         _WAS_SYMBOLIC.set(False)
 
 
-@contextmanager
-def compile_for_all_sizes(mark: Callable[[], None]) -> Iterator[None]:
+class compile_for_all_sizes:
     """If Dynamo compiles inside, marked sizes cover 0 and 1 too, and branches on them become guards (2.11 to 2.13).
 
     ``mark`` marks the arguments' dynamic dimensions; it is called only then, so that a call that compiles nothing
     costs two assignments.
     """
-    _register_callbacks()
-    token, marked = _MARK.set(mark), _MARKED.set([])
-    try:
-        yield
-    finally:
+
+    __slots__ = ("mark", "tokens")
+
+    def __init__(self, mark: Callable[[], None]) -> None:
+        self.mark = mark
+
+    def __enter__(self) -> None:
+        _register_callbacks()
+        self.tokens = _MARK.set(self.mark), _MARKED.set([])
+
+    def __exit__(self, *error: object) -> None:
         # Other compiled models must not find the marks.
         for tensor, before in reversed(_MARKED.get() or ()):
             for name in [name for name in vars(tensor) if "_dynamo_" in name and name not in before]:
                 delattr(tensor, name)
             vars(tensor).update(before)
+        mark, marked = self.tokens
         _MARKED.reset(marked)
-        _MARK.reset(token)
+        _MARK.reset(mark)
 
 
 @contextmanager

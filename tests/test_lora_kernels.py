@@ -198,6 +198,23 @@ def test_several_layers_on_kernels(widths, max_rank, ranks, slots):
 
 
 @kernels
+@pytest.mark.parametrize("turns", [1, 2, 8])
+@pytest.mark.parametrize("max_rank", [16, 64, 80])
+def test_tiles_of_other_sizes_on_kernels(max_rank, turns):
+    """Columns in several turns, of which the last ones may lie beyond a layer."""
+    from pcg_compile.lora.kernels import Blocks, launches
+
+    def run_tiles(layers, x, permutation, seg_indptr, widths):
+        blocks = Blocks(rows=16, sum=32, splits=2, columns=16, turns=turns)
+        for launch in launches(layers, x, permutation, seg_indptr, widths, blocks):
+            launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)
+
+    ranks = [[max_rank, 3, 0], [9, max_rank, 8], [1, 0, 16]]
+    slots = [0] * 40 + [-1] * 7 + [2] * 3 + [1] * 20
+    check_many(run_tiles, [[100], [33], [16]], max_rank, ranks, slots, 90, device=DEVICE)
+
+
+@kernels
 def test_more_slices_than_the_kernels_take():
     with pytest.raises(ValueError, match="at most 4 slices"):
         check_many(run_many_kernels, [[8, 8], [8, 8], [8]], 4, [[4]] * 3, [0], device=DEVICE)
@@ -267,13 +284,15 @@ def test_every_token_and_feature_has_a_program(tokens, in_features):
     pytest.importorskip("triton")
     with torch.device("meta"):
         shrink, expand = launches(*make_empty(tokens, in_features, [100, 33], 80, torch.bfloat16), [100, 33])
-    tiles, ranks, splits = shrink.grid
+    _, ranks, splits = shrink.grid
     h, size = shrink.args[0], shrink.args[-1]
-    assert tiles == expand.grid[0] and tiles * shrink.constants["ROWS"] >= tokens + 8
+    for launch in (shrink, expand):
+        assert launch.grid[0] == -(-tokens // launch.constants["ROWS"]) + 8
     assert ranks == 2 * -(-80 // shrink.constants["RANK"]) and splits == h.shape[0] == expand.constants["SPLITS"]
     # No part of the sum is empty: what no program writes, the expand would read.
     assert (splits - 1) * size < in_features <= splits * size and size % shrink.constants["SUM"] == 0
-    assert expand.grid[1] == sum(-(-width // expand.constants["COLUMNS"]) for width in (100, 33))
+    columns = expand.constants["COLUMNS"] * expand.constants["TURNS"]
+    assert expand.grid[1] == sum(-(-width // columns) for width in (100, 33))
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])

@@ -224,7 +224,10 @@ class PagedKVCache:
             padded: the batch at the number of rows that attention sees. bucket: tokens that pieces see, which get
                 slot 0 from the real tokens on.
         """
-        area, capacity, flat = self._area(bucket), _capacity(bucket), padded.flat
+        capacity, flat = _capacity(bucket), padded.flat
+        area = self._areas.get(capacity)
+        if area is None:
+            area = self._area(bucket)
         slot_words, tokens = 2 * capacity, padded.tokens
         words = slot_words + len(flat)
         # A little more is copied than there is, so that steps of about one size share their views, which cost as much

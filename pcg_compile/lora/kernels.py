@@ -22,7 +22,11 @@ __all__ = ["MOST_PARTS", "Blocks", "Launch", "add_adapters_on_gpu", "blocks_for"
 #: Slices of all layers of one call; the kernels take so many pointers.
 MOST_PARTS = 4
 #: Tiles, times the parts of the sum, from which on more parts of the shrink's sum do not pay.
-_TILES, _MOST_SPLITS = 48, 4
+_TILES, _MOST_SPLITS = 160, 8
+#: Programs of the expand, from which on more of them do not pay, and blocks of columns that one has at most.
+_PROGRAMS, _MOST_TURNS = 256, 8
+#: Places of a rank that the expand multiplies at once, where it is above 16.
+_WIDE = 64
 
 
 @triton.jit
@@ -111,19 +115,24 @@ def _expand(
     h_split, h_row, y_row0, y_row1, y_row2, y_row3, b_slot0, b_slot1, b_slot2, b_slot3,
     width0, width1, width2, width3,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr, ADAPTERS: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``y_part[token(row), n] += scaling * sum over r of h[row, part * MAX_RANK + r] * b_part[slot, n, r]``."""
+    """``y_part[token(row), n] += scaling * sum over r of h[row, part * MAX_RANK + r] * b_part[slot, n, r]``.
+
+    A program has TURNS blocks of columns, one after the other: what it takes of h serves all of them.
+    """
     slot, first, end = _find_tile(seg_indptr, tl.program_id(0), ADAPTERS, PADDED, ROWS)
     if slot >= ADAPTERS:
         return
-    # The part that this block of columns lies in; no block crosses from one part to the next.
+    # The part that these columns lie in; no program crosses from one part to the next.
+    SPAN: tl.constexpr = COLUMNS * TURNS
     block = tl.program_id(1)
     part = 0
     if PARTS > 1:
-        upto0 = (width0 + COLUMNS - 1) // COLUMNS
-        upto1 = upto0 + (width1 + COLUMNS - 1) // COLUMNS
-        upto2 = upto1 + (width2 + COLUMNS - 1) // COLUMNS
+        upto0 = (width0 + SPAN - 1) // SPAN
+        upto1 = upto0 + (width1 + SPAN - 1) // SPAN
+        upto2 = upto1 + (width2 + SPAN - 1) // SPAN
         part = (block >= upto0).to(tl.int32) + (block >= upto1).to(tl.int32) + (block >= upto2).to(tl.int32)
         block -= _of_part(part, 0, upto0, upto1, upto2, PARTS)
     rows = first + tl.arange(0, ROWS)
@@ -134,42 +143,93 @@ def _expand(
     scaling = tl.load(_of_part(part, scalings0, scalings1, scalings2, scalings3, PARTS) + slot)
     if rank == 0:
         return
-    n = block * COLUMNS + tl.arange(0, COLUMNS)
-    is_n = n < _of_part(part, width0, width1, width2, width3, PARTS)
+    width = _of_part(part, width0, width1, width2, width3, PARTS)
     y_row = _of_part(part, y_row0, y_row1, y_row2, y_row3, PARTS)
-    place = _of_part(part, y0, y1, y2, y3, PARTS) + tokens[:, None] * y_row + n[None, :]
-    mask = is_row[:, None] & is_n[None, :]
-    # Asked for first: it comes while the rest is loaded and multiplied.
-    before = tl.load(place, mask=mask, other=0.0)
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    y_base = _of_part(part, y0, y1, y2, y3, PARTS) + tokens[:, None] * y_row
     b_slot = _of_part(part, b_slot0, b_slot1, b_slot2, b_slot3, PARTS)
     b_base = _of_part(part, b0, b1, b2, b3, PARTS) + slot.to(tl.int64) * b_slot
+    n = block * SPAN + tl.arange(0, COLUMNS)
+    # Asked for first: it comes while the rest is loaded and multiplied.
+    before = tl.load(y_base + n[None, :], mask=is_row[:, None] & (n < width)[None, :], other=0.0)
     if OVERLAP:
         # Where a program of the shrink has something to write, one of these comes here, and waits for all of it.
         tl.extra.cuda.gdc_wait()
-    for start in range(0, rank, RANK):
-        r = start + tl.arange(0, RANK)
-        is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
-        hidden = tl.zeros((ROWS, RANK), dtype=tl.float32)
-        for split in tl.static_range(SPLITS):
-            part_h = h + split * h_split + rows[:, None].to(tl.int64) * h_row + (part * MAX_RANK + r)[None, :]
-            hidden += tl.load(part_h, mask=is_row[:, None] & is_place[None, :], other=0.0)
-        factors = tl.load(
-            b_base + n[None, :].to(tl.int64) * MAX_RANK + r[:, None], mask=is_n[None, :] & is_place[:, None], other=0.0
-        )
-        # Above the rank may be what another adapter left, and it may not be finite.
-        factors = tl.where((r < rank)[:, None], factors, 0.0).to(before.dtype)
-        sums = tl.dot(hidden.to(before.dtype), factors, sums, input_precision=PRECISION)
-    tl.store(place, (before.to(tl.float32) + scaling * sums).to(before.dtype), mask=mask)
+    # Small ranks take the fewest places, which a load costs even where it is masked; the largest ones take turns.
+    if rank <= 16:
+        _add_columns(
+            h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+            SPLITS, MAX_RANK, 16, COLUMNS, TURNS, True, PRECISION,
+        )  # fmt: skip
+    elif rank <= WIDE:
+        _add_columns(
+            h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+            SPLITS, MAX_RANK, WIDE, COLUMNS, TURNS, True, PRECISION,
+        )  # fmt: skip
+    elif MAX_RANK > WIDE:
+        _add_columns(
+            h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+            SPLITS, MAX_RANK, 16, COLUMNS, TURNS, False, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_columns(
+    h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+    SPLITS: tl.constexpr, MAX_RANK: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr,
+    ONCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program's columns, beginning at ``n``, whose rows of y are ``before``; ONCE: no rank is above RANK."""
+    r = tl.arange(0, RANK)
+    hidden = _hidden(h, rows, r, part, rank, is_row, h_split, h_row, SPLITS, MAX_RANK).to(before.dtype)
+    for turn in range(TURNS):
+        ahead = before
+        if TURNS > 1:
+            behind = n + COLUMNS
+            is_next = (turn + 1 < TURNS) & (behind < width)
+            ahead = tl.load(y_base + behind[None, :], mask=is_row[:, None] & is_next[None, :], other=0.0)
+        sums = tl.dot(hidden, _factors(b_base, n, r, width, rank, MAX_RANK).to(before.dtype), input_precision=PRECISION)
+        if not ONCE:
+            for start in range(RANK, rank, RANK):
+                more = _hidden(h, rows, start + r, part, rank, is_row, h_split, h_row, SPLITS, MAX_RANK)
+                factors = _factors(b_base, n, start + r, width, rank, MAX_RANK).to(before.dtype)
+                sums = tl.dot(more.to(before.dtype), factors, sums, input_precision=PRECISION)
+        result = (before.to(tl.float32) + scaling * sums).to(before.dtype)
+        tl.store(y_base + n[None, :], result, mask=is_row[:, None] & (n < width)[None, :])
+        before = ahead
+        n += COLUMNS
+
+
+@triton.jit
+def _hidden(h, rows, r, part, rank, is_row, h_split, h_row, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr):
+    """What the shrink made of some rows, at some places of a part, summed over its splits."""
+    is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
+    place = h + rows[:, None].to(tl.int64) * h_row + (part * MAX_RANK + r)[None, :]
+    mask = is_row[:, None] & is_place[None, :]
+    hidden = tl.load(place, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        hidden += tl.load(place + split * h_split, mask=mask, other=0.0)
+    return hidden
+
+
+@triton.jit
+def _factors(b_base, n, r, width, rank, MAX_RANK: tl.constexpr):
+    """Some places and columns of b; zeros from the rank on."""
+    is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
+    place = b_base + n[None, :].to(tl.int64) * MAX_RANK + r[:, None]
+    factors = tl.load(place, mask=(n < width)[None, :] & is_place[:, None], other=0.0)
+    # Above the rank may be what another adapter left, and it may not be finite.
+    return tl.where((r < rank)[:, None], factors, 0.0)
 
 
 class Blocks(NamedTuple):
-    """Sizes of tiles: rows (tokens), the shrink's sum and the parts that it is split into, the expand's columns."""
+    """Sizes of tiles: rows (tokens), the shrink's sum and the parts that it is split into, the expand's columns; and
+    how many blocks of columns a program has, one after the other."""
 
     rows: int
     sum: int
     splits: int
     columns: int
+    turns: int
 
 
 class Launch(NamedTuple):
@@ -182,22 +242,25 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-def blocks_for(tokens: int, in_features: int, out_features: int, itemsize: int = 2) -> Blocks:
+def blocks_for(tokens: int, in_features: int, out_features: int, itemsize: int = 2, adapters: int = 16) -> Blocks:
     """Few tokens: short tiles, and the sum split so that the GPU is full. Many: tiles that fill the tensor cores.
 
-    Tuned on an H100, 16 adapters, 64 to 4,000 tokens, ranks 16 and 64.
+    Tuned on an H100 and an H200, 16 adapters, 64 to 4,000 tokens, ranks 16 and 64.
 
     Args:
         itemsize: bytes of an element of x; wide ones get smaller tiles, for what they take of memory and registers.
+        adapters: slots of the pool; each may begin a tile of its own.
     """
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64
     columns = 64 if itemsize > 2 or (tokens <= 128 and out_features <= 4096) else 128
-    tiles = triton.cdiv(tokens, rows)
-    splits = 1
-    # Each part has two steps of the loop at least, or its start and end cost more than it saves.
-    while splits < _MOST_SPLITS and splits * tiles < _TILES and in_features >= 512 * splits:
+    tiles, splits, turns = triton.cdiv(tokens, rows), 1, 1
+    # Each part has four steps of the loop at least, or its start and end cost more than it saves.
+    while splits < _MOST_SPLITS and splits * tiles < _TILES and in_features >= 1024 * splits:
         splits *= 2
-    return Blocks(rows, 128 * 2 // max(2, itemsize), splits, columns)
+    programs = (tiles + min(adapters, tokens) // 2) * triton.cdiv(out_features, columns)
+    while turns < _MOST_TURNS and programs >= 2 * turns * _PROGRAMS:
+        turns *= 2
+    return Blocks(rows, 128 * 2 // max(2, itemsize), splits, columns, turns)
 
 
 class _Part(NamedTuple):
@@ -262,9 +325,9 @@ def launches(
     adapters, _, max_rank = parts[0].b.shape
     widths = [part.y.shape[1] for part in parts]
     x = x if x.stride(1) == 1 else x.contiguous()
-    blocks = blocks or blocks_for(tokens, in_features, sum(widths), x.element_size())
-    rank = min(32, max(16, triton.next_power_of_2(max_rank)))
-    tiles = triton.cdiv(tokens, blocks.rows) + adapters
+    blocks = blocks or blocks_for(tokens, in_features, sum(widths), x.element_size(), adapters)
+    places = max(16, triton.next_power_of_2(max_rank))
+    rank = min(32, places)
     split_size = triton.cdiv(triton.cdiv(in_features, blocks.splits), blocks.sum) * blocks.sum
     splits = triton.cdiv(in_features, split_size)
     h = torch.empty((splits, tokens, len(parts) * max_rank), dtype=torch.float32, device=x.device)
@@ -273,7 +336,6 @@ def launches(
         "MAX_RANK": max_rank,
         "ADAPTERS": adapters,
         "PADDED": triton.next_power_of_2(adapters),
-        "ROWS": blocks.rows,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "OVERLAP": overlap,
     }
@@ -283,23 +345,29 @@ def launches(
     ranks = [part.ranks for part in every]
     shrink = Launch(
         _shrink,
-        (tiles, len(parts) * triton.cdiv(max_rank, rank), splits),
+        (triton.cdiv(tokens, blocks.rows) + adapters, len(parts) * triton.cdiv(max_rank, rank), splits),
         (
             h, x, *(part.a for part in every), *ranks, *routing, x.stride(0), in_features, h.stride(0), h.stride(1),
             *(part.a.stride(0) for part in every), split_size,
         ),
-        {"RANK": rank, "SUM": blocks.sum, **common},
+        {"ROWS": blocks.rows, "RANK": rank, "SUM": blocks.sum, **common},
         {"num_warps": 4, "num_stages": 3 if blocks.rows < 64 or _is_roomy(x.device) else 2, **options},
     )  # fmt: skip
     expand = Launch(
         _expand,
-        (tiles, sum(triton.cdiv(width, blocks.columns) for width in widths)),
+        (
+            triton.cdiv(tokens, blocks.rows) + adapters,
+            sum(triton.cdiv(width, blocks.columns * blocks.turns) for width in widths),
+        ),
         (
             h, *(part.y for part in every), *(part.b for part in every), *(part.scalings for part in every), *ranks,
             *routing, h.stride(0), h.stride(1), *(part.y.stride(0) for part in every),
             *(part.b.stride(0) for part in every), *widths, *[0] * (MOST_PARTS - len(parts)),
         ),
-        {"SPLITS": splits, "RANK": 16, "COLUMNS": blocks.columns, **common},
+        {
+            "SPLITS": splits, "ROWS": blocks.rows, "WIDE": min(places, _WIDE), "COLUMNS": blocks.columns,
+            "TURNS": blocks.turns, **common,
+        },
         {"num_warps": 4, "num_stages": 2, **options},
     )  # fmt: skip
     return shrink, expand

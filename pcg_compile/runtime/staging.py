@@ -90,10 +90,12 @@ class StagingRing:
                 buffer.wait()
             self._buffers.clear()
         oldest = self._buffers[0] if self._buffers else None
-        if oldest is None or (oldest.busy and len(self._buffers) < self._most):
-            self._buffers.append(StagingBuffer(self._nbytes, self.device, self._stream))
-            return self._buffers[-1]
-        oldest.wait()
+        if oldest is None or oldest.busy:
+            if len(self._buffers) < self._most:
+                self._buffers.append(StagingBuffer(self._nbytes, self.device, self._stream))
+                return self._buffers[-1]
+            assert oldest is not None
+            oldest.wait()
         self._buffers.rotate(-1)
         return oldest
 
