@@ -68,14 +68,15 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
     return compile_graph(gm, example_inputs, Options.parse(options), calling_wrapper() or pcg)
 
 
-def start_early(backend: Any, keywords: Mapping[str, Any]) -> None:
-    """Begins, ahead of a trace, what compiling will wait for: of a backend that is pcg's, with its keywords."""
+def start_early(backend: Any, keywords: Mapping[str, Any], first: bool) -> None:
+    """Begins, ahead of a trace, what compiling will wait for, if the backend is pcg's; ``first``: of this code."""
     with suppress(Exception):
         # What is wrong with the options is raised where a graph is compiled.
         options = Options.parse(keywords.get("options")) if backend is pcg else getattr(backend, "options", None)
         if not isinstance(options, Options):
             return
-        trace_floats_as_constants()
+        if first:
+            trace_floats_as_constants()
         if options.compiler == "inductor" and torch.cuda.is_initialized():
             start_inductor_workers()
 

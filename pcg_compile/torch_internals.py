@@ -744,10 +744,11 @@ def spare_profiler_calls() -> None:
         torch._dynamo.config.record_runtime_overhead = False
 
 
-def ahead_of_traces(call: Callable[[Any, Mapping[str, Any]], None]) -> None:
-    """Has ``call(backend, keywords)`` called ahead of each of Dynamo's traces, with the backend of ``torch.compile``.
+def ahead_of_traces(call: Callable[[Any, Mapping[str, Any], bool], None]) -> None:
+    """Has ``call(backend, keywords, first)`` called ahead of each of Dynamo's traces (2.11 to 2.13).
 
-    Until ``torch._dynamo.reset()``: nothing may be wrong where a call is missed (2.11 to 2.13).
+    With the backend of ``torch.compile``, and whether the code was never compiled before. Until
+    ``torch._dynamo.reset()``: nothing may be wrong where a call is missed.
     """
     handler, at_start = torch._dynamo.callback.callback_handler, _at_start(call)
     if at_start not in handler.start_callbacks:
@@ -755,7 +756,7 @@ def ahead_of_traces(call: Callable[[Any, Mapping[str, Any]], None]) -> None:
 
 
 @functools.cache
-def _at_start(call: Callable[[Any, Mapping[str, Any]], None]) -> Callable[[Any], None]:
+def _at_start(call: Callable[[Any, Mapping[str, Any], bool], None]) -> Callable[[Any], None]:
     def at_start(args: Any) -> None:
         frame: Any = sys._getframe(1)
         for _ in range(_FRAMES):
@@ -765,14 +766,18 @@ def _at_start(call: Callable[[Any, Mapping[str, Any]], None]) -> Callable[[Any],
             if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
                 wrapper = _innermost_backend(frame.f_locals["compiler_fn"])
                 if wrapper is not None:
-                    call(wrapper.compiler_fn, wrapper.kwargs)
+                    call(wrapper.compiler_fn, wrapper.kwargs, str(args.compile_id).rpartition("/")[2] == "0")
                 return
 
     return at_start
 
 
 def trace_floats_as_constants() -> None:
-    """Spares the trace at hand :func:`specialize_floats`, which has Dynamo trace all of it again (2.11 to 2.13)."""
+    """Spares the trace at hand :func:`specialize_floats`, which has Dynamo trace all of it again (2.11 to 2.13).
+
+    For a first trace only: a float that turns out to change from call to call, and that code merely branches on, stays
+    a symbol in those that follow.
+    """
     if not torch._dynamo.config.specialize_float and not _WAS_SYMBOLIC.get():
         _register_callbacks()
         _WAS_SYMBOLIC.set(True)

@@ -160,16 +160,17 @@ def _expand(
             h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
             SPLITS, MAX_RANK, 16, COLUMNS, TURNS, True, PRECISION,
         )  # fmt: skip
-    elif rank <= WIDE:
-        _add_columns(
-            h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
-            SPLITS, MAX_RANK, WIDE, COLUMNS, TURNS, True, PRECISION,
-        )  # fmt: skip
-    elif MAX_RANK > WIDE:
-        _add_columns(
-            h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
-            SPLITS, MAX_RANK, 16, COLUMNS, TURNS, False, PRECISION,
-        )  # fmt: skip
+    elif MAX_RANK > 16:
+        if rank <= WIDE:
+            _add_columns(
+                h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+                SPLITS, MAX_RANK, WIDE, COLUMNS, TURNS, True, PRECISION,
+            )  # fmt: skip
+        elif MAX_RANK > WIDE:
+            _add_columns(
+                h, y_base, b_base, before, rows, n, width, part, rank, scaling, is_row, h_split, h_row,
+                SPLITS, MAX_RANK, 16, COLUMNS, TURNS, False, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
