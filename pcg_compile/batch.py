@@ -193,80 +193,60 @@ class Batch:
         return state
 
 
-class step:
-    """Runs model calls for a batch, without gradients: ``with pcg.step(batch, cache):``."""
+@contextmanager
+def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
+    """Runs model calls for a batch, without gradients.
 
-    __slots__ = ("_batch", "_cache", "_gradients", "_state", "_token")
+    Args:
+        batch: the requests. cache: where their keys and values lie; None for a model without paged attention.
 
-    def __init__(self, batch: Batch, cache: PagedKVCache | None = None) -> None:
-        """
-        Args:
-            batch: the requests. cache: where their keys and values lie; None for a model without paged attention.
-
-        Raises:
-            BatchError: on entering: a step is running already, the cache is in another step, the batch does not fit
-                the cache.
-        """
-        self._batch, self._cache = batch, cache
-
-    def __enter__(self) -> Batch:
-        batch, cache = self._batch, self._cache
-        if not isinstance(batch, Batch):
-            name = type(batch).__name__
-            raise BatchError(message(f"pcg.step() takes a Batch, not {name}", cure="Write: pcg.step(pcg.Batch(...))"))
-        if cache is not None and not hasattr(cache, "slot_mapping"):
-            raise BatchError(message(f"the cache of a step is a PagedKVCache, not {type(cache).__name__}"))
-        if current_step() is not None:
-            raise BatchError(message("a step is running already", cure="Leave it before you enter the next one."))
+    Raises:
+        BatchError: a step is running already, the cache is in another step, the batch does not fit the cache.
+    """
+    if not isinstance(batch, Batch):
+        name = type(batch).__name__
+        raise BatchError(message(f"pcg.step() takes a Batch, not {name}", cure="Write: pcg.step(pcg.Batch(...))"))
+    if cache is not None and not hasattr(cache, "slot_mapping"):
+        raise BatchError(message(f"the cache of a step is a PagedKVCache, not {type(cache).__name__}"))
+    if current_step() is not None:
+        raise BatchError(message("a step is running already", cure="Leave it before you enter the next one."))
+    if cache is not None:
+        if not batch.has_pages:
+            raise BatchError(
+                message(
+                    "the batch has no page table, and the step has a cache",
+                    cure="Write: pcg.Batch(..., page_table=[[3, 4], ...])",
+                )
+            )
+        batch.tables(cache.page_size).check_limit(cache.num_pages)
+        if cache.in_step:
+            raise BatchError(
+                message("the cache is in a step of another thread", why="A cache serves one step at a time.")
+            )
+        cache.in_step = True
+    state = StepState(batch, cache, None)
+    token = RUNNING.set(state)
+    try:
+        with torch.no_grad():
+            yield batch
+        if cache is not None and not state.used and not cache.warned:
+            cache.warned = True
+            _LOG.warning(
+                "the step has a cache, and no attention used it: a model that attends in its own way takes the packed "
+                'requests for one. Make it with pcg.PagedAttention, or with attn_implementation="pcg"'
+            )
+        if state.adapters_unread():
+            _LOG.warning(
+                "the batch names adapters, and no LoRA layer ran in its step: all requests got the base model. "
+                "Make a pool first: pcg.lora.AdapterPool(model, ...)"
+            )
+    finally:
+        # A generator that was abandoned inside the step may be closed by another task or thread, whose step it is not.
+        with suppress(ValueError):
+            RUNNING.reset(token)
         if cache is not None:
-            if not batch.has_pages:
-                raise BatchError(
-                    message(
-                        "the batch has no page table, and the step has a cache",
-                        cure="Write: pcg.Batch(..., page_table=[[3, 4], ...])",
-                    )
-                )
-            batch.tables(cache.page_size).check_limit(cache.num_pages)
-            if cache.in_step:
-                raise BatchError(
-                    message("the cache is in a step of another thread", why="A cache serves one step at a time.")
-                )
-            cache.in_step = True
-        self._state = StepState(batch, cache, None)
-        self._token = RUNNING.set(self._state)
-        self._gradients = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        return batch
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        state, cache = self._state, self._cache
-        torch.set_grad_enabled(self._gradients)
-        try:
-            if kind is None:
-                _warn_of_what_was_not_read(state)
-        finally:
-            # A generator that was abandoned inside the step may be closed by another task or thread, whose step it is
-            # not.
-            with suppress(ValueError):
-                RUNNING.reset(self._token)
-            if cache is not None:
-                cache.in_step = False
-            state.close()
-
-
-def _warn_of_what_was_not_read(state: StepState) -> None:
-    cache = state.cache
-    if cache is not None and not state.used and not cache.warned:
-        cache.warned = True
-        _LOG.warning(
-            "the step has a cache, and no attention used it: a model that attends in its own way takes the packed "
-            'requests for one. Make it with pcg.PagedAttention, or with attn_implementation="pcg"'
-        )
-    if state.adapters_unread():
-        _LOG.warning(
-            "the batch names adapters, and no LoRA layer ran in its step: all requests got the base model. "
-            "Make a pool first: pcg.lora.AdapterPool(model, ...)"
-        )
+            cache.in_step = False
+        state.close()
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def check_count(name: str, value: Any) -> int:
 
 def _integers(name: str, values: Any) -> Ints:
     try:
-        array = _packed(values) if type(values) is list and values and type(values[0]) is int else np.asarray(values)
+        array = _packed(values) if type(values) is list else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(
             message(f"{name} is no list of whole numbers on the host", why=str(error).splitlines()[0])
@@ -95,8 +95,12 @@ def _integers(name: str, values: Any) -> Ints:
 
 def _packed(values: list[Any]) -> Ints:
     """A list as an array of int64: numpy looks at each number several times, which takes four times as long."""
+    # Dynamo traces numpy, where a batch is made in a compiled function, but not this.
+    if not values or type(values[0]) is not int or torch.compiler.is_compiling():
+        return np.asarray(values)
     try:
-        return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64)
+        # A copy: Dynamo does not take arrays that lie in bytes.
+        return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64).copy()
     except struct.error:
         return np.asarray(values)
 

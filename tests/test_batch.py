@@ -412,3 +412,29 @@ def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, attenti
         batch.prepare(compiled)
     with step(batch, cache), pytest.raises(TypeError):
         batch.prepare(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_a_step_inside_a_compiled_function(made, dynamic):
+    """Dynamo traces into the batch, and gives up where it must; the numbers are eager's."""
+    torch._dynamo.reset()
+    cache = PagedKVCache(num_layers=1, num_pages=32, page_size=4, num_kv_heads=1, head_dim=4)
+    attend = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
+
+    def run(x, batch, n):
+        if batch is None:
+            batch = pcg.Batch([1, n - 1], [1, n - 1], [[1, 2, 3], [4, 5, 6]])
+        with pcg.step(batch, cache):
+            y = attend(x, x + 1, x * 2) * 2
+            torch._dynamo.graph_break()
+            y = y + batch.positions[:, None, None]
+        return y + 1
+
+    compiled = torch.compile(run, backend="pcg", dynamic=dynamic, options={"compiler": "eager", "buckets": [4, 8]})
+    for n in (3, 6, 8, 3):
+        x = torch.randn(n, 1, 4)
+        batch = None if made == "inside" else pcg.Batch([1, n - 1], [1, n - 1], [[1, 2, 3], [4, 5, 6]])
+        want = run(x, batch, n)
+        torch.testing.assert_close(compiled(x, batch, n), want)
+        assert current_step() is None and torch.is_grad_enabled()
