@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -324,3 +326,14 @@ def test_a_number_that_code_branches_on_may_change_at_every_call(dynamic: bool |
         with torch.no_grad():
             torch.testing.assert_close(compiled(x, i / 10), f(x, i / 10))
     assert len(graphs) <= 4 and not torch._dynamo.config.specialize_float
+
+
+def test_traces_are_watched_from_the_import_on_and_again_after_a_reset() -> None:
+    code = (
+        "import torch, pcg_compile; from pcg_compile import backend, torch_internals as t; "
+        "callbacks = torch._dynamo.callback.callback_handler.start_callbacks; "
+        "assert t._at_start(backend.start_early) in callbacks; torch._dynamo.reset(); assert not callbacks; "
+        "torch.compile(lambda x: x + 1, backend='pcg', options={'compiler': 'eager'})(torch.ones(3)); "
+        "assert t._at_start(backend.start_early) in callbacks"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -202,12 +202,12 @@ class PagedKVCache:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
         mapping = self._mappings.get(bucket)
         if mapping is None:
-            self._area(bucket)
-            mapping = self._mappings[bucket] = self._slots[_capacity(bucket)][:bucket]
+            capacity = _capacity(bucket)
+            self._area(capacity)
+            mapping = self._mappings[bucket] = self._slots[capacity][:bucket]
         return mapping
 
-    def _area(self, bucket: int) -> torch.Tensor:
-        capacity = _capacity(bucket)
+    def _area(self, capacity: int) -> torch.Tensor:
         area = self._areas.get(capacity)
         if area is None:
             requests = min(capacity, self.max_requests) + 1
@@ -225,9 +225,7 @@ class PagedKVCache:
                 slot 0 from the real tokens on.
         """
         capacity, flat = _capacity(bucket), padded.flat
-        area = self._areas.get(capacity)
-        if area is None:
-            area = self._area(bucket)
+        area = self._area(capacity)
         slot_words, tokens = 2 * capacity, padded.tokens
         words = slot_words + len(flat)
         # A little more is copied than there is, so that steps of about one size share their views, which cost as much

@@ -328,7 +328,7 @@ def launches(
     x = x if x.stride(1) == 1 else x.contiguous()
     blocks = blocks or blocks_for(tokens, in_features, sum(widths), x.element_size(), adapters)
     places = max(16, triton.next_power_of_2(max_rank))
-    rank = min(32, places)
+    rank, tiles = min(32, places), triton.cdiv(tokens, blocks.rows) + adapters
     split_size = triton.cdiv(triton.cdiv(in_features, blocks.splits), blocks.sum) * blocks.sum
     splits = triton.cdiv(in_features, split_size)
     h = torch.empty((splits, tokens, len(parts) * max_rank), dtype=torch.float32, device=x.device)
@@ -337,6 +337,7 @@ def launches(
         "MAX_RANK": max_rank,
         "ADAPTERS": adapters,
         "PADDED": triton.next_power_of_2(adapters),
+        "ROWS": blocks.rows,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "OVERLAP": overlap,
     }
@@ -346,28 +347,24 @@ def launches(
     ranks = [part.ranks for part in every]
     shrink = Launch(
         _shrink,
-        (triton.cdiv(tokens, blocks.rows) + adapters, len(parts) * triton.cdiv(max_rank, rank), splits),
+        (tiles, len(parts) * triton.cdiv(max_rank, rank), splits),
         (
             h, x, *(part.a for part in every), *ranks, *routing, x.stride(0), in_features, h.stride(0), h.stride(1),
             *(part.a.stride(0) for part in every), split_size,
         ),
-        {"ROWS": blocks.rows, "RANK": rank, "SUM": blocks.sum, **common},
+        {"RANK": rank, "SUM": blocks.sum, **common},
         {"num_warps": 4, "num_stages": 3 if blocks.rows < 64 or _is_roomy(x.device) else 2, **options},
     )  # fmt: skip
     expand = Launch(
         _expand,
-        (
-            triton.cdiv(tokens, blocks.rows) + adapters,
-            sum(triton.cdiv(width, blocks.columns * blocks.turns) for width in widths),
-        ),
+        (tiles, sum(triton.cdiv(width, blocks.columns * blocks.turns) for width in widths)),
         (
             h, *(part.y for part in every), *(part.b for part in every), *(part.scalings for part in every), *ranks,
             *routing, h.stride(0), h.stride(1), *(part.y.stride(0) for part in every),
             *(part.b.stride(0) for part in every), *widths, *[0] * (MOST_PARTS - len(parts)),
         ),
         {
-            "SPLITS": splits, "ROWS": blocks.rows, "WIDE": min(places, _WIDE), "COLUMNS": blocks.columns,
-            "TURNS": blocks.turns, **common,
+            "SPLITS": splits, "WIDE": min(places, _WIDE), "COLUMNS": blocks.columns, "TURNS": blocks.turns, **common,
         },
         {"num_warps": 4, "num_stages": 2, **options},
     )  # fmt: skip
