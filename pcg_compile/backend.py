@@ -49,7 +49,9 @@ from .torch_internals import (
     spare_profiler_calls,
     specialize_floats,
     start_inductor_workers,
+    trace_again,
     trace_floats_as_constants,
+    trace_weights_as_inputs,
 )
 
 __all__ = ["compile_graph", "pcg", "start_early"]
@@ -83,6 +85,9 @@ def start_early(backend: Any, keywords: Mapping[str, Any], first: bool) -> None:
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
     """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
+    if trace_weights_as_inputs():
+        _LOG.warning("torch._inductor.config.freezing is left out: it would hold a second copy of the weights")
+        raise trace_again()
     specialize_floats(gm)
     spare_profiler_calls()
     ahead_of_traces(start_early)

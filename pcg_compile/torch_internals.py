@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 import torch._dynamo.callback
+import torch._inductor.config
 import torch.fx.experimental._config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -729,6 +730,7 @@ _MARKED: ContextVar[list[tuple[torch.Tensor, dict[str, Any]]] | None] = ContextV
 _WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
 _WAS_RECORDING: ContextVar[bool | None] = ContextVar("pcg_was_recording", default=None)
 _WAS_SYMBOLIC: ContextVar[bool] = ContextVar("pcg_was_symbolic", default=False)
+_WAS_FREEZING: ContextVar[bool] = ContextVar("pcg_was_freezing", default=False)
 #: Frames between a callback of Dynamo's and the function that knows the backend, and more.
 _FRAMES = 24
 
@@ -784,6 +786,26 @@ def trace_floats_as_constants() -> None:
         torch._dynamo.config.specialize_float = True
 
 
+def trace_weights_as_inputs() -> bool:
+    """Whether Inductor's freezing made constants of weights; then it is off until the compile ends (2.11 to 2.13).
+
+    Dynamo must then trace again, for which the caller raises :func:`trace_again`.
+    """
+    if not torch._inductor.config.freezing or torch.is_grad_enabled():
+        return False
+    _register_callbacks()
+    _WAS_FREEZING.set(True)
+    torch._inductor.config.freezing = False
+    return True
+
+
+def trace_again() -> Exception:
+    """What a backend raises to have Dynamo trace the code once more (2.11 to 2.13)."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    return TensorifyScalarRestartAnalysis()
+
+
 def _register_callbacks() -> None:
     handler = torch._dynamo.callback.callback_handler
     # torch._dynamo.reset() clears them.
@@ -812,6 +834,9 @@ def _on_compile_end(args: Any) -> None:
     if _WAS_SYMBOLIC.get():
         torch._dynamo.config.specialize_float = False
         _WAS_SYMBOLIC.set(False)
+    if _WAS_FREEZING.get():
+        torch._inductor.config.freezing = True
+        _WAS_FREEZING.set(False)
 
 
 class compile_for_all_sizes:
@@ -886,7 +911,6 @@ def specialize_floats(gm: fx.GraphModule) -> None:
     A recording holds a float's value anyway, and a float that is a tensor on the CPU would be read at every step.
     Floats that an op has taken as numbers count too: Inductor asks for the same once a piece is compiled.
     """
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
     from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
 
@@ -906,7 +930,7 @@ def specialize_floats(gm: fx.GraphModule) -> None:
     for name in fresh:
         TensorifyState.specialize(name)
     if fresh:
-        raise TensorifyScalarRestartAnalysis
+        raise trace_again()
 
 
 class _Decomposing(fx.Interpreter):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 import pcg_compile as pcg
 
@@ -103,3 +106,35 @@ def test_a_compiler_for_some_sizes_is_asked_again(test):
             torch.testing.assert_close(compiled(x), model(x))
     stats = pcg.stats(compiled)
     assert stats.graphs >= 2 and len(asked) == stats.graphs and stats.replays > 0
+
+
+class Scaled(nn.Module):
+    """A product of weights, which a compiler may compute ahead of time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(257, 131))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight * 2 + 1).relu()
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_no_second_copy_of_weights(freezing, caplog):
+    model, x = Scaled().eval(), torch.randn(7, 131)
+
+    def storages():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+        large = [t for t in tensors if not is_fake(t) and t.device.type == "cpu" and t.numel() >= 257 * 131]
+        return {t.untyped_storage().data_ptr() for t in large}
+
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+        before = storages()
+        compiled = torch.compile(model, backend="pcg", dynamic=True, options={"buckets": [8]})
+        torch.testing.assert_close(compiled(x), model(x))
+        assert storages() == before
+        model.weight.data = model.weight.data + 1
+        torch.testing.assert_close(compiled(x), model(x))
+        assert pcg.stats(compiled).fallbacks == () and torch._inductor.config.freezing == freezing
+    assert sum("freezing" in record.message for record in caplog.records) == freezing
