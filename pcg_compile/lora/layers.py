@@ -11,17 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, message
-from ..torch_internals import drop_forward_hook, put_forward_hook_first
-from .hook import AdapterHook, hook_of_a_copy
+from .adapted import FACTORS, adapt, unadapt
 from .packed import PackedFactors
 from .peft_folder import Factors
 from .shards import WHOLE, Share, refuse_plain_part, share_of
-from .wrapped import forward_with
+from .wrapped import has_forward_of_class, opened_forward
 
 __all__ = ["LoRALayer", "find_layers"]
 
-_BUFFER = "pcg_lora_factors"
-_FACTS = ("pcg_lora_layout", "pcg_lora_name", "pcg_lora_kinds", "pcg_lora_sizes")
 #: What the kernels take.
 _MOST_PARTS = 4
 
@@ -30,15 +27,10 @@ _MOST_PARTS = 4
 class LoRALayer:
     """One layer of the model, and the adapters' factors on it.
 
-    The layer itself stays what it is, under its name and with its state dict: a forward hook adds to its output. The
-    factors are one buffer of the layer that no state dict holds, at an address that stays (see Note [hooks and
-    guards]), packed as :class:`~pcg_compile.lora.packed.PackedFactors` says. On several ranks in and out are this
-    rank's, and parts those that it has a row of (see Note [adapters over ranks]).
-
-    Note [hooks and guards]
-    Dynamo does not notice hooks that come or go once a model is compiled; it would go on with the graph that it has. It
-    guards what it reads of a layer, though, and whether the layer has a ``forward`` of its own. So the layer gets one,
-    the same as its class's, and the hook reads the factors' layout, with the pool's number in it, from the layer.
+    The layer stays in its place, under its name and with its state dict, and gets another class, which adds to its
+    result (see Note [the class of a layer]). The factors are one buffer of the layer that no state dict holds, at an
+    address that stays, packed as :class:`~pcg_compile.lora.packed.PackedFactors` says. On several ranks in and out are
+    this rank's, and parts those that it has a row of (see Note [adapters over ranks]).
 
     Attributes:
         name: path in the model. module: the layer. parts: names and widths of the columns with factors of their own,
@@ -52,8 +44,10 @@ class LoRALayer:
     share: Share = WHOLE
     #: By part, which of its rows this rank has.
     rows: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    #: Whether its owner computes without calling it, as long as it has no hook.
+    bypassed: bool = False
     handle: Any = None
-    #: The module's own forward before.
+    #: The forward of its own that the module had, where it has another now.
     forward_before: Any = None
     attached: bool = False
     layout: PackedFactors = field(init=False)
@@ -65,12 +59,7 @@ class LoRALayer:
     def attach(self, adapters: int, router: Any, dtype: torch.dtype | None) -> None:
         """Makes room for adapters, and has the layer add them."""
         weight = self.module.weight
-        if drop_forward_hook(self.module, hook_of_a_copy):
-            forward = vars(self.module)["forward"]
-            self._remove()
-            if getattr(forward, "__func__", None) is not type(self.module).forward:
-                vars(self.module)["forward"] = forward
-        if hasattr(self.module, _BUFFER):
+        if hasattr(self.module, FACTORS):
             raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
         self.share = share_of(self.name, weight, 1 if _is_conv1d(self.module) else 0)
         if self.share is WHOLE:
@@ -85,26 +74,26 @@ class LoRALayer:
                     cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
                 )
             )
-        add = AdapterHook(router)
-        forward = None if self.share is WHOLE else forward_with(self.name, self.module, add)
+        own, opened = vars(self.module), None
+        if has_forward_of_class(self.module):
+            self.forward_before = own.pop("forward", None)
+        elif self.share is not WHOLE:
+            opened, self.forward_before = opened_forward(self.name, self.module), own["forward"]
+        adapt(self.module, around=opened is None and "forward" in own)
+        if self.bypassed:
+            self.handle = self.module.register_forward_hook(_called)
+        if opened is not None:
+            own["forward"] = opened(self.module)
         self._make_factors(adapters, router.id, dtype, weight.device)
-        self.module.pcg_lora_name = self.name
-        own = vars(self.module)
-        self.forward_before = own.get("forward")
-        own["forward"] = forward or self.module.forward
-        if forward is None:
-            # The router lives as long as a layer that uses it.
-            self.handle = self.module.register_forward_hook(add)
-            if self.share is not WHOLE:
-                # Ahead of hooks that sum up the ranks' results.
-                put_forward_hook_first(self.module, add)
+        # The router lives as long as a layer that uses it.
+        self.module.pcg_lora_name, self.module.pcg_lora_router = self.name, router
         self.attached = True
 
     def _make_factors(self, adapters: int, pool: int, dtype: torch.dtype, device: torch.device) -> None:
         sizes = self.share.sizes(*features_of(self.module))
         self.layout = PackedFactors(adapters, self.max_rank, tuple(self.widths.values()), dtype, pool)
         with torch.inference_mode(False), torch.no_grad():
-            self.module.register_buffer(_BUFFER, self.layout.empty(sizes[0], device), persistent=False)
+            self.module.register_buffer(FACTORS, self.layout.empty(sizes[0], device), persistent=False)
         self.module.pcg_lora_layout, self.module.pcg_lora_kinds = self.layout.encode(), self.share.kinds
         self.module.pcg_lora_sizes = sizes
 
@@ -123,7 +112,7 @@ class LoRALayer:
     @property
     def factors(self) -> torch.Tensor:
         """The packed tensor."""
-        factors: torch.Tensor = getattr(self.module, _BUFFER)
+        factors: torch.Tensor = getattr(self.module, FACTORS)
         return factors
 
     @property
@@ -135,17 +124,12 @@ class LoRALayer:
         """Leaves the layer as it was before :meth:`attach`."""
         if not self.attached:
             return
+        unadapt(self.module)
         if self.handle is not None:
             self.handle.remove()
-        self._remove()
         if self.forward_before is not None:
             vars(self.module)["forward"] = self.forward_before
-        self.handle, self.attached = None, False
-
-    def _remove(self) -> None:
-        for name in (_BUFFER, *_FACTS):
-            delattr(self.module, name)
-        vars(self.module).pop("forward")
+        self.handle, self.forward_before, self.attached = None, None, False
 
     @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,6 +170,10 @@ class LoRALayer:
         return copies
 
 
+def _called(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    """A hook that does nothing: nn.TransformerEncoderLayer calls its layers where they have hooks."""
+
+
 def features_of(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer; transformers' Conv1D keeps its weight transposed."""
     if _is_conv1d(module):
@@ -205,7 +193,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
 
 
 def find_layers(
@@ -223,6 +211,8 @@ def find_layers(
     _check_targets(model, target_modules, fused)
     layers: list[LoRALayer] = []
     seen: set[int] = set()
+    products = _products_of_attention(model)
+    bypassed = {id(m) for one in model.modules() if isinstance(one, nn.TransformerEncoderLayer) for m in one.modules()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         if not _matches(name, module, target_modules) or (target_modules == "all-linear" and module is head):
@@ -238,8 +228,24 @@ def find_layers(
                     cure=f"Name linear layers, such as: target_modules={_candidates(model)[:3]}",
                 )
             )
-        layers.append(LoRALayer(name, module, _parts(name, module, fused), max_rank))
+        if id(module) in products:
+            if target_modules == "all-linear":
+                continue
+            raise AdapterError(
+                message(
+                    f"target_modules names {name}, whose weight nn.MultiheadAttention reads without calling the layer",
+                    why="An adapter on it would have no effect.",
+                    cure="Leave it out of target_modules, and train the adapters without it.",
+                )
+            )
+        parts = _parts(name, module, fused)
+        layers.append(LoRALayer(name, module, parts, max_rank, bypassed=id(module) in bypassed))
     return layers
+
+
+def _products_of_attention(model: nn.Module) -> set[int]:
+    """The output layers of nn.MultiheadAttention, which are nothing but places for a weight."""
+    return {id(one.out_proj) for one in model.modules() if isinstance(one, nn.MultiheadAttention)}
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str] | str, fused: Mapping[str, Any]) -> None:

@@ -40,8 +40,9 @@ class AdapterPool:
     ) -> None:
         """
         Args:
-            model: any module; its linear layers stay in place. Move it to its device first, and split it over ranks;
-                a model that was compiled before is compiled again.
+            model: any module; its linear layers stay in place, as instances of a subclass that adds adapters; hooks see
+                what was added. Move it to its device first, and split it over ranks; a model that was compiled before
+                is compiled again.
             max_adapters: adapters on the device at once. max_rank: the largest rank, 1 to 256.
             target_modules: as in PEFT: ends of module paths, a regular expression for whole paths, or "all-linear".
             fused: for layers fused of several, up to 4, the widths of their parts by the names that adapters have for

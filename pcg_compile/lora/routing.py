@@ -64,6 +64,10 @@ class Router:
         self._memories: WeakValueDictionary[int, RoutingMemory] = WeakValueDictionary()
         _ROUTERS[self.id] = self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        """What it is known by is its number, and its pool is there once; a layer that is copied whole lets go of it."""
+        return self
+
     def new_memory(self) -> RoutingMemory:
         """Static memory for one more compiled graph."""
         memory = RoutingMemory(self, 1 + max(self._memories.keys(), default=0))

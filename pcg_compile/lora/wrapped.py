@@ -11,32 +11,31 @@ from torch import nn
 
 from ..errors import AdapterError, message
 
-__all__ = ["forward_with"]
+__all__ = ["has_forward_of_class", "opened_forward"]
 
 #: What transformers' ``install_forward`` calls the method that it replaces (5.18 to 5.24).
 _REPLACED = "original_forward"
 
-Inner = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+def has_forward_of_class(module: nn.Module) -> bool:
+    """Whether calling a module calls its class's ``forward``."""
+    forward = vars(module).get("forward")
+    return forward is None or _is_of_class(forward, module)
 
 
-def forward_with(name: str, module: nn.Module, add: Inner) -> Callable[..., Any] | None:
-    """A module's own ``forward`` with ``add`` right behind the method of its class that it calls.
+def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What makes of a module's own ``forward`` one that calls the module's class as it will be then.
 
     transformers' parallel styles replace ``module.forward`` by a function that brings the input to the rank, calls the
-    method that was there, and sums up the ranks' results: a hook would come too late.
-
-    Args:
-        add: called as ``add(module, args, output)`` like a forward hook; returns the output.
+    method that was there, and sums up the ranks' results: adapters go inside of it.
 
     Returns:
-        The new forward, not yet set; None for a module with the forward of its class, where a hook does it.
+        A function of the module that gives the new forward.
 
     Raises:
         AdapterError: a forward of which it is not known what it does with the class's.
     """
-    forward = vars(module).get("forward")
-    if forward is None or _is_of_class(forward, module):
-        return None
+    forward = vars(module)["forward"]
     names = forward.__code__.co_freevars if inspect.isfunction(forward) else ()
     cells = dict(zip(names, forward.__closure__ or (), strict=True)) if names else {}
     original: Any = cells[_REPLACED].cell_contents if _REPLACED in cells else None
@@ -49,15 +48,15 @@ def forward_with(name: str, module: nn.Module, add: Inner) -> Callable[..., Any]
             )
         )
 
-    def with_adapters(*args: Any, **kwargs: Any) -> Any:
-        return add(module, args, original(*args, **kwargs))
+    def opened(module: nn.Module) -> Callable[..., Any]:
+        inside = {**cells, _REPLACED: CellType(MethodType(type(module).forward, module))}
+        new = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, tuple(inside.values())
+        )
+        new.__kwdefaults__, new.__qualname__ = forward.__kwdefaults__, forward.__qualname__
+        return new
 
-    cells[_REPLACED] = CellType(with_adapters)
-    new = FunctionType(
-        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, tuple(cells.values())
-    )
-    new.__kwdefaults__, new.__qualname__ = forward.__kwdefaults__, forward.__qualname__
-    return new
+    return opened
 
 
 def _is_of_class(function: Any, module: nn.Module) -> bool:
