@@ -25,6 +25,7 @@ from .graph.scalars import symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
+from .inductor_waits import one_inside_another
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
@@ -274,18 +275,18 @@ def plan_pieces(
         site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
     ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
-    distinct: dict[Any, Compiled] = {}
+    distinct: dict[Any, PieceSite] = {}
     for site in sites:
-        if site.trivial:
-            site.compiled = Compiled(site.piece.gm.forward)
-            continue
-        key = keys[site.index]
-        if key not in distinct:
-            distinct[key] = compile_piece(site.piece, options.compiler, fake_mode)
-            failure = distinct[key].failure
-            if failure is not None:
-                counters.fall_back(f"a piece runs eagerly: {failure}", site.where)
-        site.compiled = distinct[key]
+        if not site.trivial:
+            distinct.setdefault(keys[site.index], site)
+    makers = [partial(compile_piece, site.piece, options.compiler, fake_mode) for site in distinct.values()]
+    compiled = dict(zip(distinct, one_inside_another(makers), strict=True))
+    for key, first in distinct.items():
+        failure = compiled[key].failure
+        if failure is not None:
+            counters.fall_back(f"a piece runs eagerly: {failure}", first.where)
+    for site in sites:
+        site.compiled = Compiled(site.piece.gm.forward) if site.trivial else compiled[keys[site.index]]
     return plan, len(distinct)
 
 

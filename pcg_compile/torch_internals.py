@@ -560,28 +560,43 @@ def _is_of_0_and_1(condition: sympy.Basic, env: Any) -> bool:
     return all(condition.xreplace({**known, **change}) == sympy.true for change in changes)
 
 
-#: What a compiler is shown for sizes of 0 and 1, by symbol: equal ones it would take for the same.
-_SHOWN = (16, 24, 40, 48, 56, 80, 88, 96)
+#: What a compiler is shown for sizes of 0 and 1, by symbol: equal ones it would take for the same. The first row that
+#: breaks no condition.
+_SHOWN = ((16, 24, 40, 48, 56, 80, 88, 96), (8, 12, 14, 10, 6, 4), (2, 3, 5, 7, 9, 11))
 
 
 @contextmanager
 def shown_larger(
-    values: Sequence[Any], symbols: Sequence[sympy.Symbol], fake_mode: FakeTensorMode
+    values: Sequence[Any], symbols: Sequence[sympy.Symbol], fake_mode: FakeTensorMode, conditions: list[Any]
 ) -> Iterator[Sequence[Any]]:
     """The fake inputs of a piece, its sizes of 0 and 1 replaced by larger ones while it compiles (2.11 to 2.13).
 
-    Inductor would lay out code for such a size alone. The values as they are, where that cannot be done.
+    Inductor would lay out code for such a size alone. Where no larger size will do, it is a number while the piece
+    compiles, and ``conditions`` say so: Inductor computes what is wrong where a condition tells it that a symbol is 1,
+    and the symbol stands in shapes all the same (2.13: a product of one row, under size-oblivious reasoning).
     """
     env = fake_mode.shape_env
-    hints = _larger_hints(env, symbols) if env is not None else {}
+    small = [] if env is None else [symbol for symbol in symbols if env.backed_var_to_val.get(symbol) in (0, 1)]
+    if env is None or not small:
+        yield values
+        return
+    hints = _larger_hints(env, small)
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     plain = all(
         type(t) in (FakeTensor, torch.nn.Parameter) and t.layout == torch.strided and not (t.is_conj() or t.is_neg())
         for t in tensors
     )
     storages = {t.untyped_storage()._cdata for t in tensors} if plain else set()
-    if env is None or not hints or len(storages) < len(tensors) or any(isinstance(v, torch.SymFloat) for v in values):
-        yield values
+    if not hints or len(storages) < len(tensors) or any(isinstance(v, torch.SymFloat) for v in values):
+        numbers = {symbol: sympy.Integer(env.backed_var_to_val[symbol]) for symbol in small}
+        conditions += [sympy.Eq(symbol, number) for symbol, number in numbers.items()]
+        old = dict(env.replacements)
+        # What stands for one of them is the number itself: under size-oblivious reasoning torch looks no further.
+        _set_replacements(env, {**{s: expr.xreplace(numbers) for s, expr in old.items()}, **numbers})
+        try:
+            yield values
+        finally:
+            _set_replacements(env, {**{s: n for s, n in env.replacements.items() if s not in numbers}, **old})
         return
     before = {symbol: env.backed_var_to_val[symbol] for symbol in hints}
     env.backed_var_to_val.update(hints)
@@ -614,16 +629,33 @@ def shown_larger(
         env._update_version_counter()
 
 
-def _larger_hints(env: Any, symbols: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Integer]:
-    """Larger values for those of 0 and 1 that break none of the conditions so far; {} where there are none."""
+def _set_replacements(env: Any, replacements: dict[sympy.Symbol, Any]) -> None:
+    env.replacements.clear()
+    env.replacements.update(replacements)
+    if hasattr(env, "_replacements_version_counter"):
+        env._replacements_version_counter += 1
+    env._update_version_counter()
+
+
+def _larger_hints(env: Any, small: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Integer]:
+    """Larger values for sizes of 0 and 1 that break none of the conditions so far; {} where there are none."""
     known = env.backed_var_to_val
-    small = [symbol for symbol in symbols if known.get(symbol) in (0, 1)]
-    free = [n for n in _SHOWN if n not in known.values()]
-    hints = {symbol: sympy.Integer(n) for symbol, n in zip(small, free, strict=False)}
-    values = {**known, **hints}
-    if len(hints) < len(small) or any(hints[s] not in env.bound_sympy(s) for s in small):
-        return {}
-    return hints if all(guard.expr.xreplace(values) == sympy.true for guard in env.guards) else {}
+    for shown in _SHOWN:
+        free = [n for n in shown if n not in known.values()]
+        hints = {symbol: sympy.Integer(n) for symbol, n in zip(small, free, strict=False)}
+        if len(hints) < len(small):
+            continue
+        for symbol, expr in env.replacements.items():
+            if symbol in known and expr.free_symbols & hints.keys():
+                hints[symbol] = expr.xreplace({**known, **hints})
+        values = {**known, **hints}
+        if (
+            all(hint.is_Integer for hint in hints.values())
+            and all(hint in env.bound_sympy(symbol) for symbol, hint in hints.items())
+            and all(guard.expr.xreplace(values) == sympy.true for guard in env.guards)
+        ):
+            return hints
+    return {}
 
 
 def is_static_input(node: fx.Node) -> bool:

@@ -138,3 +138,58 @@ def test_no_second_copy_of_weights(freezing, caplog):
         torch.testing.assert_close(compiled(x), model(x))
         assert pcg.stats(compiled).fallbacks == () and torch._inductor.config.freezing == freezing
     assert sum("freezing" in record.message for record in caplog.records) == freezing
+
+
+class OnlyOneRow(nn.Module):
+    """Products behind attention, whose trace with one row holds for one row alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        for _ in range(2):
+            q, k, v = self.qkv(torch.tanh(x)).chunk(3, -1)
+            x = x + self.out(torch.sigmoid(nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])[0]))
+        return x.relu()
+
+
+class FewRows(nn.Module):
+    """A branch that is traced for a range of sizes, with a product in it."""
+
+    def __init__(self, most):
+        super().__init__()
+        torch.manual_seed(0)
+        self.most, self.one, self.two = most, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        if x.shape[0] <= self.most:
+            return torch.tanh(x + self.one(torch.sigmoid(x)))
+        return self.two(x)
+
+
+class Shared(nn.Module):
+    """Two arguments over one memory: their sizes can't be shown as others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, y):
+        return torch.tanh(x + self.one(torch.sigmoid(x))) + self.two(torch.sigmoid(y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [OnlyOneRow, lambda: FewRows(1), lambda: FewRows(3), lambda: FewRows(12), Shared])
+def test_a_first_call_with_one_row(make):
+    """Inductor must not be told of a symbol that is 1: it computed products of one row from memory beside them."""
+    torch._dynamo.reset()
+    model = make().eval()
+    names = ("x", "y") if isinstance(model, Shared) else ("x",)
+    compiled = pcg.piecewise(dynamic=dict.fromkeys(names, 0), buckets=[2, 8, 20])(model.forward)
+    for n in (1, 1, 5, 2, 1, 3, 12, 13, 20):
+        x = torch.randn(n, 16)
+        args = (x, x.view_as(x)) if len(names) == 2 else (x,)
+        torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from ..inductor_waits import while_kernels_compile
 from ..torch_internals import (
     FakeTensorMode,
     compile_with_inductor,
@@ -256,10 +257,14 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
     return (*map(of_input, piece.example), *map(of_node, piece.graph.nodes))
 
 
-def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
+def compile_piece(
+    piece: Piece, compiler: Any, fake_mode: FakeTensorMode, beside: Callable[[], None] | None = None
+) -> Compiled:
     """Compiles one distinct piece. What no compiler can take, and what fails, is left to eager, and says why.
 
-    ``compiler`` is "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
+    Args:
+        compiler: "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
+        beside: what to do where it waits for kernels.
     """
     if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.graph.nodes):
         return Compiled(piece.gm.forward)
@@ -275,7 +280,9 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
             isolated_tracing(fake_mode),
             torch.no_grad(),
             guards_apart(fake_mode) as conditions,
-            shown_larger(example, piece.symbols, fake_mode) as shown,
+            shown_larger(example, piece.symbols, fake_mode, conditions) as shown,
+            # Sizes that are shown as others are shown so to this piece alone.
+            while_kernels_compile(beside if shown is example and not conditions and compiler == "inductor" else None),
         ):
             for node, value in zip(copy.graph.find_nodes(op="placeholder"), shown, strict=True):
                 node.meta["example_value"] = value
