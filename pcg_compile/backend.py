@@ -19,13 +19,13 @@ from .distributed import agreement_of, collective_outside_recordings, first_coll
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
 from .graph.scalars import symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
-from .inductor_waits import one_inside_another
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext

@@ -8,21 +8,24 @@ import math
 import operator
 import sys
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from threading import Thread
 from typing import Any
 
 import sympy
 import torch
 import torch._dynamo.callback
+import torch._functorch.config
 import torch._inductor.config
 import torch.fx.experimental._config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -30,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -217,6 +221,113 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs), config_patches={"triton.cudagraphs": False, "keep_output_stride": True})
+
+
+#: What to do in the next wait of this thread, once.
+_WORK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_work_in_waits", default=None)
+#: What Inductor's bundler has once for the process, and belongs to the graph that is compiled.
+_OF_A_GRAPH = ("_entries", "_static_autotuners", "_winners")
+
+
+@contextmanager
+def while_kernels_compile(work: Callable[[], None] | None) -> Iterator[None]:
+    """Has ``work`` done, once, where this thread would wait for kernels of Inductor (2.11 to 2.13)."""
+    if work is None or not _watch_waits():
+        yield
+        return
+    counted: Counter[str] = Counter()
+    token = _WORK.set(_apart(work, counted))
+    try:
+        yield
+    finally:
+        _WORK.reset(token)
+        counters["inductor"].update(counted)
+
+
+def _watch_waits() -> bool:
+    """Has Inductor's waits look for work; whether they do."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+        from torch._inductor.codecache import CodeCacheFuture
+
+        waits: dict[str, Callable[..., Any]] = {"wait": AsyncCompile.wait, "triton": AsyncCompile.triton}
+        ready = AsyncCompile.use_process_pool
+    except (ImportError, AttributeError):
+        return False
+    if hasattr(waits["wait"], "pcg_looks_for_work"):
+        return True
+
+    def in_flight(self: Any, scope: dict[str, Any], *args: Any, **kwargs: Any) -> bool:
+        return any(isinstance(value, (Future, CodeCacheFuture)) for value in scope.values())
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> bool:
+        # Its processes are not up yet: it would compile the kernel itself, and nothing beside it.
+        return bool(get_compile_threads() > 1 and not ready())
+
+    for (name, wait), when in zip(waits.items(), (in_flight, alone), strict=True):
+        setattr(AsyncCompile, name, _looking_for_work(wait, when))
+    return True
+
+
+def _looking_for_work(wait: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
+    @wraps(wait)
+    def looks_for_work(*args: Any, **kwargs: Any) -> Any:
+        work = _WORK.get()
+        if work is not None and when(*args, **kwargs):
+            _WORK.set(None)
+            work()
+        return wait(*args, **kwargs)
+
+    looks_for_work.pcg_looks_for_work = True  # type: ignore[attr-defined]
+    return looks_for_work
+
+
+def _apart(work: Callable[[], None], counted: Counter[str]) -> Callable[[], None]:
+    """The same, under the settings of now, and apart from the graph that is compiled when it is called.
+
+    What is counted of it goes to ``counted``: a graph's own counts are kept in Inductor's cache, and counted again
+    whenever it comes from there.
+    """
+    from torch._inductor.async_compile import CompiledTritonKernels
+    from torch._inductor.triton_bundler import TritonBundler
+    from torch._inductor.virtualized import threadlocal
+
+    configs = [torch._inductor.config, torch._functorch.config]
+    settings = [dict(config.get_config_copy()) for config in configs]
+    handlers = dict(vars(threadlocal))
+
+    def run() -> None:
+        kernels, CompiledTritonKernels._cache = CompiledTritonKernels._cache, {}
+        bundle = {name: getattr(TritonBundler, name) for name in _OF_A_GRAPH if hasattr(TritonBundler, name)}
+        for name in bundle:
+            setattr(TritonBundler, name, None)
+        inner, before = dict(vars(threadlocal)), Counter(counters["inductor"])
+        _replace(vars(threadlocal), handlers)
+        try:
+            with ExitStack() as stack:
+                for config, then in zip(configs, settings, strict=True):
+                    now = config.get_config_copy()
+                    changed = {name: value for name, value in then.items() if now.get(name) is not value}
+                    if changed:
+                        stack.enter_context(config.patch(changed))
+                stack.enter_context(_disable_current_modes())
+                stack.enter_context(torch._C._DisablePythonDispatcher())
+                work()
+        finally:
+            counted.update(counters["inductor"])
+            counted.subtract(before)
+            counters["inductor"].subtract(counted)
+            _replace(vars(threadlocal), inner)
+            CompiledTritonKernels._cache = kernels
+            for name, value in bundle.items():
+                setattr(TritonBundler, name, value)
+
+    return run
+
+
+def _replace(table: dict[str, Any], by: dict[str, Any]) -> None:
+    table.clear()
+    table.update(by)
 
 
 def inductor_output(function: Callable[..., Any]) -> str | None:
@@ -523,7 +634,8 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
     """What a compiler assumes of sizes inside becomes no guard of Dynamo's, but is listed afterwards (2.11 to 2.13).
 
     Inductor asks whether a size is 1 where it lays out a view, say, and Dynamo would compile the whole model again for
-    that size. What other sizes do not satisfy either stays a guard: for those, there will be a graph of their own.
+    that size. What other sizes do not satisfy either stays a guard: for those, there will be a graph of their own. But
+    not what this call's own sizes do not satisfy, when the compiler was shown others: Dynamo takes that for a bug.
     """
     env, found = fake_mode.shape_env, []  # type: ignore[var-annotated]
     if env is None:
@@ -535,9 +647,13 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
     try:
         yield found
     finally:
-        new = [env.replace(guard.expr) for guard in env.guards[count:]]
-        if new and env.replacements == replacements and all(_is_of_0_and_1(guard, env) for guard in new):
-            found += new
+        made, known = [guard.expr for guard in env.guards[count:]], dict(env.backed_var_to_val)
+        untrue = any(condition.xreplace(known) == sympy.false for condition in made)
+        same = env.replacements == replacements
+        if untrue or (made and same and all(_is_of_0_and_1(env.replace(condition), env) for condition in made)):
+            if not same:
+                _set_replacements(env, replacements)
+            found += [env.replace(condition) for condition in made]
             del env.guards[count:]
             for table, old in zip(tables, before, strict=True):
                 table.clear()

@@ -193,3 +193,26 @@ def test_a_first_call_with_one_row(make):
         x = torch.randn(n, 16)
         args = (x, x.view_as(x)) if len(names) == 2 else (x,)
         torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("assumes", "used"), [(lambda n: n >= 4, {8, 16}), (lambda n: n == 16, {16})])
+def test_what_a_compiler_assumes_of_sizes_that_it_was_only_shown(assumes, used):
+    """A first call with one row; Dynamo takes a guard that its own call breaks for a bug of its own."""
+    torch._dynamo.reset()
+    asked = []
+
+    def compiler(gm, inputs):
+        asked.extend(bool(assumes(x.shape[0])) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 2)
+        return gm.forward
+
+    def model(x):
+        return torch.relu(x @ torch.ones(4, 4))
+
+    compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[2, 8, 16], compiler=compiler)(model)
+    for n in (1, 2, 8, 1, 16):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert asked and all(asked)
+    stats = pcg.stats(compiled)
+    assert stats.graphs == 1 and set(stats.buckets) == used and not stats.fallbacks

@@ -1,5 +1,7 @@
 """Distinct pieces compile beside each other: each begins where the one before waits for its kernels."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import pcg_compile as pcg
-from pcg_compile import inductor_waits
+from pcg_compile import torch_internals
 from pcg_compile.graph import pieces
-from pcg_compile.inductor_waits import one_inside_another
+from pcg_compile.graph.inside import one_inside_another
 
 WIDTH = 16
 
@@ -116,8 +118,8 @@ def test_settings_and_state_are_those_from_before(monkeypatch):
     counters.clear()
     before = config.max_fusion_size
     mine = TritonBundler._entries
-    counted = inductor_waits.Counter()
-    apart = inductor_waits._apart(work, counted)
+    counted = Counter()
+    apart = torch_internals._apart(work, counted)
     monkeypatch.setattr(TritonBundler, "_entries", ["mine"])
     with config.patch(max_fusion_size=before + 1), V.set_real_inputs([]):
         apart()

@@ -12,7 +12,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ..inductor_waits import while_kernels_compile
 from ..torch_internals import (
     FakeTensorMode,
     compile_with_inductor,
@@ -21,6 +20,7 @@ from ..torch_internals import (
     isolated_tracing,
     keep_traced_function,
     shown_larger,
+    while_kernels_compile,
 )
 from .contexts import Autocast
 from .facts import NodeFacts, storage_of

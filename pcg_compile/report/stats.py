@@ -28,7 +28,11 @@ class Fallback:
 
 @dataclass(frozen=True)
 class BucketStats:
-    """Use of one bucket: steps, real and padding tokens, seconds and bytes that recording it took."""
+    """Use of one bucket: steps, real and padding tokens, seconds and bytes that recording it took.
+
+    Bytes are what the device's reserved memory grew by. Buckets share memory, so that one which is recorded behind a
+    larger one often adds none; the sum is what all of them hold.
+    """
 
     hits: int = 0
     tokens: int = 0
