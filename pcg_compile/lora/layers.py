@@ -53,6 +53,8 @@ class LoRALayer:
     layout: PackedFactors = field(init=False)
     #: What the user said that the factors are; None: what the weight is.
     dtype: torch.dtype | None = None
+    #: The packed tensor and its parts.
+    views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
     #: Scaling and rank that the device has, by slot.
     held: dict[int, tuple[float, int]] = field(default_factory=dict)
 
@@ -129,11 +131,12 @@ class LoRALayer:
             self.handle.remove()
         if self.forward_before is not None:
             vars(self.module)["forward"] = self.forward_before
-        self.handle, self.forward_before, self.attached = None, None, False
+        self.handle, self.forward_before, self.views, self.attached = None, None, None, False
 
-    @torch.no_grad()
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Makes a slot ready for an adapter, but for copies that are left to the caller, to make all of them at once.
+
+        Without gradients, which is the caller's business as well.
 
         Args:
             factors: this rank's, on this device, by part, b ``[out, max_rank]``; none for a part that the adapter
@@ -142,7 +145,11 @@ class LoRALayer:
         Returns:
             Targets and sources of the copies.
         """
-        a, b, scalings, ranks = self.layout.views(self.factors, self.module.pcg_lora_sizes[0])
+        packed = self.factors
+        if self.views is None or self.views[0] is not packed:
+            # A model with hundreds of layers: making them takes longer than the copies do.
+            self.views = packed, self.layout.views(packed, self.module.pcg_lora_sizes[0])
+        a, b, scalings, ranks = self.views[1]
         rank = max((f.rank for f in factors.values()), default=0)
         # The parts' common one; b makes up for the difference, and by a factor of at most 1.
         scaling = max((f.scaling for f in factors.values()), key=abs, default=0.0)

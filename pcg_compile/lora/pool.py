@@ -299,11 +299,11 @@ class AdapterPool:
                 if self._copied is not None:
                     # Whoever waits for this copy has then waited for those on other streams before it.
                     stream.wait_event(self._copied)
-            brought = self._stored[name].to(self.device, self.max_rank)
-            found = [layer.put(slot, factors) for layer, factors in zip(self._layers, brought, strict=True)]
-            copies = [pair for pairs in found for pair in pairs]
-            if copies:
-                with torch.no_grad():
+            with torch.no_grad():
+                brought = self._stored[name].to(self.device, self.max_rank)
+                found = [layer.put(slot, factors) for layer, factors in zip(self._layers, brought, strict=True)]
+                copies = [pair for pairs in found for pair in pairs]
+                if copies:
                     foreach_copy([target for target, _ in copies], [source for _, source in copies])
         except BaseException:
             self._slots.pop(name, None)
