@@ -10,6 +10,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import AdapterError, BatchError
+from pcg_compile.lora.packed import PackedFactors
 
 WIDTH = 8
 
@@ -166,3 +167,28 @@ def test_a_class_that_changes_while_there_is_a_pool(tmp_path):
     with pytest.raises(AdapterError, match="got another class and a forward of its own"):
         pcg.lora.AdapterPool(model, target_modules=["two", "one"])
     assert type(model.two) is nn.Linear
+
+
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_a_pool_that_cannot_be_made_leaves_no_trace(tmp_path, monkeypatch, own_forward):
+    """Memory runs out at the second layer."""
+    model = TwoCalls().eval()
+    if own_forward:
+        model.two.forward = lambda input: nn.functional.linear(input, model.two.weight, model.two.bias)
+    before = [dict(vars(layer)) for layer in (model.one, model.two)]
+    empty, calls = PackedFactors.empty, []
+
+    def fails(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(self, *args)
+
+    monkeypatch.setattr(PackedFactors, "empty", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        pcg.lora.AdapterPool(model, 2, 4, ["one", "two"])
+    assert type(model.one) is type(model.two) is nn.Linear
+    assert [vars(layer) for layer in (model.one, model.two)] == before
+    plain = TwoCalls().eval()
+    _, merged = pool_for_own(model, plain, tmp_path)
+    check(model, merged, plain)

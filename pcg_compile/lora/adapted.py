@@ -43,7 +43,7 @@ class _CopiedAsBase(nn.Module):
         # pickle insists on the object's own class where it knows the function.
         function = _new if function is copyreg.__newobj__ else function  # type: ignore[attr-defined]
         args = tuple(_class_before(type(self)) if one is type(self) else one for one in args)
-        if rest and isinstance(rest[0], dict):
+        if rest and isinstance(rest[0], dict) and "_buffers" in rest[0]:
             rest[0] = _state_of_a_copy(rest[0])
         return (function, args, *rest)
 

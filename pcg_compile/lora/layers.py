@@ -76,6 +76,17 @@ class LoRALayer:
                     cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
                 )
             )
+        self.attached = True
+        try:
+            self._change_class()
+            self._make_factors(adapters, router.id, dtype, weight.device)
+        except BaseException:
+            self.detach()
+            raise
+        # The router lives as long as a layer that uses it.
+        self.module.pcg_lora_name, self.module.pcg_lora_router = self.name, router
+
+    def _change_class(self) -> None:
         own, opened = vars(self.module), None
         if has_forward_of_class(self.module):
             self.forward_before = own.pop("forward", None)
@@ -86,10 +97,6 @@ class LoRALayer:
             self.handle = self.module.register_forward_hook(_called)
         if opened is not None:
             own["forward"] = opened(self.module)
-        self._make_factors(adapters, router.id, dtype, weight.device)
-        # The router lives as long as a layer that uses it.
-        self.module.pcg_lora_name, self.module.pcg_lora_router = self.name, router
-        self.attached = True
 
     def _make_factors(self, adapters: int, pool: int, dtype: torch.dtype, device: torch.device) -> None:
         sizes = self.share.sizes(*features_of(self.module))
