@@ -245,11 +245,14 @@ def while_kernels_compile(work: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _watch_waits() -> bool:
-    """Has Inductor's waits look for work; whether they do."""
+    """Has Inductor's waits look for work; whether they do: not where something that has to be set aside is missing."""
     try:
-        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+        from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels, get_compile_threads
         from torch._inductor.codecache import CodeCacheFuture
+        from torch._inductor.triton_bundler import TritonBundler  # noqa: F401
+        from torch._inductor.virtualized import threadlocal  # noqa: F401
 
+        CompiledTritonKernels._cache  # noqa: B018
         waits: dict[str, Callable[..., Any]] = {"wait": AsyncCompile.wait, "triton": AsyncCompile.triton}
         ready = AsyncCompile.use_process_pool
     except (ImportError, AttributeError):

@@ -102,6 +102,17 @@ def test_sizes_that_are_shown_larger_are_shown_to_one_piece_alone(events):
     assert events == [(what, i) for i in range(3) for what in ("begins", "ends")]
 
 
+def test_an_inductor_of_another_shape_compiles_one_after_the_other(monkeypatch):
+    from torch._inductor import virtualized
+
+    monkeypatch.delattr(virtualized, "threadlocal")
+    assert not torch_internals._watch_waits()
+    done = []
+    with torch_internals.while_kernels_compile(lambda: done.append(1)):
+        pass
+    assert not done and torch_internals._WORK.get() is None
+
+
 def test_settings_and_state_are_those_from_before(monkeypatch):
     """What is done in a wait sees neither the settings nor the graph of what waits."""
     from torch._inductor import config
