@@ -30,7 +30,7 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
-from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
+from .registry import add_runtime, graphs_of_caller, present_caller, release_collectives, reset
 from .report.stats import Counters
 from .runtime.agreement import release_channels
 from .runtime.binding import Shared
@@ -85,7 +85,7 @@ def start_early(backend: Any, keywords: Mapping[str, Any], first: bool) -> None:
 
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
-    """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
+    """Compiles one Dynamo graph; ``owner`` is the backend that it is compiled by, or what torch.compile made of it."""
     if trace_weights_as_inputs():
         _LOG.warning("torch._inductor.config.freezing is left out: it would hold a second copy of the weights")
         raise trace_again()
@@ -144,7 +144,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             add_runtime(owner, counters, None)
             return gm.forward
         gm = run_passes(rewritable, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner), ready)
+        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not graphs_of_caller(owner), ready)
         _judge(plan, counters)
     for call in plan.sites:
         if isinstance(call, CallSite):
@@ -165,7 +165,8 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         plan.first_collective = first_collective(plan.sites, plan.facts)
         before_groups_end(_release_groups)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
-    runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))
+    backend = weakref.ref(owner)
+    runtime = GraphRuntime(plan, shared, ends_step, context, lambda: present_caller(backend()))
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
     return runtime.__call__ if region is None else region()(runtime.__call__)
@@ -393,3 +394,5 @@ def _reset() -> None:
 
 
 pcg.reset = _reset  # type: ignore[attr-defined]
+#: What torch.compile makes of it is known as pcg's before it has compiled anything.
+pcg.__pcg_backend__ = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
@@ -13,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from .backend import compile_graph
 from .errors import OptionsError, message
 from .options import Options
-from .registry import reset_owner
-from .torch_internals import compile_for_all_sizes, inputs_only, mark_dynamic
+from .registry import called_on, reset_backend
+from .torch_internals import compile_for_all_sizes, inline_when_traced, inputs_only, mark_dynamic
 
 __all__ = ["piecewise"]
 
@@ -25,8 +26,10 @@ Dynamic = Mapping[str, int | tuple[int, ...]]
 class _Backend:
     """One backend object for each decorated function: stats and reset find its graphs by it."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, module: torch.nn.Module | None = None) -> None:
         self.options = options
+        #: Whose bound method was decorated, weakly.
+        self.module: Callable[[], torch.nn.Module | None] = weakref.ref(module) if module is not None else lambda: None
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, self.options, self)
@@ -36,7 +39,7 @@ class _Backend:
 
     def reset(self) -> None:
         """Reached by ``torch._dynamo.reset()``."""
-        reset_owner(self)
+        reset_backend(self)
 
 
 @overload
@@ -92,7 +95,8 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
             )  # fmt: skip
-    backend = _Backend(options)
+    on = getattr(function, "__self__", None)
+    backend = _Backend(options, on if isinstance(on, torch.nn.Module) else None)
     extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if guards == "inputs" else {}
     compiled = torch.compile(function, backend=backend, **extra)
 
@@ -119,7 +123,9 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            with compile_for_all_sizes(lambda: mark(args, kwargs)):
+            # The module that a method is called on; a plain function's first argument may be one just as well.
+            module = args[0] if args and isinstance(args[0], torch.nn.Module) else backend
+            with called_on(backend, module), compile_for_all_sizes(lambda: mark(args, kwargs)):
                 return compiled(*args, **kwargs)
         except Exception as error:
             # Raised while marking, it is no fault within Dynamo, which wraps it as one.
@@ -128,6 +134,7 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
             raise
 
     wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
+    inline_when_traced(wrapper, function)
     return wrapper
 
 

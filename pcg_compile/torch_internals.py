@@ -789,24 +789,46 @@ def ends_in_graph_break(gm: fx.GraphModule) -> bool:
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
 
 
-def calling_wrapper(depth: int = 2) -> object | None:
-    """The object that ``torch.compile(backend="name")`` made and that calls the backend (2.11 to 2.13)."""
-    caller = sys._getframe(depth).f_locals.get("self")
-    return caller if isinstance(caller, torch._TorchCompileWrapper) else None
+#: Where the code around a compiled call lies: what torch.compile returns, and what runs a backend's callable.
+_EVAL_FRAME = torch._dynamo.eval_frame.DisableContext.__call__.__code__.co_filename
+
+
+def calling_wrapper() -> object | None:
+    """The object that ``torch.compile`` made of a backend, whose graph is being compiled or called (2.11 to 2.13).
+
+    Equal compiled functions share what Dynamo compiled for the first of them; only the call itself tells them apart.
+    Dynamo runs a backend's callable in a function that holds the callback of the present call, for putting it back;
+    farther out is the function that torch.compile returned. None where neither is found.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        # 1 us of a step, most of it for the attributes that lead to the wrapper.
+        if frame.f_code.co_filename == _EVAL_FRAME:
+            name = "callback" if "callback" in frame.f_code.co_freevars else "prior"
+            found = _innermost_backend(frame.f_locals.get(name))
+            if found is not None:
+                return found
+        frame = frame.f_back
+    return None
+
+
+def inline_when_traced(wrapper: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Has Dynamo trace ``function`` where traced code calls ``wrapper``, as for torch.compile's own (2.11 to 2.13)."""
+    wrapper._torchdynamo_inline = function  # type: ignore[attr-defined]
 
 
 def wrapper_of(compiled: Any) -> object | None:
-    """The same object, from what ``torch.compile`` returned (2.11 to 2.13)."""
-    context = getattr(compiled, "dynamo_ctx", None)
-    if context is None:
-        function = compiled
-        while function is not None and not hasattr(function, "_torchdynamo_inline"):
-            function = getattr(function, "__wrapped__", None)
-        for cell in getattr(compiled, "__closure__", None) or ():
-            candidate = cell.cell_contents
-            if hasattr(candidate, "callback"):
-                context = candidate
-    return _innermost_backend(getattr(context, "callback", None))
+    """The same object, from what ``torch.compile`` returned, or a module after ``module.compile()`` (2.11 to 2.13)."""
+    if isinstance(compiled, torch.nn.Module):
+        compiled = vars(compiled).get("dynamo_ctx") or vars(compiled).get("_compiled_call_impl")
+    if hasattr(compiled, "callback"):
+        return _innermost_backend(compiled.callback)
+    for cell in getattr(compiled, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            found = _innermost_backend(getattr(cell.cell_contents, "callback", None))
+            if found is not None:
+                return found
+    return None
 
 
 def _innermost_backend(seen: Any) -> Any:

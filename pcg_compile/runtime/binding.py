@@ -51,6 +51,8 @@ class Binding:
     #: Identity of what comes from the step: recordings belong to a cache.
     step_key: Hashable
     buffers: FlatBuffers
+    #: The compiled models that use it, weakly; more than one where models share their weights.
+    callers: list[weakref.ref[Any]] = field(default_factory=list)
     #: The same addresses, each at its input's position.
     by_position: list[int] = field(default_factory=list)
     recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
@@ -75,6 +77,10 @@ class Binding:
     cache: weakref.ref[Any] | None = None
     #: Whether a parameter or the cache is gone.
     anchor_lost: bool = False
+
+    def used_by(self, caller: object) -> bool:
+        """Whether a compiled model has been served from it."""
+        return any(ref() is caller for ref in self.callers)
 
     def stale(self) -> bool:
         """Whether no step can come back to these recordings: what they read is gone, or lies elsewhere now."""

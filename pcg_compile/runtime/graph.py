@@ -37,7 +37,6 @@ class GraphRuntime(GraphState):
         self._token_places = [
             (self._places.get(expr_of(size), -1), size, op.optional_step) for size, op in self._token_sizes
         ]
-        self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
         #: The same, of each tensor that has any.
@@ -50,8 +49,11 @@ class GraphRuntime(GraphState):
 
     def __call__(self, *args: Any) -> Any:
         with self.lock:
-            if self._first_call and self.shared.options.capture == "first_call":
-                self._first_call = False
+            counters = self.shared.counters
+            if counters.serve(self.find_caller()):
+                # Its binding is looked up, and noted as the caller's.
+                self.current = None
+            if self.shared.options.capture == "first_call" and counters.first_call():
                 with warming_up(WarmUp()):
                     warm_up(self, args, WarmUp())
             request = requested_warm_up()
@@ -64,7 +66,6 @@ class GraphRuntime(GraphState):
                 self._propose(self.shared.agreement, sizes, step)
             binding = self.binding(args, step)
             program = binding.steps.get(sizes)
-            counters = self.shared.counters
             if program is None or (self._may_alias and self._overlap(args)):
                 result, program = self._first_of(binding, sizes, args, step)
             else:
@@ -73,13 +74,7 @@ class GraphRuntime(GraphState):
                 result = program.run(args)
             for reason, where in program.fallbacks:
                 counters.fall_back(reason, where)
-            if self.ends_step:
-                counters.steps += 1
-            if len(self._dims) == 1:
-                n = sizes[self._dims[0]]
-                counters.sizes[n] = counters.sizes.get(n, 0) + 1
-            if program.bucket is not None:
-                self._count(sizes, program)
+            self._count(sizes, program)
             return result
 
     def prepare_ahead(self, tokens: int) -> None:
@@ -136,19 +131,17 @@ class GraphRuntime(GraphState):
             step.check_tokens(sizes[place] if place >= 0 else int(evaluate(size, named)))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
-        assert program.bucket is not None
-        bucket = program.bucket
-        name = tuple(bucket[i] for i in self._dims)
-        use = self.shared.counters.bucket(name[0] if len(name) == 1 else name)
-        use.hits += 1
-        if len(name) == 1:
-            use.tokens += sizes[self._dims[0]]
-            use.padded_tokens += name[0]
-        elif name:
+        bucket, dims = program.bucket, self._dims
+        n = sizes[dims[0]] if len(dims) == 1 else None
+        if bucket is None:
+            self.shared.counters.count_step(self.ends_step, n, None, 0, 0)
+        elif n is not None:
+            self.shared.counters.count_step(self.ends_step, n, bucket[dims[0]], n, bucket[dims[0]])
+        else:
             # Of one tensor: another may carry the same rows under a symbol of its own, as a mask does.
-            real, padded = max((prod(sizes[i] for i in at), prod(bucket[i] for i in at)) for at in self._carried)
-            use.tokens += real
-            use.padded_tokens += padded
+            carried = [(prod(sizes[i] for i in at), prod(bucket[i] for i in at)) for at in self._carried if dims]
+            real, padded = max(carried, default=(0, 0))
+            self.shared.counters.count_step(self.ends_step, None, tuple(bucket[i] for i in dims), real, padded)
 
     def _first_of(
         self, binding: Binding, sizes: tuple[int, ...], args: Sequence[Any], step: Any
@@ -206,10 +199,12 @@ class GraphRuntime(GraphState):
             self.current = None
             self.shared.engine.release()
 
-    def reset(self) -> None:
-        """Drops all recordings and zeroes the figures."""
+    def reset(self, callers: Sequence[object] | None = None) -> None:
+        """Drops all recordings and zeroes the figures; of some callers, or all."""
         with self.lock:
-            self.bindings.clear()
+            if callers is None:
+                self.bindings.clear()
+            else:
+                self._bury([b for caller in callers for b in self.bindings_of(caller)])
             self.current = None
-            self._first_call = True
-            self.shared.counters.reset()
+            self.shared.counters.reset(callers)

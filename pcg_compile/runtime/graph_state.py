@@ -15,6 +15,7 @@ from ..batch import StepState, current_step, require_step
 from ..errors import StaleAddress, message
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate
+from ..registry import runtimes_of_caller
 from ..torch_internals import CurrentStream, data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
@@ -37,8 +38,8 @@ class GraphState:
     ends_step: bool
     #: What the passes found and did, for explain() and dump().
     context: Any = None
-    #: All graphs of the same compiled model, this one among them: a budget is the model's.
-    siblings: Callable[[], Sequence[GraphState]] = lambda: ()
+    #: Whose call is running: compiled models of one class share a graph, each with figures and captures of its own.
+    find_caller: Callable[[], Any] = lambda: None
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,11 +101,23 @@ class GraphState:
         for binding in self.bindings:
             if binding.addresses == addresses and binding.step_key == key:
                 self.current = binding
+                self._use(binding)
                 return binding
         self._check_parameters(args)
         self.current = self._new_binding(addresses, key)
         self._watch(self.current, args, step)
+        self._use(self.current)
         return self.current
+
+    def _use(self, binding: Binding) -> None:
+        """Notes that the present caller uses a binding. Models that share weights share it."""
+        caller = self.shared.counters.caller
+        if caller is not None and not binding.used_by(caller):
+            binding.callers = [*(ref for ref in binding.callers if ref() is not None), weakref.ref(caller)]
+
+    def bindings_of(self, caller: object | None) -> list[Binding]:
+        """The bindings that a caller uses; None: all."""
+        return [b for b in self.bindings if caller is None or b.used_by(caller)]
 
     def _check_parameters(self, args: Sequence[Any]) -> None:
         """Raises where a parameter has another form than the code was compiled for: guards="inputs" lets it pass."""
@@ -186,24 +199,28 @@ class GraphState:
         return (p not in changed for p in positions)
 
     def respect_budget(self, binding: Binding, newest: Program) -> None:
-        """Drops the least used buckets of the model's graphs until their recordings fit ``memory_budget``."""
+        """Drops the least used buckets of the calling model's graphs until its captures fit ``memory_budget``."""
         budget, agreement = self.shared.options.memory_budget, self.shared.agreement
         if budget is None or newest.bucket is None:
             return
-        graphs = self.siblings() or [self]
+        caller = self.shared.counters.caller
+        graphs: list[GraphState] = (runtimes_of_caller(caller) if caller is not None else []) or [self]
 
         def over() -> bool:
-            held = sum(graph.nbytes() for graph in graphs)
+            held = sum(graph.nbytes(caller) for graph in graphs)
             return agreement.any_of(held > budget) if agreement is not None else held > budget
 
         while over():
-            found = dict.fromkeys((g, bucket) for g in graphs for b in g.bindings for bucket in sorted(b.buckets))
+            found = dict.fromkeys(
+                (g, bucket) for g in graphs for b in g.bindings_of(caller) for bucket in sorted(b.buckets)
+            )
             found.pop((self, newest.bucket), None)
             for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
                 # Another thread may be in a step of another graph.
                 if graph.lock.acquire(blocking=False):
                     try:
-                        graph.drop(bucket, f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}")
+                        reason = f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}"
+                        graph.drop(caller, bucket, reason)
                     finally:
                         graph.lock.release()
                     break
@@ -214,12 +231,11 @@ class GraphState:
 
     def hits(self, bucket: tuple[int, ...]) -> int:
         """Steps that a bucket has served."""
-        use = self.shared.counters.buckets.get(self.name(bucket))
-        return use.hits if use is not None else 0
+        return self.shared.counters.hits(self.name(bucket))
 
-    def drop(self, bucket: tuple[int, ...], reason: str) -> None:
-        """Drops the recordings of a bucket; a later step makes them again."""
-        for binding in self.bindings:
+    def drop(self, caller: object | None, bucket: tuple[int, ...], reason: str) -> None:
+        """Drops a caller's captures of a bucket; a later step makes them again."""
+        for binding in self.bindings_of(caller):
             binding.forget(bucket)
         self.shared.counters.fall_back(reason)
 
@@ -227,11 +243,11 @@ class GraphState:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
         return sizes[0] if len(sizes) == 1 else sizes
 
-    def nbytes(self) -> int:
-        """Bytes that recordings and their static memory hold."""
+    def nbytes(self, caller: object | None = None) -> int:
+        """Bytes that recordings and their static memory hold, of one caller or all."""
         return sum(
             sum(r.nbytes for r in b.recordings.values()) + sum(w.nbytes for w in b.wholes.values()) + b.buffers.nbytes()
-            for b in self.bindings
+            for b in self.bindings_of(caller)
         )
 
 
