@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,11 +25,12 @@ from .graph.scalars import symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
+from .ops import check_registration
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
-from .registry import add_runtime, graphs_of_caller, present_caller, release_collectives, reset
+from .registry import add_runtime, graphs_of_caller, release_collectives, reset
 from .report.stats import Counters
 from .runtime.agreement import release_channels
 from .runtime.binding import Shared
@@ -165,8 +165,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
         plan.first_collective = first_collective(plan.sites, plan.facts)
         before_groups_end(_release_groups)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
-    backend = weakref.ref(owner)
-    runtime = GraphRuntime(plan, shared, ends_step, context, lambda: present_caller(backend()))
+    runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
     return runtime.__call__ if region is None else region()(runtime.__call__)
@@ -207,6 +206,7 @@ def _token_symint(example_inputs: Sequence[Any]) -> Any:
 
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
+    check_registration(dict.fromkeys(name for node in gm.graph.nodes for name in op_names(node, None)))
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
         notes, hazards = len(context.notes), len(context.hazards)
         before = calls_of(gm)

@@ -86,7 +86,7 @@ def called_on(backend: object, module: object) -> Iterator[None]:
         _CALLED_ON.reset(token)
 
 
-def present_caller(backend: object) -> object:
+def present_caller(backend: object | None) -> object | None:
     """Whose call of a graph, that ``backend`` had compiled, is running: figures are booked on it."""
     wrapper = calling_wrapper()
     if wrapper is None:
@@ -99,7 +99,9 @@ def present_caller(backend: object) -> object:
 
 def add_runtime(backend: object, counters: Counters, runtime: Any) -> None:
     """Enters one graph, for whoever had it compiled."""
-    counters.serve(present_caller(backend))
+    compiled_by = weakref.ref(backend)
+    counters.find_caller = lambda: present_caller(compiled_by())
+    counters.serve()
     with _LOCK:
         _GRAPHS.append(_Entry(backend, counters, runtime))
 

@@ -812,6 +812,12 @@ def calling_wrapper() -> object | None:
     return None
 
 
+def types_of_arguments(schema: Any) -> dict[str, str]:
+    """The type of each argument by name, of an op's schema or of its text ``name(Tensor x) -> ()`` (2.11 to 2.13)."""
+    parsed = torch._C.parse_schema(schema) if isinstance(schema, str) else schema
+    return {argument.name: str(argument.type) for argument in parsed.arguments}
+
+
 def inline_when_traced(wrapper: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Has Dynamo trace ``function`` where traced code calls ``wrapper``, as for torch.compile's own (2.11 to 2.13)."""
     wrapper._torchdynamo_inline = function  # type: ignore[attr-defined]

@@ -22,20 +22,20 @@ Buckets = Sequence[int | tuple[int, ...]]
 
 def warmup(
     compiled: Any, *example_args: Any, buckets: Buckets | None = None, progress: bool = True, **kwargs: Any
-) -> Any:
-    """Records a compiled model's buckets now, largest first, and changes nothing else.
+) -> None:
+    """Captures a compiled model's buckets now, largest first, and changes nothing else.
 
     Parameters, buffers, caches, the arguments and the random number generators are left as they were; inside
     ``pcg.step()`` only page 0 of the cache is written. A model that was not called before is compiled for all sizes.
 
+    Nothing is returned: attention has read the scratch page, so the model's outputs would not be those of a step.
+
     Args:
-        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave.
+        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, or a module that has it as
+            its forward or among its children.
         example_args, kwargs: arguments of one call; their sizes do not matter, their values must be valid.
         buckets: sizes to record; tuples where the model has several dynamic sizes; None: the options' table.
         progress: show a progress bar with the bucket, the time left and the memory held.
-
-    Returns:
-        The model's outputs for the example arguments.
 
     Raises:
         ValueError: ``buckets`` do not fit the model's dynamic sizes, or nothing in the model is compiled by pcg.
@@ -48,7 +48,7 @@ def warmup(
         sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
         # With gradients there would be nothing to record.
         with warming_up(request), sizes, torch.no_grad():
-            result = compiled(*example_args, **kwargs)
+            compiled(*example_args, **kwargs)
         if request.served and not request.dynamic and len(runtimes()) == before:
             _record_other_sizes(compiled, example_args, kwargs, request)
         if not request.served:
@@ -60,7 +60,6 @@ def warmup(
                     cure='Compile it first: compiled = torch.compile(model, backend="pcg"); pcg.warmup(compiled, ...)',
                 )
             )
-        return result
     finally:
         if bar is not None:
             bar.close()

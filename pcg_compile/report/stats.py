@@ -165,11 +165,13 @@ class Counters:
     Attributes:
         strict: every fallback is an error.
         graphs, pieces, capturable, compiled: of the graph itself, equal for all callers.
+        find_caller: what tells whose call is running; None where nobody's is.
     """
 
     def __init__(self, strict: bool = False, graphs: int = 0) -> None:
         self.strict, self.graphs = strict, graphs
         self.pieces = self.capturable = self.compiled = 0
+        self.find_caller: Callable[[], object | None] = lambda: None
         #: Held while figures that belong together change, and while they are read.
         self._lock = threading.RLock()
         #: What compiling counted, ahead of any call; later what callers counted that are gone.
@@ -179,9 +181,10 @@ class Counters:
         #: Fallbacks of compiling, which every caller sees.
         self._of_compile: dict[tuple[str, str], int] = {}
 
-    def serve(self, caller: object) -> bool:
-        """Counts what follows for ``caller``, which is kept weakly; whether that is another one than before."""
-        if self._now.caller() is caller:
+    def serve(self) -> bool:
+        """Counts what follows for the present caller, which is kept weakly; whether that is another than before."""
+        caller = self.find_caller()
+        if caller is None or self._now.caller() is caller:
             return False
         with self._lock:
             for key, figures in list(self._callers.items()):

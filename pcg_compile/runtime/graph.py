@@ -50,8 +50,8 @@ class GraphRuntime(GraphState):
     def __call__(self, *args: Any) -> Any:
         with self.lock:
             counters = self.shared.counters
-            if counters.serve(self.find_caller()):
-                # Its binding is looked up, and noted as the caller's.
+            if counters.serve():
+                # Another compiled model of the class: its binding is looked up, and noted as its own.
                 self.current = None
             if self.shared.options.capture == "first_call" and counters.first_call():
                 with warming_up(WarmUp()):

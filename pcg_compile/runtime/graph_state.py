@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,8 +38,6 @@ class GraphState:
     ends_step: bool
     #: What the passes found and did, for explain() and dump().
     context: Any = None
-    #: Whose call is running: compiled models of one class share a graph, each with figures and captures of its own.
-    find_caller: Callable[[], Any] = lambda: None
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
