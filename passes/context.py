@@ -56,6 +56,8 @@ class PassContext:
     counted: set[fx.Node] = field(default_factory=set)
     #: All findings, for explain() and check().
     hazards: list[Hazard] = field(default_factory=list)
+    #: (reason, where) of what is captured and yet not as it should be; counted once, when the graph is compiled.
+    remarks: list[tuple[str, str]] = field(default_factory=list)
     #: What rewriting passes did, one line each, for explain() and dump().
     notes: list[str] = field(default_factory=list)
     #: For each pass that ran, its name and what it added to ``notes`` and ``hazards``.

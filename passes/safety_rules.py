@@ -177,6 +177,9 @@ def random(call: Call) -> Any:
     """As many numbers are drawn as there are entries, padding included: the real ones would not be eager's."""
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
-        raise Mixing("it draws random numbers for padding too, so that the real rows get others")
+        # Of dropout there is nothing left in inference.
+        drops = "dropout" in str(call.op) or bool(call.arguments.get("dropout_p"))
+        cure = "; the model is in training mode: call model.eval() for inference" if drops else ""
+        raise Mixing(f"it draws random numbers for padding too, so that the real rows get others{cure}")
     numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]

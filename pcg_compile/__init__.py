@@ -18,6 +18,7 @@ from .report.explain import Report, check, explain
 from .report.stats import BucketStats, Fallback, Stats
 from .torch_internals import ahead_of_traces as _ahead_of_traces
 from .torch_internals import ensure_backend as _ensure_backend
+from .version import __version__
 from .warmup import warmup
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PagedKVCache",
     "Report",
     "Stats",
+    "__version__",
     "capture_guard",
     "check",
     "dump",

@@ -21,10 +21,10 @@ from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes,
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import symbol_values, symbols_of
+from .graph.scalars import expr_of, symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
-from .graph.where import place_of, place_parts
+from .graph.where import name_of_input, place_of, place_parts
 from .ops import check_registration
 from .options import Options
 from .passes import metadata_passes, safety_passes
@@ -144,6 +144,8 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             add_runtime(owner, counters, None)
             return gm.forward
         gm = run_passes(rewritable, example_inputs, context)
+        for reason, where in context.remarks:
+            counters.fall_back(reason, where)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not graphs_of_caller(owner), ready)
         _judge(plan, counters)
     for call in plan.sites:
@@ -193,7 +195,7 @@ def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | N
         return None
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            return str((getattr(node, "_dynamo_source", None) and node._dynamo_source.name) or node.name)  # type: ignore[attr-defined]
+            return name_of_input(node)
     return None
 
 
@@ -326,9 +328,15 @@ def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
     foreign = [n for n in site.reads if plan.value(n).device != plan.device]
     numbers = [s for s in site.piece.symbols if s not in plan.dims]
     if numbers:
-        return f"a piece depends on the number {numbers[0]}, which is no tensor's size"
+        return (
+            f"a piece depends on {_name_of_number(numbers[0], plan)}, a number that changes and is no tensor's size; "
+            "pass it as a tensor, torch.tensor(value, device=x.device), or keep it constant"
+        )
     if foreign:
-        return f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
+        name, there = name_of_input(foreign[0]), plan.value(foreign[0]).device
+        return f'a piece reads {name}, which is on {there}, while the graph is captured on {plan.device}; ' + (
+            f'move it: {name}.to("{plan.device}")' if there.type != "meta" else f"{name} has no data: load it first"
+        )
     if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
         site.where = site.safety.where or site.where
         if site.safety.kind == "mixing":
@@ -337,6 +345,13 @@ def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
             return f"opaque: {site.safety.reason}"
         site.needs_probe = True
     return None
+
+
+def _name_of_number(symbol: sympy.Symbol, plan: Plan) -> str:
+    for spec in plan.inputs:
+        if not isinstance(spec.value, torch.Tensor) and expr_of(spec.value) == symbol:
+            return name_of_input(spec.node)
+    return str(symbol)
 
 
 def _row_indices(site: PieceSite) -> list[tuple[fx.Node, sympy.Symbol]]:

@@ -74,6 +74,11 @@ class Hazard:
     reason: str
     cure: str
 
+    def __str__(self) -> str:
+        """One line ``file:line: kind: what``, then cause and cure."""
+        place = f"{self.file}:{self.line}" if self.file is not None else "unknown file"
+        return f"{place}: {self.kind}: {self.op}\n  {self.reason}\n  {self.cure}"
+
 
 def message(what: str, where: str | None = None, why: str | None = None, cure: str | None = None) -> str:
     """The four parts of an error message, one a line; parts that are None are left out."""

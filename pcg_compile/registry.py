@@ -100,8 +100,9 @@ def present_caller(backend: object | None) -> object | None:
 def add_runtime(backend: object, counters: Counters, runtime: Any) -> None:
     """Enters one graph, for whoever had it compiled."""
     compiled_by = weakref.ref(backend)
-    counters.find_caller = lambda: present_caller(compiled_by())
-    counters.serve()
+    caller = present_caller(backend)
+    logged = next((e.counters.logged for e in list(_GRAPHS) if e.counters.served(caller)), set())
+    counters.enter(lambda: present_caller(compiled_by()), logged)
     with _LOCK:
         _GRAPHS.append(_Entry(backend, counters, runtime))
 

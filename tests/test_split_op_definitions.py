@@ -1,4 +1,4 @@
-"""What @pcg.split_op and register_split_op define: calls by Python name, definitions run again, roles that are checked."""
+"""What @pcg.split_op and register_split_op define: calls by Python name, definitions run again, checked roles."""
 
 import gc
 

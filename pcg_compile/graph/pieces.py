@@ -303,7 +303,12 @@ def _writes_shared(piece: Piece) -> bool:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph in nodes of its own, over the same parameters."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, copied in copies.items():
+        # What Dynamo knows an input by, for messages.
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     copy = fx.GraphModule(gm, graph)
     keep_traced_function(copy, gm)
     return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -48,8 +49,10 @@ class _Area:
         self.owner: tuple[StepState | None, int] = (None, 0)
 
 
-#: Weak registry of routers by id: a graph names a pool's router by number.
+#: Weak registry of routers by id: a graph names a pool's router by number. No number is given out twice: a graph may
+#: outlive its pool, and must not find another's.
 _ROUTERS: WeakValueDictionary[int, Router] = WeakValueDictionary()
+_IDS = itertools.count(1)
 
 
 class Router:
@@ -59,8 +62,9 @@ class Router:
         self.source, self.max_adapters, self.device = source, max_adapters, device
         #: Held from the choice of slots until they are in use: another thread's load could give them away between.
         self.lock = threading.RLock()
-        self.id = 1 + max(_ROUTERS.keys(), default=0)
-        #: By number; a graph keeps its own alive.
+        self.id = next(_IDS)
+        self._memory_ids = itertools.count(1)
+        #: By number, never given out twice; a graph keeps its own alive.
         self._memories: WeakValueDictionary[int, RoutingMemory] = WeakValueDictionary()
         _ROUTERS[self.id] = self
 
@@ -70,7 +74,7 @@ class Router:
 
     def new_memory(self) -> RoutingMemory:
         """Static memory for one more compiled graph."""
-        memory = RoutingMemory(self, 1 + max(self._memories.keys(), default=0))
+        memory = RoutingMemory(self, next(self._memory_ids))
         self._memories[memory.id] = memory
         return memory
 

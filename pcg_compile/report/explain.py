@@ -19,7 +19,7 @@ from ..warmup import mark_sizes
 from .private import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 from .render import as_html, as_rich, longest_path
 from .sites import name_sites
-from .stats import Stats
+from .stats import COUNTS, Stats
 from .timeline import Timeline, time_step
 
 __all__ = ["GraphReport", "PassReport", "Report", "SiteReport", "check", "explain"]
@@ -91,10 +91,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of it as JSON; times in seconds."""
-        figures = {
-            k: getattr(self.stats, k)
-            for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
-        }
+        figures = {name: getattr(self.stats, name) for name in COUNTS}
         buckets = {
             str(size): {**asdict(use), "mean_padding": use.mean_padding} for size, use in self.stats.buckets.items()
         }

@@ -8,13 +8,17 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from io import StringIO
 from types import MappingProxyType
 from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 from ..errors import PCGError, message
 from .suggest import fit_buckets
 
-__all__ = ["BucketStats", "Counters", "Fallback", "Stats"]
+__all__ = ["COUNTS", "BucketStats", "Counters", "Fallback", "Stats"]
 
 _LOG = logging.getLogger("pcg_compile")
 
@@ -78,6 +82,26 @@ class Stats:
     #: Steps by their real size, of graphs with one dynamic size.
     sizes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
 
+    def __str__(self) -> str:
+        """A short table: counts, buckets, and what was not replayed."""
+        out = StringIO()
+        console = Console(file=out, width=120, highlight=False, markup=False, emoji=False)
+        console.print(", ".join(f"{getattr(self, name)} {name}" for name in COUNTS), soft_wrap=True)
+        if self.buckets:
+            table = _table("bucket", "steps", "mean padding", "MiB", "seconds to capture", "attention")
+            for size, use in self.buckets.items():
+                padding = f"{use.mean_padding:.0%}" if use.mean_padding is not None else ""
+                table.add_row(
+                    str(size), str(use.hits), padding, f"{use.bytes / 2**20:.1f}", f"{use.seconds:.3f}", use.attention
+                )
+            console.print(table)
+        if self.fallbacks:
+            table = _table("times", "not replayed because", "where")
+            for fallback in self.fallbacks:
+                table.add_row(str(fallback.count), fallback.reason, fallback.where)
+            console.print(table)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
     def suggest_buckets(self, k: int) -> tuple[int, ...]:
         """The ``k`` buckets (or fewer) that would have padded the steps seen so far the least; () before any step.
 
@@ -89,11 +113,7 @@ class Stats:
     @staticmethod
     def total(parts: list[Stats]) -> Stats:
         """The sum of several snapshots."""
-        counts = {
-            f.name: sum(getattr(part, f.name) for part in parts)
-            for f in fields(Stats)
-            if f.name not in ("buckets", "fallbacks", "sizes")
-        }
+        counts = {name: sum(getattr(part, name) for part in parts) for name in COUNTS}
         buckets: dict[Any, BucketStats] = {}
         fallbacks: dict[tuple[str, str], int] = {}
         sizes: dict[int, int] = {}
@@ -111,6 +131,17 @@ class Stats:
             fallbacks=tuple(Fallback(reason, where, count) for (reason, where), count in fallbacks.items()),
             sizes=MappingProxyType(sizes),
         )
+
+
+#: The figures that are numbers.
+COUNTS = ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _order(size: Any) -> tuple[int, ...]:
@@ -172,6 +203,8 @@ class Counters:
         self.strict, self.graphs = strict, graphs
         self.pieces = self.capturable = self.compiled = 0
         self.find_caller: Callable[[], object | None] = lambda: None
+        self.logged: set[tuple[str, str]] = set()
+        self._entered = False
         #: Held while figures that belong together change, and while they are read.
         self._lock = threading.RLock()
         #: What compiling counted, ahead of any call; later what callers counted that are gone.
@@ -284,14 +317,29 @@ class Counters:
         key = (reason, where)
         with self._lock:
             into = self._of_compile if self._now is self._nobodys else self._now.fallbacks
-            known = (self._of_compile, *(figures.fallbacks for figures in self._everyones()))
-            first = key not in into and not any(key in fallbacks for fallbacks in known)
             into[key] = into.get(key, 0) + 1
         if self.strict:
             why = "strict=True turns every fallback into an error."
             cure = 'Remove "strict" from the options to run it all the same, and see pcg.explain().'
             raise error(message(reason, where or None, why, cure))
-        if first:
+        if self._entered:
+            self._log(key)
+
+    def enter(self, find_caller: Callable[[], object | None], logged: set[tuple[str, str]]) -> None:
+        """Begins to count for callers; logs what compiling has counted.
+
+        Args:
+            logged: what was logged of other graphs of the same model: each fallback of a model is logged once.
+        """
+        self.find_caller, self.logged, self._entered = find_caller, logged, True
+        self.serve()
+        for key in list(self._of_compile):
+            self._log(key)
+
+    def _log(self, key: tuple[str, str]) -> None:
+        if key not in self.logged:
+            self.logged.add(key)
+            reason, where = key
             _LOG.warning("%s%s", reason, f" (at {where})" if where else "")
 
     def reset(self, callers: Sequence[object] | None = None) -> None:
@@ -299,6 +347,7 @@ class Counters:
         with self._lock:
             if callers is None:
                 self._of_compile.clear()
+            self.logged.clear()
             for figures in self._of(callers):
                 figures.clear()
 
@@ -358,10 +407,9 @@ def expect_increase(read: Any, **wanted: int) -> Any:
         AssertionError: with both figures.
         TypeError: a name that is no counter.
     """
-    names = {f.name for f in fields(Stats)} - {"buckets", "fallbacks", "sizes"}
-    unknown = wanted.keys() - names
+    unknown = wanted.keys() - set(COUNTS)
     if unknown:
-        raise TypeError(f"expect() counts {', '.join(sorted(names))}; not {', '.join(sorted(unknown))}")
+        raise TypeError(f"expect() counts {', '.join(COUNTS)}; not {', '.join(sorted(unknown))}")
     before = read()
     yield
     after = read()
