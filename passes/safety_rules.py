@@ -178,8 +178,8 @@ def random(call: Call) -> Any:
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
         # Of dropout there is nothing left in inference.
-        drops = "dropout" in str(call.op) or bool(call.arguments.get("dropout_p"))
-        cure = "; the model is in training mode: call model.eval() for inference" if drops else ""
+        drops = any(name in str(call.op) for name in ("dropout", "bernoulli")) or call.arguments.get("dropout_p")
+        cure = "; if this is dropout, the model is in training mode: call model.eval()" if drops else ""
         raise Mixing(f"it draws random numbers for padding too, so that the real rows get others{cure}")
     numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]
