@@ -260,7 +260,7 @@ def test_bad_input_is_refused_before_anything_runs(model, arguments, text):
     assert tokens(generate_batch(model, PROMPTS[:1], max_new_tokens=3, **SMALL)) == [greedily(model, PROMPTS[0], 3)]
 
 
-# -- parts ----------------------------------------------------------------------------------------------------------------
+# -- parts ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_sampler_draws_from_the_distribution():

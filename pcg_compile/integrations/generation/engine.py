@@ -20,7 +20,7 @@ from .pages import PagePool
 from .sampler import SamplingState, make_sampler
 from .scheduler import NeedsResults, Request, ScheduledStep, Scheduler
 
-__all__ = ["Engine", "Session"]
+__all__ = ["Engine", "Session", "attending_through_pcg", "routers_of"]
 
 #: Steps whose host arrays may still be on their way to the device.
 _STAGING = 4
@@ -152,8 +152,7 @@ class Session:
             )  # fmt: skip
         self.engine, self.tokenizer = engine, tokenizer
         self.pool = PagePool(engine.cache)
-        routers = [getattr(module, "pcg_lora_router", None) for module in engine.model.modules()]
-        adapters = min((router.max_adapters for router in routers if router is not None), default=None)
+        adapters = min((router.max_adapters for router in routers_of(engine.model)), default=None)
         self.scheduler = Scheduler(self.pool, engine.slots, engine.most_tokens, most_length, adapters)
         self.requests: dict[str, Request] = {}
         self._last: _Launched | None = None
@@ -320,6 +319,12 @@ class Session:
         request.ended = time.perf_counter()
         self.scheduler.finish(request)
         self._events.append((request, None))
+
+
+def routers_of(model: Any) -> list[Any]:
+    """The routers of the adapter pools that a model's layers belong to."""
+    routers = (getattr(module, "pcg_lora_router", None) for module in model.modules())
+    return list({id(router): router for router in routers if router is not None}.values())
 
 
 @contextmanager

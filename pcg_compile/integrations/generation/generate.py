@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from ...errors import GenerationError, OptionsError, message
-from .engine import Engine, Session, attending_through_pcg
+from .engine import Engine, Session, attending_through_pcg, routers_of
 from .scheduler import Request, Sampling
 
 __all__ = ["accelerate", "generate_batch"]
@@ -28,12 +28,13 @@ _IGNORED = frozenset({"record_timestamps", "persistent_manager", "warmup"})
 #: Settings of a GenerationConfig that change results, by the values that leave them alone.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1), "penalty_alpha": (None, 0), "typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0), "top_h": (None,), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None,), "min_length": (None, 0),
-    "min_new_tokens": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
-    "sequence_bias": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "guidance_scale": (None, 1),
-    "watermarking_config": (None,), "exponential_decay_length_penalty": (None,), "prompt_lookup_num_tokens": (None,),
-    "dola_layers": (None,), "max_time": (None,),
+    "eta_cutoff": (None, 0.0), "top_h": (None,), "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None,),
+    "min_length": (None, 0), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "sequence_bias": (None,), "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []), "guidance_scale": (None, 1), "watermarking_config": (None,),
+    "exponential_decay_length_penalty": (None,), "prompt_lookup_num_tokens": (None,), "dola_layers": (None,),
+    "max_time": (None,),
 }  # fmt: skip
 
 #: Registry: what was compiled for a model, while the model lives.
@@ -221,10 +222,8 @@ def _check_adapters(model: Any, adapters: Any) -> None:
     wanted = {name for name in adapters or () if name is not None}
     if not wanted:
         return
-    routers = {getattr(module, "pcg_lora_router", None) for module in model.modules()} - {None}
-    unknown = sorted(
-        name for name in wanted if any(name not in router.source.names for router in routers) or not routers
-    )
+    pools = [router.source for router in routers_of(model)]
+    unknown = sorted(name for name in wanted if not pools or any(name not in pool.names for pool in pools))
     if unknown:
         index = next(i for i, name in enumerate(adapters) if name == unknown[0])
         raise OptionsError(

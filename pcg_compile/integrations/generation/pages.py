@@ -95,7 +95,8 @@ class PagePool:
         Args:
             kind: what else the keys and values depend on, such as the adapter.
         """
-        node, pages, size = self._root(kind), [], self.page_size
+        node, size = self._root(kind), self.page_size
+        pages: list[int] = []
         most = len(tokens) - 1
         while (len(pages) + 1) * size <= most:
             found = self._nodes.get((node, tuple(tokens[len(pages) * size : (len(pages) + 1) * size])))

@@ -49,8 +49,8 @@ class SamplingState:
 def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Returns ``sample(logits, slots, counter, ...) -> (tokens, logprobs)`` for batches that need only so much.
 
-    ``sampling``: some request has a temperature. ``filtering``: some has top_k, top_p or min_p. ``penalizing``: some has
-    a repetition penalty. A request gets the same token from each variant that covers its settings.
+    ``sampling``: some request has a temperature. ``filtering``: some has top_k, top_p or min_p. ``penalizing``: some
+    has a repetition penalty. A request gets the same token from each variant that covers its settings.
 
     The function takes ``logits [rows, vocabulary]``, ``slots [rows]`` int64, ``counter [rows]`` int64 (the number of
     tokens before the one that is sampled) and the settings of :class:`SamplingState`. It returns tokens ``[rows]``

@@ -187,7 +187,7 @@ class Scheduler:
                 self._publish(request)
 
     def finish(self, request: Request) -> None:
-        """Ends a request and lets go of its pages. What a step in flight still writes there comes before later writes."""
+        """Ends a request and releases its pages: a step in flight writes there ahead of whoever takes them next."""
         request.finished = True
         if request.slot < 0:
             if request in self.waiting:
