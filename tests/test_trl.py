@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer on an accelerated model: it trains, and the log probabilities are those of the training forward."""
+"""TRL's GRPO trainer on an accelerated model: it trains, and log probabilities are the training forward's."""
 
 from __future__ import annotations
 
