@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import BatchError, message
@@ -45,8 +46,8 @@ class Batch:
 
     def __init__(
         self,
-        qo_lens: Sequence[int],
-        kv_lens: Sequence[int] | None = None,
+        qo_lens: Sequence[int] | npt.NDArray[Any],
+        kv_lens: Sequence[int] | npt.NDArray[Any] | None = None,
         page_table: Sequence[Sequence[int]] | Any = None,
         adapters: Sequence[str | None] | torch.Tensor | None = None,
     ) -> None:

@@ -7,11 +7,13 @@ cure as code. :func:`message` lays them out so that all errors read alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "AdapterError",
     "BatchError",
     "CaptureHazard",
+    "GenerationError",
     "GraphBreakingScalarWrite",
     "Hazard",
     "OptionsError",
@@ -57,6 +59,19 @@ class StaleAddress(PCGError):
 
 class AdapterError(PCGError, ValueError):
     """A LoRA adapter that cannot be loaded or used, or a layer that none can be added to."""
+
+
+class GenerationError(PCGError):
+    """Requests of ``generate_batch`` that failed while the others finished.
+
+    ``outputs`` holds the results of all requests, as ``generate_batch`` would have returned them.
+    """
+
+    outputs: dict[str, Any]
+
+    def __init__(self, text: str, outputs: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.outputs = outputs if outputs is not None else {}
 
 
 @dataclass(frozen=True)
