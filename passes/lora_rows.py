@@ -100,7 +100,8 @@ class _Follower:
         #: (input, input): rows of the first are picked by an index whose rows are the second's.
         self.picks: set[tuple[fx.Node, fx.Node]] = set()
         self.queries: set[fx.Node] = set()
-        self.results: dict[fx.Node, State] = {}
+        #: Inputs that rows of the graph's results are of.
+        self.results: set[fx.Node] = set()
         #: Why rows of the graph's results are not tokens in order.
         self.moved = ""
         self.fresh = 0
@@ -116,7 +117,8 @@ class _Follower:
             for source in node.all_input_nodes if node.op == "output" else ():
                 for tensor in tensors_in(self.facts[source].value):
                     for root, state in self.states.get(id(tensor), {}).items():
-                        self.results.setdefault(root, state)
+                        if isinstance(state, Rows) and set(axes_of(state.dims)) == set(state.order.axes):
+                            self.results.add(root)
                         if tensor.is_floating_point() and tensor.dim() > 1:
                             self.moved = self.moved or _why_moved(state)
             return
@@ -381,7 +383,7 @@ class _Follower:
         if asked:
             return (asked[0], "") if len(asked) == 1 else (None, "attention has queries of several inputs")
         served = {c: sum(self._of_class(states, c)[0] is not None for states in self.layers.values()) for c in classes}
-        wanted = [c for c in classes if any(root in self.results for root in self._members(c)) and served[c]]
+        wanted = [c for c in classes if not self.results.isdisjoint(self._members(c))]
         wanted = wanted or [c for c in classes if served[c]]
         wanted = [c for c in wanted if served[c] == max(served[one] for one in wanted)]
         picked = {self.class_of[root] for source, root in self.picks if self.class_of[source] in wanted}

@@ -106,31 +106,42 @@ def adapters_for(names=("a", "b")):
     return folders, factors
 
 
+def adapter_on(layers):
+    """A folder with an adapter on some layers."""
+    return save_plain(Path(tempfile.mkdtemp()) / "x", dict.fromkeys(layers, (WIDTH, WIDTH)), 2)
+
+
 FOLDERS, FACTORS = adapters_for()
 
 
 class Check:
     """Runs one program at many sizes; each call says whether it was right or refused, and fails on anything else."""
 
-    def __init__(self, program, dynamic: Any, layers=range(LAYERS), **options):
+    def __init__(self, program, dynamic: Any, arguments=(), **options):
         torch._dynamo.reset()
         self.plain = Plain(program).eval()
         self.base = Plain(program).eval()
         self.base.load_state_dict(self.plain.state_dict())
-        self.pool = pcg.lora.AdapterPool(self.plain, 2, 2, [f"layers.{k}" for k in layers])
+        self.pool = pcg.lora.AdapterPool(self.plain, 2, 2, [f"layers.{k}" for k in range(LAYERS)])
         for name, folder in FOLDERS.items():
             self.pool.load(name, folder)
         self.program = program
         options = {"buckets": [4, 8], "compiler": "eager", **options}
 
-        @pcg.piecewise(dynamic=dynamic, **options)
-        def run(x, *arguments):
-            return self.plain(x, *arguments)
+        if arguments:
 
-        self.run = run
+            def run(x, rows):
+                return self.plain(x, rows)
+        else:
+
+            def run(x):
+                return self.plain(x)
+
+        self.run = pcg.piecewise(dynamic=dynamic, **options)(run)
+        self.reason = ""
 
     @torch.no_grad()
-    def __call__(self, lengths, names, x, *arguments, tokens=None) -> str:
+    def __call__(self, lengths, names, x, *arguments) -> str:
         slots = [name for length, name in zip(lengths, names, strict=True) for _ in range(length)]
         followed = Followed(self.base, slots, FACTORS)
         want = self.program(followed, followed.start(x), *arguments)[..., :WIDTH]
@@ -143,7 +154,6 @@ class Check:
             return REFUSED
         if not followed.unknown or len(set(names)) == 1:
             if followed.unknown:
-                followed.slots = [names[0]] * 10_000
                 want = self._of_one(names[0], x, arguments)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             return RIGHT
