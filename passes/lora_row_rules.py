@@ -445,6 +445,17 @@ def attended(c: RowCall) -> Result:
     return queried(c, c.get("query"))
 
 
+@rule("_grouped_mm", "_scaled_grouped_mm")
+def grouped_product(c: RowCall) -> Result:
+    """Each row of the first factor times one of several matrices: an expert's."""
+    first, second = c.tensors()[:2]
+    return queried(c, first) if (first.dim(), second.dim()) == (2, 3) else c.lost()
+
+
+#: What transformers computes the same by, where torch's own op cannot.
+_RULES["transformers::grouped_mm_fallback"] = grouped_product
+
+
 def queried(c: RowCall, query: torch.Tensor) -> list[State]:
     """Results whose rows are the queries'."""
     state = c.state(query)
