@@ -463,15 +463,11 @@ def queried(c: RowCall, query: torch.Tensor) -> list[State]:
         return [state] * len(c.results)
     found: list[State] = []
     for result in c.results:
-        fits = len(result.shape) == len(state.dims) and all(
-            as_expr(one) == as_expr(two)
-            for one, two, dim in zip(result.shape, query.shape, state.dims, strict=True)
-            if axes_of([dim])
-        )
-        dims = [
-            dim if axes_of([dim]) else ((as_expr(size), None),)
-            for size, dim in zip(result.shape, state.dims, strict=True)
-        ] if fits else []  # fmt: skip
+        sizes = [as_expr(size) for size in result.shape]
+        places = [i for i, dim in enumerate(state.dims) if axes_of([dim])]
+        # Heads and their width may be one dimension: what matters is where tokens lie.
+        fits = all(i < len(sizes) and sizes[i] == c.orders.size(state.dims[i]) for i in places)
+        dims = [state.dims[i] if i in places else ((size, None),) for i, size in enumerate(sizes)]
         found.append(with_dims(c, state, dims) if fits else None)
     if found and found[0] is None and axes_of(state.dims):
         found[0] = c.lost()

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from pcg_compile.graph.facts import NodeFacts, OpCall, storage_of, tensors_in, written_tensors
 from pcg_compile.graph.where import place_of
@@ -22,6 +23,7 @@ from pcg_compile.ops import registered_split_ops
 from pcg_compile.torch_internals import is_static_input
 
 from . import lora_row_indexing  # noqa: F401 - it enters its rules
+from .bodies import bodies_of
 from .lora_orders import Lost, Orders, Rows, State, axes_of, plain_dims
 from .lora_row_rules import RowCall, queried, row_rule_for
 from .safety_dims import as_expr
@@ -32,6 +34,9 @@ __all__ = ["LayerRows", "follow_rows"]
 _LAYERS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 #: Ops of pcg's own whose queries are tokens of the step, in its order.
 _ATTENTION = "pcg::paged_attention"
+#: Ops that run their region once, and give what it gives.
+_REGIONS = ("wrap", "tag_activation_checkpoint", "wrap_activation_checkpoint", "invoke_subgraph", "wrap_with_autocast",
+            "wrap_with_set_grad_enabled")  # fmt: skip
 _SAME = ("_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh")
 
 
@@ -78,7 +83,7 @@ def follow_rows(
     """
     followed = _Follower(facts)
     for node in gm.graph.nodes:
-        followed.node(node)
+        followed.node(node, gm)
     moved = before or followed.moved
     if before:
         return {node: LayerRows(_name_of(node), None, before) for node in followed.layers}, moved
@@ -100,6 +105,9 @@ class _Follower:
         #: (input, input): rows of the first are picked by an index whose rows are the second's.
         self.picks: set[tuple[fx.Node, fx.Node]] = set()
         self.queries: set[fx.Node] = set()
+        self.kept: list[Any] = []
+        #: The node of the region that is being followed, if any.
+        self.region: fx.Node | None = None
         #: Inputs that rows of the graph's results are of.
         self.results: set[fx.Node] = set()
         #: Why rows of the graph's results are not tokens in order.
@@ -110,8 +118,8 @@ class _Follower:
 
     # -- one node after the other -------------------------------------------------------------------------------
 
-    def node(self, node: fx.Node) -> None:
-        self.orders.place = node
+    def node(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        self.orders.place = self.region or node
         fact = self.facts.get(node)
         if node.op == "output" or fact is None:
             for source in node.all_input_nodes if node.op == "output" else ():
@@ -127,15 +135,54 @@ class _Follower:
             return
         if node.target in _LAYERS:
             x = self.facts[_argument(node, 1, "x")].value
-            self.layers[node] = dict(self.states.get(id(x), {}))
+            states = dict(self.states.get(id(x), {}))
+            if node in self.layers and self.layers[node] != states:
+                # A region that two ops run.
+                states = {root: Lost("its region runs on rows in several orders") for root in states}
+            self.layers[node] = states
             return
         before = self._states_into(node)
         for call in fact.ops:
             self._call(node, call)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self._bodies(node, gm)
         for tensor in tensors_in(fact.value):
             if before and id(tensor) not in self.states:
                 # Nothing that was dispatched gave it.
                 self._enter(tensor, {root: Lost(f"{node.name} may change the order of rows") for root in before})
+
+    def _bodies(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        """Follows rows into regions that are graphs of their own, and out of the only one."""
+        leaves = [leaf for leaf in tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, fx.Node)]
+        operands = [self.facts[leaf].value for leaf in leaves if leaf.op != "get_attr"]
+        graphs = [getattr(gm, str(leaf.target), None) for leaf in leaves if leaf.op == "get_attr"]
+        inside = [one for graph in graphs if isinstance(graph, fx.GraphModule) for one in _layers_in(graph)]
+        runs_once = str(node.target) in _REGIONS
+        if not inside and not runs_once:
+            return
+        region, self.region = self.region, self.region or node
+        outer, results = self.facts, list(tensors_in(self.facts[node].value))
+        found: list[list[torch.Tensor]] = []
+        for body, facts in bodies_of(gm, node, outer):
+            inputs = body.graph.find_nodes(op="placeholder")
+            self.facts = facts
+            for one, operand in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):
+                if isinstance(operand, torch.Tensor):
+                    self._enter(facts[one].value, self.states.get(id(operand), {}), self._key(operand))
+            for one in body.graph.nodes:
+                if one.op not in ("placeholder", "output"):
+                    self.node(one, body)
+                elif one.op == "output":
+                    leaves = [leaf for leaf in tree_leaves(one.args) if isinstance(leaf, fx.Node)]
+                    found.append([t for leaf in leaves for t in tensors_in(facts[leaf].value)])
+            # Facts of a body keep its tensors, and so their identities.
+            self.kept.append(facts)
+        self.facts, self.region = outer, region
+        for one in inside:
+            self.layers.setdefault(one, {})
+        if runs_once and len(found) == 1 and len(found[0]) == len(results):
+            for result, tensor in zip(results, found[0], strict=True):
+                self._enter(result, self.states.get(id(tensor), {}))
 
     def _states_into(self, node: fx.Node) -> set[fx.Node]:
         return {
@@ -442,6 +489,11 @@ class _Follower:
                     rows, reason = None, "it picks rows by an index that no node of the graph gives"
             found[node] = LayerRows(_name_of(node), rows, reason, sizes)
         return found
+
+
+def _layers_in(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for graph in gm.modules() if isinstance(graph, fx.GraphModule) for n in graph.graph.nodes
+            if n.op == "call_function" and n.target in _LAYERS]  # fmt: skip
 
 
 def _why_moved(state: State) -> str:

@@ -71,9 +71,10 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     padding of such tokens lies between them, where a routing of the step's tokens does not reach.
     """
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
-    if found or (context.continued and any_router()):
+    regions = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in gm.graph.nodes)
+    if found or ((context.continued or regions) and any_router()):
         layers, context.moved = follow_rows(gm, context.facts, context.moved)
-        if found:
+        if layers:
             return _Opening(gm, context, found, layers).done()
     return gm
 
@@ -90,6 +91,11 @@ class _Opening:
         self.slots: dict[tuple[int, str], SlotsOfRows] = {}
         self.routed: dict[Any, tuple[Any, Any]] = {}
         calls = [call for node in found if (call := self._call(node)) is not None]
+        for node, layer in layers.items():
+            if node.graph is not gm.graph and not layer.in_order:
+                # Inside a region of its own, where the step's routing is looked up by its rows' number.
+                reason = layer.reason or "its rows are in another order, in a region that is a graph of its own"
+                self._refuse(layer.name, reason, node, self._pool(decode(str(node.args[3])).pool))
         groups = group_calls(gm.graph, calls, context.facts, context.splits)
         for group, moved in groups:
             for node in moved:
@@ -109,14 +115,17 @@ class _Opening:
     def _call(self, node: fx.Node) -> LoRACall | None:
         given: Mapping[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
         y, layout, layer = self.context.facts[given["y"]].value, decode(given["layout"]), self.layers[node]
-        pool = self.pools.get(layout.pool)
-        if pool is None:
-            pool = self.pools[layout.pool] = _Pool(router_by_id(layout.pool).new_memory())
+        pool = self._pool(layout.pool)
         routing = self._routing(node, y, layer, pool)
         if routing is None:
             return None
         shared = (given["x"], y.dtype, y.device, layout.adapters, layout.rank, layout.dtype)
         return LoRACall(node, given, (layout.pool, routing), len(layout.slices), shared)
+
+    def _pool(self, number: int) -> _Pool:
+        if number not in self.pools:
+            self.pools[number] = _Pool(router_by_id(number).new_memory())
+        return self.pools[number]
 
     def _routing(self, node: fx.Node, y: torch.Tensor, layer: LayerRows, pool: _Pool) -> Any:
         """What names the routing of a layer; None where it has none in the graph."""
@@ -246,7 +255,9 @@ class _Opening:
                 pool.one = self._router(pool).new_memory_of_one(pool.unknown)
             pool.one.layers, pool.one.never = dict(pool.unknown), pool.never
             like, arguments = pool.like, (self._number(pool), pool.one.id)
-            self.rewriter.ahead_of_all(like, torch.ops.pcg.prepare_one_lora.default, 0, *arguments)
+            prepare = self.rewriter.ahead_of_all(like, torch.ops.pcg.prepare_one_lora.default, 0, *arguments)
+            # The graph keeps its memory, also where no layer outside of a region reads it.
+            prepare.meta["pcg_lora_memory"] = pool.one
 
     def _number(self, pool: _Pool) -> int:
         return next(number for number, one in self.pools.items() if one is pool)

@@ -245,3 +245,27 @@ def test_a_model_without_adapters_in_its_batch_is_never_refused():
             torch.testing.assert_close(check.run(x := torch.randn(n, WIDTH)), check.base(x))
     with pytest.raises(PCGError, match="two orders|several orders"), pcg.step(pcg.Batch([2, 1], adapters=["a", None])):
         check.run(torch.randn(3, WIDTH))
+
+
+REGIONS = {
+    "in order": (lambda p, x, region: p.lin(2, region(lambda h: p.lin(1, h), p.lin(0, x))), RIGHT),
+    "moved behind it": (lambda p, x, region: p.lin(2, region(p.act, p.lin(0, x)).flip(0)), RIGHT),
+    "moved inside, used behind it": (lambda p, x, region: p.lin(2, region(lambda h: h.flip(0), p.lin(0, x))), RIGHT),
+    "moved ahead of it": (lambda p, x, region: region(lambda h: p.lin(1, h), p.lin(0, x).flip(0)), REFUSED),
+    "moved inside": (lambda p, x, region: region(lambda h: p.lin(1, h.flip(0)), p.lin(0, x)), REFUSED),
+}
+
+
+@pytest.mark.parametrize("program", REGIONS)
+def test_regions_that_are_graphs_of_their_own(program):
+    function, outcome = REGIONS[program]
+
+    def run(p, x):
+        def region(body, h):
+            return torch.utils.checkpoint.checkpoint(body, h, use_reentrant=False) if p.width == WIDTH else body(h)
+
+        return function(p, x, region)
+
+    check = Check(run, {"x": 0})
+    for n in (3, 5, 4):
+        assert check([1] * n, ["a", "b", *[None] * (n - 2)], torch.randn(n, WIDTH)) == outcome
