@@ -64,5 +64,9 @@ class PassContext:
     outcomes: list[tuple[str, list[str], list[Hazard]]] = field(default_factory=list)
     #: Dynamo's graph before the passes, for dump().
     source: fx.GraphModule | None = None
+    #: Whether Dynamo broke the frame behind this graph: its results are inputs of another one.
+    continued: bool = False
+    #: Why rows of this graph's inputs, and then of its results, are not the step's tokens in order; "" where they are.
+    moved: str = ""
     #: True for pcg.check(): collect hazards, never raise.
     collect: bool = False

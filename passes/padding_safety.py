@@ -19,7 +19,7 @@ from torch import fx
 from pcg_compile.attention.ops import store_kv
 from pcg_compile.graph.functional import functional_form
 from pcg_compile.graph.where import place_of
-from pcg_compile.lora.ops import row_wise_form, row_wise_form_of_many
+from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
 from .safety_dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
@@ -30,10 +30,11 @@ __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
 Kind = Literal["row-wise", "prefix", "mixing", "unknown"]
 #: What pcg's own ops do with rows, in ops that the analysis has rules for.
-_ROW_FORMS: dict[object, Callable[..., None]] = {
+_ROW_FORMS: dict[object, Callable[..., Any]] = {
     torch.ops.pcg.store_kv.default: store_kv,
     torch.ops.pcg.lora_apply.default: row_wise_form,
     torch.ops.pcg.lora_apply_many.default: row_wise_form_of_many,
+    torch.ops.pcg.lora_route_rows.default: route_form,
 }
 _ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
 

@@ -53,6 +53,7 @@ from .torch_internals import (
     trace_again,
     trace_floats_as_constants,
     trace_weights_as_inputs,
+    traced_function,
 )
 
 __all__ = ["compile_graph", "pcg", "start_early"]
@@ -137,7 +138,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             add_runtime(owner, counters, None)
             return gm.forward
         context = PassContext(options, device, facts, _token_symint(example_inputs))
-        context.source = gm
+        context.source, context.continued, context.moved = gm, not ends_step, _moved_before(gm, owner)
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
             counters.fall_back("a dynamic size is squeezed, and is 1: the graph runs eagerly")
@@ -188,6 +189,14 @@ def recording_device(example_inputs: Sequence[Any]) -> torch.device:
             "  Compile the part on each device by itself, or move the inputs: tensor.to(model.device)"
         )
     return next(iter(devices), torch.device("cpu"))
+
+
+def _moved_before(gm: fx.GraphModule, owner: object) -> str:
+    """Why rows that an earlier graph of the model gave out are not tokens in order, if so; not for its own function."""
+    contexts = [runtime.context for runtime in owners_runtimes(weakref.ref(owner))]
+    mine = traced_function(gm)
+    others = (c for c in contexts if c.continued and c.moved and (mine is None or traced_function(c.source) != mine))
+    return next((context.moved for context in others), "")
 
 
 def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:

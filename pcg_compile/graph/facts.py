@@ -76,8 +76,9 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.calls.append(OpCall(func, args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.calls.append(OpCall(func, args, kwargs, result))
+        return result
 
 
 class DataDecide(Exception):
@@ -114,7 +115,7 @@ class _Tracer(fx.Interpreter):
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             value = super().run_node(n)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            calls.append(OpCall(n.target, args, kwargs))
+            calls.append(OpCall(n.target, args, kwargs, value))
         else:
             with _Recorder(calls):
                 value = super().run_node(n)
