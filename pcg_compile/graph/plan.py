@@ -14,7 +14,7 @@ from torch import fx
 from ..ops import SplitOp
 from ..options import Options
 from ..passes.context import StepInput
-from ..torch_internals import is_static_input
+from ..torch_internals import is_static_input, number_of_symbol
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
 from .pieces import Compiled, Piece, build_piece
@@ -213,13 +213,17 @@ def make_plan(
 def _unbacked(facts: Mapping[fx.Node, NodeFacts]) -> dict[sympy.Symbol, Any]:
     """Symbols, those too that stand for what only the data tell: the values that first show them."""
     found: dict[sympy.Symbol, Any] = {}
+    shown: dict[sympy.Symbol, Any] = {}
     for fact in facts.values():
         for leaf in leaves_of(fact.value):
             for number in (*leaf.shape,) if isinstance(leaf, torch.Tensor) else (leaf,):
-                expr = expr_of(number)
-                if isinstance(number, SymType) and isinstance(expr, sympy.Symbol):
-                    found.setdefault(expr, number)
-    return found
+                if isinstance(number, SymType):
+                    expr = expr_of(number)
+                    if isinstance(expr, sympy.Symbol):
+                        found.setdefault(expr, number)
+                    shown.update(dict.fromkeys(symbols_of(number) - shown.keys(), number))
+    # The bool of a tensor is Eq(u0, 1), and nothing has u0 itself.
+    return {**{s: number_of_symbol(s, like) for s, like in shown.items() if s not in found}, **found}
 
 
 def _call_site(

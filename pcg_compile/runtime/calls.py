@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..graph.contexts import Autocast
 from ..graph.plan import CallSite, PieceSite, Site
-from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, expr_of, is_scalar, learned_from, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
 from .program import Op
@@ -244,10 +244,13 @@ def _learner(b: Building, fake: Any) -> Callable[[Any], None]:
     """Notes the sizes that only a result tells."""
     sizes = b.program.sizes
     if not isinstance(fake, torch.Tensor):
-        symbol = expr_of(fake)
+        told = learned_from(fake)
+        if told is None:
+            return lambda value: None
 
         def note(value: Any) -> None:
-            sizes[symbol] = value
+            symbol, number = told(value)
+            sizes[symbol] = number
 
         return note
     unknown = [(read, expr_of(n)) for read, n in _layout_of(fake) if not symbols_of(n) <= b.sizes.keys()]
