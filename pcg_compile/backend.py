@@ -22,7 +22,7 @@ from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes,
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import symbol_values, symbols_of
+from .graph.scalars import sizes_of, symbol_values
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
@@ -159,7 +159,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches)
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches, plan.layouts)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
@@ -323,7 +323,11 @@ def _judge(plan: Plan, counters: Counters) -> None:
 
 def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
     foreign = [n for n in site.reads if plan.value(n).device != plan.device]
-    numbers = [s for s in site.piece.symbols if s not in plan.dims]
+    numbers = [
+        s
+        for s in site.piece.symbols
+        if s not in plan.dims and (s in site.piece.numbers or s not in plan.layouts.symbols)
+    ]
     if numbers:
         return f"a piece depends on the number {numbers[0]}, which is no tensor's size"
     if foreign:
@@ -381,11 +385,8 @@ def hazards_of(
 
 
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
-    return [
-        tuple(sorted(symbols_of(spec.value) & plan.dims, key=str))
-        for spec in plan.inputs
-        if isinstance(spec.value, torch.Tensor) and symbols_of(spec.value)
-    ]
+    carried = (sizes_of(spec.value) for spec in plan.inputs)
+    return [tuple(sorted(symbols, key=str)) for symbols in carried if symbols]
 
 
 def _reset() -> None:

@@ -60,6 +60,11 @@ class Piece:
         """The graph as a module. Making one writes and compiles its code: of equal pieces, only one needs it."""
         return fx.GraphModule(dict(self.attributes), self.graph)
 
+    @cached_property
+    def numbers(self) -> tuple[sympy.Symbol, ...]:
+        """The symbols that it computes with, beside having tensors of such sizes and strides."""
+        return tuple(s for s, node in zip(self.symbols, self.graph.nodes, strict=False) if node.users)
+
 
 @dataclass
 class Compiled:

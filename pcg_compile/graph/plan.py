@@ -17,8 +17,9 @@ from ..passes.context import StepInput
 from ..torch_internals import is_static_input, number_of_symbol
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
+from .layouts import Layouts
 from .pieces import Compiled, Piece, build_piece
-from .scalars import SymType, expr_of, leaves_of, symbols_of
+from .scalars import SymType, expr_of, leaves_of, sizes_of, symbols_of
 from .split import Segment, fills
 from .where import place_of
 
@@ -124,8 +125,10 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     #: The recording device: nothing on another one is static.
     device: torch.device
-    #: Symbols that are a dimension of some input, so that padding can change them.
+    #: Symbols that are a dimension of some input, so that padding can change them. A stride is none.
     dims: frozenset[sympy.Symbol]
+    #: Strides and offsets of inputs that are symbols of their own.
+    layouts: Layouts
     #: Why no step of this graph can use recordings, or None.
     refusal: str | None = None
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
@@ -189,6 +192,8 @@ def make_plan(
             sites.append(site)
     inputs = _inputs(gm, facts, options, segments)
     symbols = tuple(s for s in symbol_values if s in backed)
+    dims = sizes_of([s.value for s in inputs])
+    users = [s.value for s in inputs if s.kind == "user"]
     written = frozenset().union(*(f.writes for f in facts.values()))
     plan = Plan(
         gm,
@@ -199,7 +204,8 @@ def make_plan(
         symbols,
         tuple(_size_source(symbol, inputs) for symbol in symbols),
         device,
-        frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
+        dims,
+        Layouts.of(users, dims),
         mutated=frozenset(
             s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written
         ),

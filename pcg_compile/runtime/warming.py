@@ -85,7 +85,7 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     with graph.shared.engine.session():
         for done, bucket in enumerate(wanted):
             request.report(done, len(wanted), graph.name(tuple(bucket[s] for s in graph.plan.symbols)))
-            real = {s: min(n, bucket[s]) for s, n in sizes.items()}
+            real = {s: min(n, bucket[s]) if s in graph.plan.dims else n for s, n in sizes.items()}
             doubtful = _record_bucket(graph, _shrunk(graph, args, real), real, bucket, doubtful)
     request.report(len(wanted), len(wanted), None)
     with _no_effects(graph, args):
