@@ -1,8 +1,8 @@
 """How padded inputs lie in memory, where their strides are not those of their sizes.
 
-A slice of a wider tensor has a stride that no size tells, and Dynamo gives it a symbol of its own once it varies. Such a
-symbol is no size: nothing has as many rows, and nothing is padded to it. At a bucket it takes a value of its own, one for
-all steps, at which the static buffers of the inputs have no two elements in one place.
+A slice of a wider tensor has a stride that no size tells, and Dynamo gives it a symbol of its own once it varies. Such
+a symbol is no size: nothing has as many rows, and nothing is padded to it. At a bucket it takes a value of its own, one
+for all steps, at which the static buffers of the inputs have no two elements in one place.
 """
 
 from __future__ import annotations

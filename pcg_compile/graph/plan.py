@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
 from .layouts import Layouts
 from .pieces import Compiled, Piece, build_piece
+from .requests import Request
 from .scalars import SymType, expr_of, leaves_of, sizes_of, symbols_of
 from .split import Segment, fills
 from .where import place_of
@@ -106,6 +107,8 @@ class CallSite:
     autocast: Autocast
     #: True where no recording can hold it, so that each step counts it as a fallback.
     counted: bool = False
+    #: Of an op in request mode that is given its metadata: what must hold of a step. Where it does not, it gets slices.
+    request: Request | None = None
 
 
 Site = PieceSite | CallSite
@@ -150,6 +153,22 @@ class Plan:
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""
         return self.facts[node].value
+
+    @cached_property
+    def requests(self) -> tuple[Request, ...]:
+        """What must hold of a step for a padding request to cover the padding of every op in request mode."""
+        found = (s.request for s in self.sites if isinstance(s, CallSite) and s.mode == "request")
+        return tuple(dict.fromkeys(request for request in found if request is not None))
+
+    def request_checker(
+        self, sizes: Mapping[sympy.Symbol, int], bucket: Mapping[sympy.Symbol, int]
+    ) -> Callable[[Sequence[Any], bool], bool] | None:
+        """``fn(args, wait)``: whether it does for a call of these sizes; None: whatever the values, it does not."""
+        if not all(request.fits(sizes, bucket) for request in self.requests):
+            return None
+        positions = {spec.node: spec.position for spec in self.inputs}
+        checks = [request.checker(sizes, positions) for request in self.requests if request.ends]
+        return lambda args, wait: all(check(args, wait) for check in checks)
 
     @property
     def token_sizes(self) -> list[tuple[Any, SplitOp]]:
@@ -255,13 +274,14 @@ def _call_site(
         tuple(reads),
         tuple(writes),
         regions.get(node, ()),
+        request=node.meta.get("pcg_request"),
     )
 
 
 def _padding_mode(node: fx.Node, op: SplitOp, options: Options) -> Literal["request", "slice"]:
     if op.own_metadata:
         return "slice" if options.padding == "slice" else "request"
-    return "request" if node.meta.get("pcg_padding") == "request" else "slice"
+    return "request" if "pcg_request" in node.meta else "slice"
 
 
 def _inputs(

@@ -20,6 +20,7 @@ __all__ = [
     "leaves_of",
     "plain",
     "shape_at",
+    "size_at",
     "sizes_of",
     "strides_at",
     "symbol_values",
@@ -128,6 +129,11 @@ def _number(expr: Any, sizes: Mapping[sympy.Symbol, int], kind: Callable[[Any], 
         # Python's arithmetic on floats, not sympy's.
         return kind(evaluate_expression(expr, values))
     return kind(expr)
+
+
+def size_at(expr: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """The value of :func:`expr_of` a size."""
+    return int(_number(expr, sizes, int))
 
 
 def learned_from(number: Any) -> Callable[[Any], tuple[sympy.Symbol, Any]] | None:

@@ -52,8 +52,9 @@ class GraphRuntime(GraphState):
         with self.lock:
             if self._first_call and self.shared.options.capture == "first_call":
                 self._first_call = False
-                with warming_up(WarmUp()):
-                    warm_up(self, args, WarmUp())
+                everything = WarmUp(first_call=True)
+                with warming_up(everything):
+                    warm_up(self, args, everything)
             request = requested_warm_up()
             if request is not None:
                 return warm_up(self, args, request)
@@ -65,7 +66,8 @@ class GraphRuntime(GraphState):
             binding = self.binding(args, step)
             program = binding.steps.get(sizes)
             counters = self.shared.counters
-            if program is None or (self._may_alias and self._overlap(args)):
+            covered = program is None or program.covered is None or program.covered(args, False)
+            if program is None or not covered or (self._may_alias and self._overlap(args)):
                 result, program = self._first_of(binding, sizes, args, step)
             else:
                 if step is not None:
