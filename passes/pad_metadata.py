@@ -62,7 +62,7 @@ def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -
     if bucket != tokens and indptr.device.type == "cpu" and int(indptr[-1]) != tokens:
         raise BatchError(
             message(
-                f"a split op has {tokens} rows, and a cumulative sum of them that it is given ends at {int(indptr[-1])}",
+                f"a split op has {tokens} rows, and a cumulative sum of them that it gets ends at {int(indptr[-1])}",
                 why="The padding request begins behind the last row of the last request.",
                 cure='For an op that takes more rows than its requests have, write: options={"padding": "slice"}',
             )

@@ -21,6 +21,7 @@ from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
+from .graph.plain import name_of_input, strange_tensor
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
 from .graph.scalars import sizes_of, symbol_values
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
@@ -92,6 +93,9 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     specialize_floats(gm)
     spare_profiler_calls()
     ahead_of_traces(start_early)
+    strange = strange_tensor(gm, real_inputs)
+    if strange is not None and _requires_grad(gm, real_inputs) is None:
+        return _run_eagerly(gm, owner, Counters(strict=options.strict, graphs=1), *strange)
     if has_subclasses(real_inputs) and not torch.is_grad_enabled():
         ends_step = not ends_in_graph_break(gm)
         return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
@@ -133,16 +137,12 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             facts = trace_facts(rewritable, example_inputs)
         except DataDecide as error:
             reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
-            counters.fall_back(reason, str(place_of(error.node)))
-            add_runtime(owner, counters, None)
-            return gm.forward
+            return _run_eagerly(gm, owner, counters, reason, str(place_of(error.node)))
         context = PassContext(options, device, facts, _token_symint(example_inputs))
         context.source = gm
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
-            counters.fall_back("a dynamic size is squeezed, and is 1: the graph runs eagerly")
-            add_runtime(owner, counters, None)
-            return gm.forward
+            return _run_eagerly(gm, owner, counters, "a dynamic size is squeezed, and is 1: the graph runs eagerly")
         gm = run_passes(rewritable, example_inputs, context)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner), ready)
         _judge(plan, counters)
@@ -171,6 +171,19 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     return runtime.__call__ if region is None else region()(runtime.__call__)
 
 
+def _run_eagerly(gm: fx.GraphModule, owner: object, counters: Counters, reason: str, where: str = "") -> Any:
+    """A graph as Dynamo traced it; each call is counted."""
+    if counters.strict:
+        counters.fall_back(reason, where)
+    add_runtime(owner, counters, None)
+
+    def run(*args: Any) -> Any:
+        counters.fall_back(reason, where)
+        return gm.forward(*args)
+
+    return run
+
+
 def recording_device(example_inputs: Sequence[Any]) -> torch.device:
     """CUDA where an input lies there, else the CPU.
 
@@ -193,7 +206,7 @@ def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | N
         return None
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            return str((getattr(node, "_dynamo_source", None) and node._dynamo_source.name) or node.name)  # type: ignore[attr-defined]
+            return name_of_input(node)
     return None
 
 
