@@ -155,9 +155,7 @@ class Orders:
         """
         kept = [axis for axis in order.axes if axis not in axes_of([dim])]
         parts = (order, dim, size, where)
-        made = self._make(
-            ("gather", *parts, key), parts, kept, [] if size == 1 else [size], (index,), order.whole
-        )
+        made = self._make(("gather", *parts, key), parts, kept, [] if size == 1 else [size], (index,), order.whole)
         return made, ((size, None if size == 1 else made.axes[-1]),)
 
     def piece(self, order: Order, dim: Dim, start: Any, stop: Any, step: int, size: Any) -> tuple[Order, Dim]:

@@ -385,8 +385,10 @@ class _Follower:
     # -- which inputs are the tokens' ---------------------------------------------------------------------------
 
     def _note_query(self, root: fx.Node, state: State) -> None:
-        if isinstance(state, Rows) and state.order.kind == "tokens" and set(axes_of(state.dims)) == set(
-            state.order.axes
+        if (
+            isinstance(state, Rows)
+            and state.order.kind == "tokens"
+            and set(axes_of(state.dims)) == set(state.order.axes)
         ):
             self.queries.add(root)
 

@@ -20,8 +20,9 @@ from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
+from .graph.plain import strange_tensor
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import expr_of, symbol_values, symbols_of
+from .graph.scalars import expr_of, sizes_of, symbol_values
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import name_of_input, place_of, place_parts
@@ -30,7 +31,14 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
-from .registry import add_runtime, graphs_of_caller, release_collectives, reset
+from .registry import (
+    add_runtime,
+    graphs_of_caller,
+    present_caller,
+    release_collectives,
+    reset,
+    runtimes_of_caller,
+)
 from .report.stats import Counters
 from .runtime.agreement import release_channels
 from .runtime.binding import Shared
@@ -93,6 +101,9 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     specialize_floats(gm)
     spare_profiler_calls()
     ahead_of_traces(start_early)
+    strange = strange_tensor(gm, real_inputs)
+    if strange is not None and _requires_grad(gm, real_inputs) is None:
+        return _run_eagerly(gm, owner, Counters(strict=options.strict, graphs=1), *strange)
     if has_subclasses(real_inputs) and not torch.is_grad_enabled():
         ends_step = not ends_in_graph_break(gm)
         return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
@@ -134,16 +145,12 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
             facts = trace_facts(rewritable, example_inputs)
         except DataDecide as error:
             reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
-            counters.fall_back(reason, str(place_of(error.node)))
-            add_runtime(owner, counters, None)
-            return gm.forward
+            return _run_eagerly(gm, owner, counters, reason, str(place_of(error.node)))
         context = PassContext(options, device, facts, _token_symint(example_inputs))
         context.source, context.continued, context.moved = gm, not ends_step, _moved_before(gm, owner)
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
-            counters.fall_back("a dynamic size is squeezed, and is 1: the graph runs eagerly")
-            add_runtime(owner, counters, None)
-            return gm.forward
+            return _run_eagerly(gm, owner, counters, "a dynamic size is squeezed, and is 1: the graph runs eagerly")
         gm = run_passes(rewritable, example_inputs, context)
         for reason, where in context.remarks:
             counters.fall_back(reason, where)
@@ -162,7 +169,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches)
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches, plan.layouts)
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
@@ -172,6 +179,19 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
     return runtime.__call__ if region is None else region()(runtime.__call__)
+
+
+def _run_eagerly(gm: fx.GraphModule, owner: object, counters: Counters, reason: str, where: str = "") -> Any:
+    """A graph as Dynamo traced it; each call is counted."""
+    if counters.strict:
+        counters.fall_back(reason, where)
+    add_runtime(owner, counters, None)
+
+    def run(*args: Any) -> Any:
+        counters.fall_back(reason, where)
+        return gm.forward(*args)
+
+    return run
 
 
 def recording_device(example_inputs: Sequence[Any]) -> torch.device:
@@ -193,7 +213,7 @@ def recording_device(example_inputs: Sequence[Any]) -> torch.device:
 
 def _moved_before(gm: fx.GraphModule, owner: object) -> str:
     """Why rows that an earlier graph of the model gave out are not tokens in order, if so; not for its own function."""
-    contexts = [runtime.context for runtime in owners_runtimes(weakref.ref(owner))]
+    contexts = [runtime.context for runtime in runtimes_of_caller(present_caller(owner))]
     mine = traced_function(gm)
     others = (c for c in contexts if c.continued and c.moved and (mine is None or traced_function(c.source) != mine))
     return next((context.moved for context in others), "")
@@ -335,7 +355,11 @@ def _judge(plan: Plan, counters: Counters) -> None:
 
 def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
     foreign = [n for n in site.reads if plan.value(n).device != plan.device]
-    numbers = [s for s in site.piece.symbols if s not in plan.dims]
+    numbers = [
+        s
+        for s in site.piece.symbols
+        if s not in plan.dims and (s in site.piece.numbers or s not in plan.layouts.symbols)
+    ]
     if numbers:
         return (
             f"a piece depends on {_name_of_number(numbers[0], plan)}, a number that changes and is no tensor's size; "
@@ -343,7 +367,7 @@ def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
         )
     if foreign:
         name, there = name_of_input(foreign[0]), plan.value(foreign[0]).device
-        return f'a piece reads {name}, which is on {there}, while the graph is captured on {plan.device}; ' + (
+        return f"a piece reads {name}, which is on {there}, while the graph is captured on {plan.device}; " + (
             f'move it: {name}.to("{plan.device}")' if there.type != "meta" else f"{name} has no data: load it first"
         )
     if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
@@ -406,11 +430,8 @@ def hazards_of(
 
 
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
-    return [
-        tuple(sorted(symbols_of(spec.value) & plan.dims, key=str))
-        for spec in plan.inputs
-        if isinstance(spec.value, torch.Tensor) and symbols_of(spec.value)
-    ]
+    carried = (sizes_of(spec.value) for spec in plan.inputs)
+    return [tuple(sorted(symbols, key=str)) for symbols in carried if symbols]
 
 
 def _reset() -> None:

@@ -158,6 +158,22 @@ def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.S
     return result.node if isinstance(result, fx.Proxy) else result
 
 
+def evaluate_expression(expr: sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression at values of its symbols, floats among them, by Python's arithmetic (2.11 to 2.13)."""
+    try:
+        return sympy_interp(_NodeAnalysis, dict(values), expr)
+    except (KeyError, AttributeError, NotImplementedError):
+        # A function that torch has no Python form of.
+        symbols = tuple(sorted(expr.free_symbols, key=str))
+        return _Expression(expr, symbols)(*(values[s] for s in symbols))
+
+
+def number_of_symbol(symbol: sympy.Symbol, like: Any) -> Any:
+    """A SymInt or SymFloat of a symbol that only the data give a value, beside another number (2.11 to 2.13)."""
+    env = like.node.shape_env
+    return (env.create_symintnode if symbol.is_integer else env.create_symfloatnode)(symbol, hint=None)
+
+
 class _Expression:
     """An expression of sizes as a function of them."""
 
@@ -165,8 +181,8 @@ class _Expression:
         self.expr, self.symbols = expr, symbols
         self.__name__ = self.__qualname__ = "expression"
 
-    def __call__(self, *sizes: int) -> Any:
-        value = self.expr.xreplace({s: sympy.Integer(n) for s, n in zip(self.symbols, sizes, strict=True)})
+    def __call__(self, *sizes: int | float) -> Any:
+        value = self.expr.xreplace({s: sympy.sympify(n) for s, n in zip(self.symbols, sizes, strict=True)})
         if isinstance(value, sympy.logic.boolalg.BooleanAtom):
             return bool(value)
         return int(value) if value.is_integer and not value.is_Float else float(value)
@@ -1092,9 +1108,12 @@ def specialize_floats(gm: fx.GraphModule) -> None:
     found = []
     for node in gm.graph.find_nodes(op="placeholder"):
         number = getattr(node.meta.get("example_value"), "item_memo", None)
-        name = getattr(getattr(getattr(number, "node", None), "_expr", None), "name", None)
-        if name and all(user.target == "item" for user in node.users):
-            found.append(name)
+        symbol = getattr(getattr(number, "node", None), "_expr", None)
+        # A tensor of the caller's that is read by .item() has a symbol that only the data tell.
+        if not isinstance(symbol, sympy.Symbol) or not symbol_is_type(symbol, SymT.FLOAT):
+            continue
+        if all(user.target == "item" for user in node.users):
+            found.append(symbol.name)
     tracing = torch._guards.TracingContext.try_get()
     env = tracing.fake_mode.shape_env if tracing is not None and tracing.fake_mode is not None else None
     if env is not None:

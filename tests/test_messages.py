@@ -74,7 +74,7 @@ def _child():
     ("make", "args", "name"),
     [
         (_child, (IDS,), "parts.0.0.bias"),
-        (lambda: (lambda d: d["a"] * 2), ({"a": torch.ones(3, 4, requires_grad=True)},), "d['a']"),
+        (lambda: lambda d: d["a"] * 2, ({"a": torch.ones(3, 4, requires_grad=True)},), "d['a']"),
     ],
 )
 def test_gradients_name_what_the_user_calls_it_and_are_logged_once(make, args, name, caplog, monkeypatch):

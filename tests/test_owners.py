@@ -333,9 +333,11 @@ def test_stats_may_be_read_while_steps_run():
                     found = pcg.stats(model)
                     # A step is counted at once.
                     assert sum(found.sizes.values()) == found.steps
-                    assert sum(use.hits for use in found.buckets.values()) + sum(
-                        n for size, n in found.sizes.items() if size > 8
-                    ) == found.steps
+                    assert (
+                        sum(use.hits for use in found.buckets.values())
+                        + sum(n for size, n in found.sizes.items() if size > 8)
+                        == found.steps
+                    )
                     str(found), repr(found)
             except Exception as error:
                 failures.append(error)

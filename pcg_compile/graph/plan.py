@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,11 +14,13 @@ from torch import fx
 from ..ops import SplitOp
 from ..options import Options
 from ..passes.context import StepInput
-from ..torch_internals import is_static_input
+from ..torch_internals import is_static_input, number_of_symbol
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
+from .layouts import Layouts
 from .pieces import Compiled, Piece, build_piece
-from .scalars import SymType, expr_of, leaves_of, symbols_of
+from .requests import Request
+from .scalars import SymType, expr_of, leaves_of, sizes_of, symbols_of
 from .split import Segment, fills
 from .where import place_of
 
@@ -105,6 +107,8 @@ class CallSite:
     autocast: Autocast
     #: True where no recording can hold it, so that each step counts it as a fallback.
     counted: bool = False
+    #: Of an op in request mode that is given its metadata: what must hold of a step. Where it does not, it gets slices.
+    request: Request | None = None
 
 
 Site = PieceSite | CallSite
@@ -124,8 +128,10 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     #: The recording device: nothing on another one is static.
     device: torch.device
-    #: Symbols that are a dimension of some input, so that padding can change them.
+    #: Symbols that are a dimension of some input, so that padding can change them. A stride is none.
     dims: frozenset[sympy.Symbol]
+    #: Strides and offsets of inputs that are symbols of their own.
+    layouts: Layouts
     #: Why no step of this graph can use recordings, or None.
     refusal: str | None = None
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
@@ -147,6 +153,22 @@ class Plan:
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""
         return self.facts[node].value
+
+    @cached_property
+    def requests(self) -> tuple[Request, ...]:
+        """What must hold of a step for a padding request to cover the padding of every op in request mode."""
+        found = (s.request for s in self.sites if isinstance(s, CallSite) and s.mode == "request")
+        return tuple(dict.fromkeys(request for request in found if request is not None))
+
+    def request_checker(
+        self, sizes: Mapping[sympy.Symbol, int], bucket: Mapping[sympy.Symbol, int]
+    ) -> Callable[[Sequence[Any], bool], bool] | None:
+        """``fn(args, wait)``: whether it does for a call of these sizes; None: whatever the values, it does not."""
+        if not all(request.fits(sizes, bucket) for request in self.requests):
+            return None
+        positions = {spec.node: spec.position for spec in self.inputs}
+        checks = [request.checker(sizes, positions) for request in self.requests if request.ends]
+        return lambda args, wait: all(check(args, wait) for check in checks)
 
     @property
     def token_sizes(self) -> list[tuple[Any, SplitOp]]:
@@ -189,6 +211,8 @@ def make_plan(
             sites.append(site)
     inputs = _inputs(gm, facts, options, segments)
     symbols = tuple(s for s in symbol_values if s in backed)
+    dims = sizes_of([s.value for s in inputs])
+    users = [s.value for s in inputs if s.kind == "user"]
     written = frozenset().union(*(f.writes for f in facts.values()))
     plan = Plan(
         gm,
@@ -199,7 +223,8 @@ def make_plan(
         symbols,
         tuple(_size_source(symbol, inputs) for symbol in symbols),
         device,
-        frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
+        dims,
+        Layouts.of(users, dims),
         mutated=frozenset(
             s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written
         ),
@@ -213,13 +238,17 @@ def make_plan(
 def _unbacked(facts: Mapping[fx.Node, NodeFacts]) -> dict[sympy.Symbol, Any]:
     """Symbols, those too that stand for what only the data tell: the values that first show them."""
     found: dict[sympy.Symbol, Any] = {}
+    shown: dict[sympy.Symbol, Any] = {}
     for fact in facts.values():
         for leaf in leaves_of(fact.value):
             for number in (*leaf.shape,) if isinstance(leaf, torch.Tensor) else (leaf,):
-                expr = expr_of(number)
-                if isinstance(number, SymType) and isinstance(expr, sympy.Symbol):
-                    found.setdefault(expr, number)
-    return found
+                if isinstance(number, SymType):
+                    expr = expr_of(number)
+                    if isinstance(expr, sympy.Symbol):
+                        found.setdefault(expr, number)
+                    shown.update(dict.fromkeys(symbols_of(number) - shown.keys(), number))
+    # The bool of a tensor is Eq(u0, 1), and nothing has u0 itself.
+    return {**{s: number_of_symbol(s, like) for s, like in shown.items() if s not in found}, **found}
 
 
 def _call_site(
@@ -245,13 +274,14 @@ def _call_site(
         tuple(reads),
         tuple(writes),
         regions.get(node, ()),
+        request=node.meta.get("pcg_request"),
     )
 
 
 def _padding_mode(node: fx.Node, op: SplitOp, options: Options) -> Literal["request", "slice"]:
     if op.own_metadata:
         return "slice" if options.padding == "slice" else "request"
-    return "request" if node.meta.get("pcg_padding") == "request" else "slice"
+    return "request" if "pcg_request" in node.meta else "slice"
 
 
 def _inputs(

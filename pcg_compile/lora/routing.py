@@ -82,7 +82,7 @@ class Router:
 
     def new_memory_of_one(self, layers: Mapping[str, str]) -> OneAdapterMemory:
         """The same for layers whose rows are unknown, by name, with the reasons."""
-        memory = OneAdapterMemory(self, 1 + max(self._memories.keys(), default=0), layers)
+        memory = OneAdapterMemory(self, next(self._memory_ids), layers)
         self._memories[memory.id] = memory
         return memory
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from ..graph.layouts import Layouts
 from ..options import Options
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class BucketChooser:
     assumed: Sequence[sympy.Basic] = ()
     #: Indices that must stay within what they look up at the buckets chosen.
     reaches: Sequence[Reach] = ()
+    #: Strides of inputs that are symbols: they are not padded, and known once all sizes are.
+    layouts: Layouts = field(default_factory=Layouts)
     table: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +89,9 @@ class BucketChooser:
         if smallest < 1:
             return Choice(None, f"a dynamic size is {smallest}")
         # A condition is asked for once the last of its sizes is chosen: two that must be equal are so in the end only.
-        chosen = {symbol: n for symbol, n in sizes.items() if symbol not in open_}
+        chosen = {
+            symbol: n for symbol, n in sizes.items() if symbol not in open_ and symbol not in self.layouts.symbols
+        }
         for symbol in open_:
             n = sizes[symbol]
             # Without n, which would make a fallback of its own of every size.
@@ -112,6 +117,10 @@ class BucketChooser:
         for one, other in self.orders:
             if sympy.Le(one, other).xreplace(values) == sympy.false:
                 return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
+        strides = self.layouts.at(sizes, chosen, self._allows)
+        if strides is None:
+            return Choice(None, "the graph's guards allow no layout of an input at its bucket")
+        chosen.update(strides)
         exact = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for one, other in self.equals:
             if any(one.xreplace(at) != other.xreplace(at) for at in (exact, values)):

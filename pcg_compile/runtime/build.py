@@ -56,7 +56,8 @@ def build_and_run(
 
 
 def _build(b: Building) -> Any:
-    body = b.binding.bodies.get(b.program.bucket) if b.compiled and b.program.bucket else None
+    shares = b.compiled and b.requests and b.program.bucket
+    body = b.binding.bodies.get(b.program.bucket) if shares else None  # type: ignore[arg-type]
     if body is not None:
         b.static.update(body.static)
     bind_inputs(b)
@@ -75,7 +76,7 @@ def _build(b: Building) -> Any:
     b.program.counters.replays += b.program.replays
     if b.program.bucket is not None and b.program.complete and b.program.recording_keys:
         b.binding.buckets.add(b.program.bucket)
-    if b.bucket is not None and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
+    if b.bucket is not None and b.requests and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
         _find_whole(b)
     if b.bucket is not None and _is_the_buckets(b):
         program = b.program
@@ -113,6 +114,7 @@ def _is_the_buckets(b: Building) -> bool:
     """Whether nothing between inputs and outputs depends on the real sizes."""
     return (
         b.compiled
+        and b.requests
         and b.program.complete
         and not b.program.frame
         and len(b.program.fallbacks) == b.program.bucket_fallbacks

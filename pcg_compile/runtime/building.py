@@ -51,6 +51,13 @@ class Building:
         self.new: list[tuple[int, tuple[int, ...]]] = []
         self.keep: dict[int, list[Any]] = {}
         self.copied: list[InputSpec] = []
+        #: Whether a padding request covers the padding in this step; else ops that declare metadata get the real rows.
+        self.requests = True
+        padded = bucket is not None and any(sizes[s] != n for s, n in bucket.items() if s in self.plan.dims)
+        if padded and self.plan.requests:
+            check = self.plan.request_checker(sizes, self.at)
+            self.requests = check is not None and check(args, True)
+            self.program.covered = check if self.requests else None
         self._layouts: dict[fx.Node, Layout] = {}
 
     def layouts(self, nodes: Sequence[fx.Node]) -> list[Layout]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..graph.contexts import Autocast
 from ..graph.plan import CallSite, PieceSite, Site
-from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, expr_of, is_scalar, learned_from, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
 from .program import Op
@@ -73,7 +73,7 @@ def run_call(b: Building, site: CallSite) -> None:
     """Runs a split op, at the bucket in request mode, else at the real sizes."""
     if site.counted:
         b.program.fallbacks.append((f"between pieces: {site.reason}", site.where))
-    request = site.mode == "request" and b.bucket is not None
+    request = site.mode == "request" and b.bucket is not None and (b.requests or site.request is None)
     sizes = b.at if request else b.sizes
     before: list[Op] = []
     after: list[Op] = []
@@ -99,8 +99,10 @@ def run_call(b: Building, site: CallSite) -> None:
         arguments, keywords = _raise_maxima(b, site, arguments, keywords)
     extra: dict[str, Any] = {}
     if site.op.bucket_args:
+        # Metadata that are padded for an op stay as they are where it gets the real rows.
+        at = b.at if b.requests or not site.op.late else b.sizes
         arguments = tuple(
-            _at_bucket(b, site.node.args[i]) if i in site.op.bucket_args else a for i, a in enumerate(arguments)
+            _at(b, site.node.args[i], at) if i in site.op.bucket_args else a for i, a in enumerate(arguments)
         )
         extra["mode"] = site.mode
     if site.op.bind is not None:
@@ -119,7 +121,7 @@ def run_call(b: Building, site: CallSite) -> None:
 def _raise_maxima(b: Building, site: CallSite, arguments: Any, keywords: Any) -> tuple[Any, Any]:
     """Declared maxima are at least the bucket: the padding request may be the longest."""
     tokens, places = site.node.meta["pcg_maxima"]
-    least = _at_bucket(b, tokens)
+    least = _at(b, tokens, b.at)
 
     def raised(value: Any) -> Any:
         return replace(value, least=least) if isinstance(value, _LateNumber) else max(value, least)
@@ -128,8 +130,8 @@ def _raise_maxima(b: Building, site: CallSite, arguments: Any, keywords: Any) ->
     return arguments, {name: raised(value) if name in places else value for name, value in keywords.items()}
 
 
-def _at_bucket(b: Building, argument: Any) -> Any:
-    return evaluate(b.plan.value(argument), b.at) if isinstance(argument, fx.Node) else argument
+def _at(b: Building, argument: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    return evaluate(b.plan.value(argument), sizes) if isinstance(argument, fx.Node) else argument
 
 
 def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op], after: list[Op]) -> Any:
@@ -244,10 +246,13 @@ def _learner(b: Building, fake: Any) -> Callable[[Any], None]:
     """Notes the sizes that only a result tells."""
     sizes = b.program.sizes
     if not isinstance(fake, torch.Tensor):
-        symbol = expr_of(fake)
+        told = learned_from(fake)
+        if told is None:
+            return lambda value: None
 
         def note(value: Any) -> None:
-            sizes[symbol] = value
+            symbol, number = told(value)
+            sizes[symbol] = number
 
         return note
     unknown = [(read, expr_of(n)) for read, n in _layout_of(fake) if not symbols_of(n) <= b.sizes.keys()]

@@ -54,8 +54,9 @@ class GraphRuntime(GraphState):
                 # Another compiled model of the class: its binding is looked up, and noted as its own.
                 self.current = None
             if self.shared.options.capture == "first_call" and counters.first_call():
-                with warming_up(WarmUp()):
-                    warm_up(self, args, WarmUp())
+                everything = WarmUp(first_call=True)
+                with warming_up(everything):
+                    warm_up(self, args, everything)
             request = requested_warm_up()
             if request is not None:
                 return warm_up(self, args, request)
@@ -66,7 +67,8 @@ class GraphRuntime(GraphState):
                 self._propose(self.shared.agreement, sizes, step)
             binding = self.binding(args, step)
             program = binding.steps.get(sizes)
-            if program is None or (self._may_alias and self._overlap(args)):
+            covered = program is None or program.covered is None or program.covered(args, False)
+            if program is None or not covered or (self._may_alias and self._overlap(args)):
                 result, program = self._first_of(binding, sizes, args, step)
             else:
                 if step is not None:

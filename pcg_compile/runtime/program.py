@@ -60,6 +60,8 @@ class Program:
     #: bucket, whatever its real sizes.
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
     bucket_fallbacks: int = 0
+    #: ``fn(args, wait)``: whether a padding request covers the padding of a call, or None where nothing asks.
+    covered: Callable[[Sequence[Any], bool], bool] | None = None
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
 

@@ -92,7 +92,8 @@ def _probe(b: Building, site: PieceSite) -> bool:
     assert b.bucket is not None
     piece = site.piece
     # Where the step fills its bucket, its last row plays the padding.
-    sizes = {s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()}
+    padded = b.plan.dims & set(piece.symbols)
+    sizes = {s: n - 1 if n == b.bucket[s] and s in padded else n for s, n in b.sizes.items()}
     if any(sizes[s] < 1 for s in piece.symbols):
         reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
         b.program.fallbacks.append((reason, site.where))
