@@ -22,7 +22,7 @@ from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes,
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import symbol_values, symbols_of
+from .graph.scalars import expr_of, symbol_values, symbols_of
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
 from .graph.where import place_of, place_parts
@@ -159,7 +159,7 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches)
+    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches, _rows(plan))
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
@@ -386,6 +386,12 @@ def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
         for spec in plan.inputs
         if isinstance(spec.value, torch.Tensor) and symbols_of(spec.value)
     ]
+
+
+def _rows(plan: Plan) -> tuple[sympy.Expr, ...]:
+    """The sizes of inputs that are computed from symbols."""
+    sizes = [expr_of(n) for spec in plan.inputs if isinstance(spec.value, torch.Tensor) for n in spec.value.shape]
+    return tuple(dict.fromkeys(n for n in sizes if isinstance(n, sympy.Basic) and not isinstance(n, sympy.Symbol)))
 
 
 def _reset() -> None:

@@ -63,6 +63,8 @@ class BucketChooser:
     assumed: Sequence[sympy.Basic] = ()
     #: Indices that must stay within what they look up at the buckets chosen.
     reaches: Sequence[Reach] = ()
+    #: Sizes of inputs that are no plain symbol: where one is 0, there is no row 0 to pad with.
+    rows: Sequence[sympy.Expr] = ()
     table: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class BucketChooser:
         for one, other in self.equals:
             if any(one.xreplace(at) != other.xreplace(at) for at in (exact, values)):
                 return Choice(None, f"an index of {one} rows writes to a tensor of {other}")
+        if any(size.xreplace(exact) == 0 and size.xreplace(values) != 0 for size in self.rows):
+            return Choice(None, "an input has no rows, so there is no row 0 to pad it with")
         left = self._leaves(chosen) if self.reaches and chosen != sizes else None
         return Choice(chosen) if left is None else Choice(None, left)
 

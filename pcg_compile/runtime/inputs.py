@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, shape_at, strides_at
 from .binding import wants_static
 from .building import Building
-from .views import assign, expanded_dims, looks_like, real_rows, tails, unexpanded
+from .padding import fill_padding, padded_load
+from .views import expanded_dims, looks_like, real_rows, unexpanded
 
 __all__ = ["bind_inputs"]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SELECTS = (torch.ops.aten.index_select.default,)
 
 
@@ -49,42 +48,30 @@ def _bind_step_input(b: Building, spec: InputSpec) -> None:
 def _copy_in(b: Building, spec: InputSpec) -> None:
     shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
     target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
-    real = real_rows(target, spec.value, b.sizes)
     b.static[spec.node] = target
     b.copied.append(spec)
-    expanded = expanded_dims(real)
-    real = unexpanded(real, expanded)
     rows = b.plan.row_indices.get(spec.node)
     if rows is not None:
-        real = _pick_real_rows(b, spec, real, b.sizes[rows], b.at[rows])
-    pad_value = spec.pad_value if rows is None else 0
-    if expanded:
-        b.program.expanded.append((real, spec.position, expanded))
+        target = _look_up_rows(b, spec, target, b.sizes[rows], b.at[rows])
+    expanded = expanded_dims(target)
+    with torch.inference_mode(False), torch.no_grad():
+        real = real_rows(target, spec.value, b.sizes)
+        load = None
+        if spec.pad_value is None or rows is not None:
+            load = padded_load(spec.position, target, tuple(real.shape), expanded)
+        else:
+            b.program.prologue.extend(fill_padding(target, spec.value, b.sizes, spec.pad_value))
+    if load is not None:
+        b.program.padded.append(load)
+    elif expanded:
+        b.program.expanded.append((unexpanded(real, expanded), spec.position, expanded))
     else:
         b.program.targets.append(real)
         b.program.sources.append(spec.position)
-    padding = tails(target, spec.value, b.sizes)
-    if pad_value is not None:
-        b.program.prologue.extend(partial(t.fill_, pad_value) for t in padding)
-    elif padding and spec.value.dtype in _INTEGERS:
-        _pad_like_the_first(b.args[spec.position], spec, padding)
 
 
-def _pad_like_the_first(argument: torch.Tensor, spec: InputSpec, padding: Sequence[torch.Tensor]) -> None:
-    """Integers may become an index: where no step has put any yet, the zeros of fresh memory need not make a good one.
-
-    Once for each program is enough: from then on padding is what steps leave there.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        for dim, size in enumerate(spec.value.shape):
-            if symbols_of(size):
-                argument = argument.narrow(dim, 0, 1)
-        for tail in padding:
-            assign(tail, argument.expand_as(tail))
-
-
-def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
-    """Where to copy row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
+def _look_up_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
+    """Where to load row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
 
     So a negative one counts from the real size, and one that is out of range is the error that eager raises, where
     at the bucket's size it would silently be a padding row. ``index_select`` has no negative ones.
