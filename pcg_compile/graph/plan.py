@@ -69,6 +69,8 @@ class PieceSite:
     #: True where only a probe can tell whether padding matters; what the probe found, once it ran.
     needs_probe: bool = False
     probed: str | None = None
+    #: The buckets (of the piece's symbols) at which it was probed.
+    probed_at: set[tuple[int, ...]] = field(default_factory=set)
     #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
     split_reason: str | None = None
 

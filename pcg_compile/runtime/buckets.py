@@ -96,7 +96,7 @@ class BucketChooser:
             for bucket in self.table:
                 if bucket < n:
                     continue
-                if self._allows({**chosen, symbol: bucket}):
+                if self.allows({**chosen, symbol: bucket}):
                     chosen[symbol] = bucket
                     break
                 reason = "no bucket for its size lies in the range that the graph's guards allow"
@@ -138,7 +138,7 @@ class BucketChooser:
             return self.options.max_padding
         return _PADDING_LIMIT if self.options.buckets is None else float("inf")
 
-    def _allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    def allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
         """Whether sizes satisfy the conditions that name no other."""
         values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for condition in (*self.conditions, *self.assumed):
