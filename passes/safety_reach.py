@@ -14,7 +14,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pcg_compile.graph.scalars import SymType, expr_of
 from pcg_compile.torch_internals import expression_nodes
 
 from .safety_dims import Mixing, as_expr, has_tokens
@@ -138,19 +140,24 @@ def _reach(index: fx.Node, rows: int) -> Reach:
         needed.append(node)
 
     visit(index)
-    numbers = {n: as_expr(n.meta["val"]) for node in needed for n in node.all_input_nodes if n not in seen}
+    leaves = [leaf for node in needed for leaf in tree_leaves((node.args, node.kwargs))]
+    numbers = {n: expr_of(n.meta["val"]) for n in leaves if isinstance(n, fx.Node) and n not in seen}
+    # torch's tracer leaves some symbolic numbers as they are, no nodes.
+    numbers.update({n.node.expr: n.node.expr for n in leaves if isinstance(n, SymType)})
     symbols = sorted({s for e in numbers.values() if isinstance(e, sympy.Basic) for s in e.free_symbols}, key=str)
     sizes = {symbol: graph.placeholder(str(symbol)) for symbol in symbols}
-    copies: dict[fx.Node, Any] = {}
+    copies: dict[Any, Any] = {}
 
-    def copied(node: fx.Node) -> Any:
-        if node not in copies:
-            expr = numbers[node]
-            copies[node] = expression_nodes(graph, expr, sizes) if isinstance(expr, sympy.Basic) else expr
-        return copies[node]
+    def copied(leaf: Any) -> Any:
+        key = leaf.node.expr if isinstance(leaf, SymType) else leaf
+        if key not in copies:
+            expr = numbers[key]
+            copies[key] = expression_nodes(graph, expr, sizes) if isinstance(expr, sympy.Basic) else expr
+        return copies[key]
 
     for node in needed:
-        copies[node] = graph.node_copy(node, copied)
+        args, kwargs = tree_map_only((fx.Node, *SymType), copied, (node.args, node.kwargs))
+        copies[node] = graph.create_node(node.op, node.target, tuple(args), kwargs)
     graph.output(copies[index])
     entries: Any = 1
     for size in index.meta["val"].shape:
