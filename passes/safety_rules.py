@@ -13,7 +13,8 @@ from typing import Any
 import sympy
 import torch
 
-from .safety_dims import Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens
+from .safety_dims import Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_dynamic
+from .safety_masks import REPEATED, Known
 
 __all__ = [
     "Call",
@@ -45,6 +46,12 @@ class Tracked:
     below: Any = None
     #: Whether it is boolean: as an index it selects.
     is_mask: bool = False
+    #: Values that its padding is known to hold.
+    known: frozenset[Known] = frozenset()
+    #: Of its padding, see :mod:`.safety_masks`.
+    finiteness: int = REPEATED
+    #: The one value that all its entries have, or None.
+    uniform: Any = None
 
 
 @dataclass
@@ -62,6 +69,24 @@ class Call:
     orders: list[tuple[Any, Any]] = field(default_factory=list)
     #: (size, size): equal in a step, or the padding of one would meet real rows of the other.
     equals: list[tuple[Any, Any]] = field(default_factory=list)
+    #: (input, size): masks that must be padded with zeros along a size.
+    zeroed: set[tuple[str, Any]] = field(default_factory=set)
+
+    def reads_over(self, tensor: Tracked, axis: int, what: str, neutral: float | None) -> None:
+        """Reads all entries along a dimension, of which ``neutral`` ones make no difference.
+
+        Raises:
+            Mixing: its padding is not known to be neutral.
+        """
+        used = set()
+        for factor in tensor.dims[axis]:
+            if not is_dynamic(factor):
+                continue
+            known = [k for k in tensor.known if k.symbol == factor and k.value == neutral]
+            if not known:
+                raise Mixing(f"it {what} a dimension that holds padding")
+            used |= {(k.source, k.along) for k in known}
+        self.zeroed |= used
 
     def tensor(self, name: str) -> Tracked:
         value = self.arguments[name]

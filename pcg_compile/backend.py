@@ -30,6 +30,7 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
+from .passes.safety_masks import OTHER, WILD, mask_inputs
 from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
 from .report.stats import Counters
 from .runtime.agreement import release_channels
@@ -261,18 +262,27 @@ def plan_pieces(
     sites = [site for site in plan.sites if isinstance(site, PieceSite)]
     keys = {site.index: structure_of(site.piece) for site in sites}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
+    masks = mask_inputs(plan)
+    finiteness = {spec.node: OTHER for spec in plan.inputs if spec.step is not None}
+    finiteness |= {node: OTHER for site in plan.sites if isinstance(site, CallSite) and site.mode == "request"
+                   for node in (*site.outputs, *site.writes)}  # fmt: skip
     safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
     for site in sites:
         if site.split_reason is not None:
             continue
-        offset = len(site.piece.symbols)
-        marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
-        key = (keys[site.index], marked)
+        numbered = list(enumerate(site.piece.inputs, len(site.piece.symbols)))
+        marked = tuple(i for i, node in numbered if node in scratch)
+        masking = {i: masks[node] for i, node in numbered if node in masks}
+        levels = {i: finiteness[node] for i, node in numbered if node in finiteness}
+        key = (keys[site.index], marked, tuple(masking.items()), tuple(levels.items()))
         if key not in safety:
-            found = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
+            example = told_apart(site.piece.example)
+            found = analyze_piece(site.piece.gm, example, scratch=marked, masks=masking, finiteness=levels)
             safety[key] = (site.piece.symbols, found)
         symbols, found = safety[key]
         site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
+        finiteness |= {node: found.finiteness_of(i) for i, node in enumerate(site.piece.outputs)}
+        finiteness |= {site.piece.inputs[i]: WILD for i in site.piece.writes}
     ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, PieceSite] = {}
@@ -313,6 +323,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
         for site in plan.sites:
             if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
                 site.refusal = f"mixing: {reason}"
+    for name, symbol in {z for site in plan.sites if isinstance(site, PieceSite) and site.refusal is None
+                         and site.safety is not None for z in site.safety.zeroed}:  # fmt: skip
+        plan.zeroed.setdefault(name, set()).add(symbol)
     for site in plan.sites:
         if isinstance(site, PieceSite) and site.shares_written and (site.refusal or site.needs_probe):
             plan.refusal = plan.refusal or (

@@ -137,6 +137,8 @@ class Plan:
     first_collective: int = 0
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
+    #: Masks that are padded with zeros along some sizes, by name: sums over these were judged by that.
+    zeroed: dict[str, set[sympy.Symbol]] = field(default_factory=dict)
 
     @cached_property
     def users_memory(self) -> frozenset[int]:

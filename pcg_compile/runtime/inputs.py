@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, shape_at, strides_at
+from ..graph.scalars import evaluate, expr_of, shape_at, strides_at
 from .binding import wants_static
 from .building import Building
 from .padding import fill_padding, padded_load
@@ -55,12 +55,17 @@ def _copy_in(b: Building, spec: InputSpec) -> None:
         target = _look_up_rows(b, spec, target, b.sizes[rows], b.at[rows])
     expanded = expanded_dims(target)
     with torch.inference_mode(False), torch.no_grad():
-        real = real_rows(target, spec.value, b.sizes)
-        load = None
-        if spec.pad_value is None or rows is not None:
-            load = padded_load(spec.position, target, tuple(real.shape), expanded)
-        else:
+        real, load = real_rows(target, spec.value, b.sizes), None
+        if spec.pad_value is not None and rows is None:
             b.program.prologue.extend(fill_padding(target, spec.value, b.sizes, spec.pad_value))
+        else:
+            # A mask is zero in the padding along the sizes that it is summed over.
+            zero = b.plan.zeroed.get(spec.node.name, set())
+            masking = [d for d, n in enumerate(spec.value.shape) if expr_of(n) in zero]
+            b.program.prologue.extend(fill_padding(target, spec.value, b.sizes, 0, masking))
+            for dim in masking:
+                target = target.narrow(dim, 0, real.shape[dim])
+            load = padded_load(spec.position, target, tuple(real.shape), expanded)
     if load is not None:
         b.program.padded.append(load)
     elif expanded:

@@ -8,7 +8,7 @@ captured graphs is padded likewise. Where there are no rows, padding is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from ..graph.scalars import shape_at
-from .views import tails, unexpanded
+from .views import unexpanded
 
 __all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
 
@@ -81,6 +81,15 @@ def repeat_row_zero(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> l
     return ops
 
 
-def fill_padding(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes, value: float) -> list[Callable[[], Any]]:
-    """What fills the padding with a value instead."""
-    return [partial(tail.fill_, value) for tail in tails(static, fake, sizes)]
+def fill_padding(
+    static: torch.Tensor, fake: torch.Tensor, sizes: Sizes, value: float, dims: Collection[int] | None = None
+) -> list[Callable[[], Any]]:
+    """What fills the padding with a value instead, along all dimensions or along ``dims``."""
+    ops: list[Callable[[], Any]] = []
+    rest = static
+    for dim, size in enumerate(shape_at(fake, sizes)):
+        if rest.shape[dim] != size and (dims is None or dim in dims):
+            if rest.stride(dim):
+                ops.append(partial(rest.narrow(dim, size, rest.shape[dim] - size).fill_, value))
+            rest = rest.narrow(dim, 0, size)
+    return ops

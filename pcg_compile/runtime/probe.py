@@ -1,10 +1,10 @@
 """The probe for pieces that analysis cannot see through: do their real rows change with the padding, or with the size?
 
-Note [what a probe can see]. A piece runs at its bucket with other padding each time, at the real size, and at a size far
-below the bucket. Real rows must be the same bit for bit whatever the padding holds, and at other sizes equal up to the
-rounding of the coarsest dtype, since a kernel chosen for another number of rows may round otherwise. What decides by a
-value must have one: results that are all zero, or empty, show nothing, and neither does a run that raises. Then there is
-no verdict, and the piece runs at its exact size until there is one. Buckets are probed one by one.
+Note [what a probe can see]. A piece runs at its bucket with other padding each time, at the real size, and at a size
+far below the bucket. Real rows must be the same bit for bit whatever the padding holds, and at other sizes equal up to
+the rounding of the coarsest dtype, since a kernel chosen for another number of rows may round otherwise. Results that
+are all zero, or empty, show nothing, and neither does a run that raises: then there is no verdict, and the piece runs
+at its exact size until there is one. Each bucket is probed by itself.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class _Probe:
             return which
         leveled = [(a, a.static.clone()) for a in self.arguments if not a.fixed and symbols_of(a.fake)]
         for pick in _PICKS:
-            # Many rows alike: what counts rows of a kind up to a limit that follows from the size is full then; and the
-            # padding's integers, which are some real row's, are no longer among the real ones: a maximum, a set of them.
+            # Many rows alike: what counts rows of a kind up to a limit that follows from the size is full then; and
+            # the padding's integers, which are some real row's, are no longer among the real ones: a maximum, a set.
             for argument, old in leveled:
                 assign(argument.static, old)
                 _level(argument, self.sizes, pick)

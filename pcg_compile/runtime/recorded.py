@@ -94,7 +94,8 @@ def _probe(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> bo
     piece = site.piece
     from_step = {s.node for s in b.plan.inputs if s.kind == "step"}
     rows = b.plan.row_indices
-    fixed = {s.node for s in b.plan.inputs if s.pad_value is not None} | from_step | rows.keys()
+    padded = {s.node for s in b.plan.inputs if s.pad_value is not None or s.node.name in b.plan.zeroed}
+    fixed = padded | from_step | rows.keys()
     arguments = [
         Argument(
             b.static[node], b.plan.value(node), i in piece.writes, node in fixed, int(node in from_step), rows.get(node)
@@ -104,7 +105,9 @@ def _probe(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> bo
     blank = blank_results(b.plan, site)
     filled = [b.plan.value(node) for i, node in enumerate(piece.outputs) if i not in blank]
     # Where the step fills its bucket, its last row plays the padding.
-    sizes = {s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()}
+    sizes: Mapping[sympy.Symbol, int] = {
+        s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()
+    }
     few = few_rows(arguments, filled, b.sizes, b.bucket, piece.symbols, b.shared.chooser.allows)
     if few is None or any(few[s] >= b.bucket[s] for s in piece.symbols):
         reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
