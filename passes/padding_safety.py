@@ -61,8 +61,6 @@ class PieceSafety:
     kind: Kind
     nodes: tuple[NodeVerdict, ...] = ()
     row_indices: tuple[tuple[int, Any], ...] = ()
-    #: (size, size): at a bucket too, the first must not exceed the second.
-    orders: tuple[tuple[Any, Any], ...] = ()
     #: (size, size): a step where they differ is not recorded.
     equals: tuple[tuple[Any, Any], ...] = ()
     #: Indices that must stay within what they look up at a bucket too.
@@ -83,7 +81,6 @@ class PieceSafety:
         return replace(
             self,
             row_indices=tuple((position, other(symbol)) for position, symbol in self.row_indices),
-            orders=tuple((other(one), other(two)) for one, two in self.orders),
             equals=tuple((other(one), other(two)) for one, two in self.equals),
             reaches=tuple(reach.renamed(names) for reach in self.reaches),
             zeroed=tuple((name, other(symbol)) for name, symbol in self.zeroed),
@@ -135,20 +132,23 @@ def analyze_piece(
             f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
-    return _Analysis(traced, scratch, masks or {}, finiteness or {}).run()
+    return _Analysis(traced, scratch, masks, finiteness).run()
 
 
 class _Analysis:
     def __init__(
-        self, gm: fx.GraphModule, scratch: Collection[int], masks: Mapping[int, str], finiteness: Mapping[int, int]
+        self,
+        gm: fx.GraphModule,
+        scratch: Collection[int],
+        masks: Mapping[int, str] | None = None,
+        finiteness: Mapping[int, int] | None = None,
     ) -> None:
-        self.gm, self.scratch, self.masks, self.finiteness = gm, scratch, masks, finiteness
+        self.gm, self.scratch, self.masks, self.finiteness = gm, scratch, masks or {}, finiteness or {}
         self.zeroed: set[tuple[str, Any]] = set()
         self.results: list[int] = []
         self.values: dict[fx.Node, Any] = {}
         self.verdicts: list[NodeVerdict] = []
         self.row_indices: list[tuple[int, Any]] = []
-        self.orders: list[tuple[Any, Any]] = []
         self.equals: list[tuple[Any, Any]] = []
         self.counts = Counts()
         self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
@@ -172,7 +172,6 @@ class _Analysis:
             worst,
             tuple(nodes),
             tuple(dict.fromkeys(self.row_indices)),
-            tuple(dict.fromkeys(self.orders)),
             tuple(dict.fromkeys(self.equals)),
             tuple(self.counts.reaches),
             tuple(sorted(self.zeroed, key=str)),
@@ -243,7 +242,6 @@ class _Analysis:
             self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
         self._sizes(node, call.shapes)
         self.row_indices += call.row_indices
-        self.orders += call.orders
         self.equals += call.equals
         self.zeroed |= call.zeroed
         self.values[node] = self._padding_of(node, call, _tracked(result, value), known=rule is not None)

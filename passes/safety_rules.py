@@ -42,8 +42,6 @@ class Tracked:
     scratch: bool = False
     #: The placeholder whose values these are, unchanged, or None.
     source: Any = None
-    #: A dynamic size that the values count up to (an arange): they pick real rows of a dimension of that size.
-    below: Any = None
     #: Whether it is boolean: as an index it selects.
     is_mask: bool = False
     #: Values that its padding is known to hold.
@@ -65,8 +63,8 @@ class Call:
     kind: str = "row-wise"
     #: (placeholder, symbol): row indices that count from the real size.
     row_indices: list[tuple[Any, Any]] = field(default_factory=list)
-    #: (size, size): the first must not exceed the second at a bucket either, or an index would leave its tensor.
-    orders: list[tuple[Any, Any]] = field(default_factory=list)
+    #: Which of its indices follow from sizes alone.
+    sized: set[int] = field(default_factory=set)
     #: (size, size): equal in a step, or the padding of one would meet real rows of the other.
     equals: list[tuple[Any, Any]] = field(default_factory=list)
     #: (input, size): masks that must be padded with zeros along a size.
@@ -173,17 +171,10 @@ def need_static(dim: Dim, what: str) -> None:
 
 
 # Plain copies and elementwise functions keep every index where it is.
-def pointwise(call: Call) -> Dims | Tracked:
+def pointwise(call: Call) -> Dims | list[Dims]:
     numbers_are_static(call)
-    tensors = call.tensors()
-    if len(tensors) == 1 and tensors[0].below is not None and _adds_nothing(call):
-        return tensors[0]
-    dims = broadcast([t.dims for t in tensors])
-    return dims if len(call.shapes) <= 1 else [dims] * len(call.shapes)  # type: ignore[return-value]
-
-
-def _adds_nothing(call: Call) -> bool:
-    return str(call.op).split(".")[1:2] in (["add"], ["sub"]) and as_expr(call.arguments.get("other")) == 0
+    dims = broadcast([t.dims for t in call.tensors()])
+    return dims if len(call.shapes) <= 1 else [dims] * len(call.shapes)
 
 
 rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "_conj", "fill", "logical_not",
@@ -195,7 +186,7 @@ rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "
 def same(call: Call) -> Tracked:
     numbers_are_static(call)
     source = call.tensors()[0]
-    return Tracked(source.dims, source.scratch, source.source, source.below)
+    return Tracked(source.dims, source.scratch, source.source)
 
 
 def random(call: Call) -> Any:

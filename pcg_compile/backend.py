@@ -155,12 +155,11 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
     judged = [site.safety for site in pieces if site.safety is not None]
-    orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
     equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches, _rows(plan))
+    chooser = BucketChooser(options, conditions, _products(plan), equals, tuple(assumed), reaches, _rows(plan))
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)

@@ -71,6 +71,8 @@ class PieceSite:
     probed: str | None = None
     #: The buckets (of the piece's symbols) at which it was probed.
     probed_at: set[tuple[int, ...]] = field(default_factory=set)
+    #: How often the probe could not tell.
+    no_verdicts: int = 0
     #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
     split_reason: str | None = None
 

@@ -56,8 +56,6 @@ class BucketChooser:
     options: Options
     conditions: Sequence[sympy.Basic]
     products: Iterable[tuple[sympy.Symbol, ...]]
-    #: (size, size): the first may not exceed the second at the buckets chosen.
-    orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     #: (size, size): equal in the step and at the buckets chosen.
     equals: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     assumed: Sequence[sympy.Basic] = ()
@@ -111,9 +109,6 @@ class BucketChooser:
             if real > _PADDING_MATTERS and padded > self.max_padding * real:
                 return Choice(None, f"its bucket is over max_padding={self.max_padding} times its tokens")
         values = {symbol: sympy.Integer(n) for symbol, n in chosen.items()}
-        for one, other in self.orders:
-            if sympy.Le(one, other).xreplace(values) == sympy.false:
-                return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
         exact = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for one, other in self.equals:
             if any(one.xreplace(at) != other.xreplace(at) for at in (exact, values)):

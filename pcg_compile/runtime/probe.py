@@ -3,8 +3,8 @@
 Note [what a probe can see]. A piece runs at its bucket with other padding each time, at the real size, and at a size
 far below the bucket. Real rows must be the same bit for bit whatever the padding holds, and at other sizes equal up to
 the rounding of the coarsest dtype, since a kernel chosen for another number of rows may round otherwise. Results that
-are all zero, or empty, show nothing, and neither does a run that raises: then there is no verdict, and the piece runs
-at its exact size until there is one. Each bucket is probed by itself.
+are all zero, or empty, show nothing, nor do integers that are alike in all rows, nor a run that raises: then there is
+no verdict, and the piece runs at its exact size until there is one. Each bucket is probed by itself.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _ROUNDINGS, _COARSE = 4, 1e-4
 _INF, _NAN = float("inf"), float("nan")
 #: Rows that all real ones are made like, one after the other.
 _PICKS = (0, -1)
+#: Sizes far below the bucket's that a piece is run at.
+_MOST_SIZES = 4
 #: What floating padding is filled with, run by run; None: copies of real rows, which nothing can refuse. 2 stands for a
 #: value near the largest of the type. NaN alone would not do: no comparison with it is true.
 _PADDING = (None, (_NAN, _INF, -_INF, 2.0, -2.0, 0.0, 1.0), (2.0, -2.0, 1.0), (0.0,))
@@ -63,28 +65,34 @@ def few_rows(
     bucket: Sizes,
     symbols: Sequence[sympy.Symbol],
     allowed: Callable[[Sizes], bool],
-) -> Sizes | None:
-    """Sizes of at most half the bucket's, which the graph allows and where nothing is empty; None if there are none."""
+) -> list[Sizes]:
+    """Sizes of at most half the bucket's that the graph allows and where nothing is empty; the smallest ones first."""
     tensors = [*(a.fake for a in arguments), *results]
-    most = max(sizes[s] for s in symbols)
-    for count in (2, 1, *range(3, most + 1)):
+    found: list[Sizes] = []
+    # Row indices that are all 0 would make all rows alike.
+    for count in range(2 if any(a.below is not None for a in arguments) else 1, 1 + max(sizes[s] for s in symbols)):
         few = {s: min(count, n) if s in symbols else n for s, n in sizes.items()}
-        if any(2 * few[s] > bucket[s] for s in symbols) or not allowed(few):
-            continue
-        if not any(0 in shape_at(t, few) and 0 not in shape_at(t, sizes) for t in tensors):
-            return few
-    return None
+        if any(2 * few[s] > bucket[s] for s in symbols) or len(found) == _MOST_SIZES:
+            break
+        if allowed(few) and not any(0 in shape_at(t, few) and 0 not in shape_at(t, sizes) for t in tensors):
+            found.append(few)
+    return found
 
 
 def probe(
-    run: Run, arguments: Sequence[Argument], results: Sequence[torch.Tensor], sizes: Sizes, bucket: Sizes, few: Sizes
+    run: Run,
+    arguments: Sequence[Argument],
+    results: Sequence[torch.Tensor],
+    sizes: Sizes,
+    bucket: Sizes,
+    few: Sequence[Sizes],
 ) -> str | None:
-    """Runs a piece at the bucket with different padding, and at two exact sizes.
+    """Runs a piece at the bucket with different padding, and at several exact sizes.
 
     Args:
         run: calls the piece with tensors and the sizes to tell it. arguments: its static inputs, real rows filled in.
         results: fake values of its results. sizes: the real sizes, below the bucket's. bucket: the bucket's sizes.
-        few: sizes far below the bucket's, at most the real ones.
+        few: sizes far below the bucket's, at most the real ones, from :func:`few_rows`.
 
     Returns:
         None where the real rows of all results, and of all that the piece writes, depend on neither; else what differs.
@@ -96,7 +104,7 @@ def probe(
     with torch.inference_mode(False), torch.no_grad(), _restored(arguments):
         for argument in arguments:
             if argument.below is not None:
-                argument.static.remainder_(few[argument.below])
+                argument.static.remainder_(min(at[argument.below] for at in few))
         return _Probe(run, arguments, results, sizes, bucket, few).verdict()
 
 
@@ -107,9 +115,12 @@ class _Probe:
     results: Sequence[torch.Tensor]
     sizes: Sizes
     bucket: Sizes
-    few: Sizes
+    few: Sequence[Sizes]
 
     def verdict(self) -> str | None:
+        if any(_alike(argument, self.sizes) for argument in self.arguments):
+            # Padding takes its integers from the real rows: nobody knows which others are valid.
+            raise NoVerdict("all rows of an integer input are alike")
         first: list[torch.Tensor] | None = None
         compared = 0
         for seed, values in enumerate(_PADDING):
@@ -130,8 +141,8 @@ class _Probe:
                     return f"result {i} changes with the padding"
         if first is None or not compared:
             raise NoVerdict("it raises whatever its padding holds")
-        if any(r.is_floating_point() and symbols_of(f) and not self._cut(r, f, self.sizes, self.few).any()
-               for r, f in zip(first, self.results, strict=False)):  # fmt: skip
+        floats = [r for r, f in zip(first, self.results, strict=False) if r.is_floating_point() and symbols_of(f)]
+        if not all(result.any() for result in floats):
             raise NoVerdict("its rows are all zero")
         if (which := self._changes_with_size(first)) is not None:
             return which
@@ -153,21 +164,24 @@ class _Probe:
     def _changes_with_size(self, padded: Sequence[torch.Tensor]) -> str | None:
         fakes = [*self.results, *(a.fake for a in self.arguments if a.written)]
         coarsest = _coarsest([*padded, *(a.static for a in self.arguments)])
-        for at in (self.sizes, self.few):
+        scratch = [0] * len(self.results) + [a.scratch for a in self.arguments if a.written]
+        seen = 0
+        for at in (self.sizes, *self.few):
             try:
                 exact = self._exact(at)
             except Exception as error:  # as above
-                raise NoVerdict(f"it raises {type(error).__name__} at an exact size") from error
-            scratch = [0] * len(self.results) + [a.scratch for a in self.arguments if a.written]
+                if at is self.sizes:
+                    raise NoVerdict(f"it raises {type(error).__name__} at its exact size") from error
+                continue
+            seen += 1
             for i, (one, other, fake, front) in enumerate(zip(padded, exact, fakes, scratch, strict=True)):
                 # Where padding writes is at the front of what comes from the step, which has no dynamic size.
-                cut = one if front else self._cut(one, fake, self.sizes, at)
+                cut = one if front or at is self.sizes else real_rows(one, fake, at)
                 if cut.shape != other.shape or not _close(cut, other, coarsest):
                     return f"result {i} changes with the size that the piece is run at"
+        if seen == 1:
+            raise NoVerdict("it raises at all sizes that are far from the bucket's")
         return None
-
-    def _cut(self, real: torch.Tensor, fake: torch.Tensor, sizes: Sizes, at: Sizes) -> torch.Tensor:
-        return real if at is sizes else real_rows(real, fake, at)
 
     def _at_bucket(self) -> list[torch.Tensor]:
         """The real rows of what a run at the bucket gives and writes."""
@@ -189,7 +203,7 @@ class _Probe:
     def _pad(self, values: tuple[float, ...] | None, seed: int) -> None:
         """Fills the padding: integers with rows of all inputs alike, which thus stay within what they look up."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        rows = {s: torch.randint(max(n, 1), (self.bucket[s],), generator=generator) for s, n in self.sizes.items()
+        rows = {s: torch.randint(max(n, 1), (self.bucket[s],), generator=generator, device="cpu") for s, n in self.sizes.items()
                 if s in self.bucket}  # fmt: skip
         for argument in self.arguments:
             if argument.fixed:
@@ -218,6 +232,18 @@ class _Probe:
         # The last dimension first: rows of an outer one are padded along the inner ones by then.
         for dim, tail, source, chosen in reversed(parts):
             assign(tail, source.index_select(dim, chosen))
+
+
+def _alike(argument: Argument, sizes: Sizes) -> bool:
+    """Whether an input of integers holds one row again and again."""
+    if argument.fixed or argument.static.is_floating_point() or argument.static.is_complex():
+        return False
+    real = real_rows(argument.static, argument.fake, sizes)
+    first = real
+    for dim, size in enumerate(argument.fake.shape):
+        if symbols_of(size) and real.numel():
+            first = first.narrow(dim, 0, 1)
+    return bool(symbols_of(argument.fake)) and torch.equal(first.expand_as(real), real)
 
 
 def _level(argument: Argument, sizes: Sizes, pick: int) -> None:

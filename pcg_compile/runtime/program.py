@@ -65,6 +65,8 @@ class Program:
     bucket_fallbacks: int = 0
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
+    #: Whether the next step of the same sizes is to be built anew.
+    provisional: bool = False
 
     def fall_back_with_bucket(self, reason: str, where: str) -> None:
         """Counts a fallback, once a step whatever the number of places, that all programs of the bucket share."""

@@ -28,6 +28,8 @@ __all__ = ["conformer", "run_recorded"]
 
 #: A recording keeps its results: logits of 4,096 tokens would hold a gigabyte.
 _RESULT_LIMIT = 256 << 20
+#: Probes without a verdict after which steps of sizes that were met are built for good.
+_MOST_PROBES = 8
 
 
 def run_recorded(b: Building, site: PieceSite) -> bool:
@@ -46,8 +48,7 @@ def run_recorded(b: Building, site: PieceSite) -> bool:
         return _run_unrecorded(b, site)
     key = (site.index, tuple(b.bucket[s] for s in site.piece.symbols))
     if b.binding.failures.get(key, 0) > 1:
-        tried = "probed" if site.needs_probe and key[1] not in site.probed_at else "recorded"
-        b.program.fallbacks.append((f"a piece could not be {tried}, twice; it runs without a recording", site.where))
+        b.program.fallbacks.append(("a piece could not be recorded, twice; it runs without a recording", site.where))
         return _run_unrecorded(b, site)
     if site.needs_probe and not site.probed and key[1] not in site.probed_at and not _probe(b, site, key):
         return False
@@ -109,12 +110,12 @@ def _probe(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> bo
         s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()
     }
     few = few_rows(arguments, filled, b.sizes, b.bucket, piece.symbols, b.shared.chooser.allows)
-    if few is None or any(few[s] >= b.bucket[s] for s in piece.symbols):
+    if not few:
         reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
         b.program.fallbacks.append((reason, site.where))
         return False
     if not b.shared.chooser.allows(sizes):
-        sizes = few
+        sizes = few[-1]
 
     def run(tensors: Sequence[Any], at: Mapping[sympy.Symbol, int]) -> Sequence[torch.Tensor]:
         holds = site.compiled.broken_at(piece.symbols, at) is None
@@ -128,9 +129,9 @@ def _probe(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> bo
     except NoVerdict as unknown:
         reason = f"opaque: {site.safety.reason}; the probe could not tell: {unknown}"
         b.program.fallbacks.append((reason, site.where))
-        # Other rows may tell more: it is tried again once.
-        b.binding.failures[key] = b.binding.failures.get(key, 0) + 1
-        b.program.complete = False
+        # Other rows may tell more: the next steps try again, those of this size too for some time.
+        site.no_verdicts += 1
+        b.program.provisional = site.no_verdicts <= _MOST_PROBES
         return False
     # "" where the probe found nothing, at any bucket so far.
     site.probed = verdict or ""
