@@ -48,6 +48,8 @@ class NodeVerdict:
     op: str
     reason: str
     where: str
+    #: Whether a rule, or the tracer, raised what it should not: that is counted.
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,11 @@ def analyze_piece(
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
         traced = functional_form(gm, inputs, _ROW_FORMS)
-    except Exception as error:
+    except Exception as error:  # what ops raise is anyone's: the piece is probed, and this is counted
         reason = (
             f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
-        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
+        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, "", failed=True),))
     return _Analysis(traced, scratch, masks, finiteness).run()
 
 
@@ -195,8 +197,8 @@ class _Analysis:
         else:
             self.values[node] = value
 
-    def _note(self, kind: Kind, node: fx.Node, reason: str) -> None:
-        self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node))))
+    def _note(self, kind: Kind, node: fx.Node, reason: str, failed: bool = False) -> None:
+        self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node)), failed))
 
     def _sizes(self, node: fx.Node, shapes: Sequence[tuple[Any, ...]]) -> None:
         """At a bucket there must be at least as many entries as at the real size."""
@@ -234,8 +236,8 @@ class _Analysis:
         except Mixing as reason:
             self._note("mixing", node, str(reason))
             result = [dims_of(shape) for shape in call.shapes]
-        except Exception as error:
-            self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}")
+        except Exception as error:  # a rule may be anyone's: the op is probed instead, and this is counted
+            self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}", failed=True)
             result = [dims_of(shape) for shape in call.shapes]
         self.counts.note(node, call)
         if call.kind == "prefix":

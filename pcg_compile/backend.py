@@ -308,6 +308,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
             site.refusal = _refusal(site, plan, counters.strict)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
+    judged = {id(site.safety): site.safety for site in plan.sites if isinstance(site, PieceSite) and site.safety}
+    for verdict in (v for safety in judged.values() for v in safety.nodes if v.failed):
+        counters.fall_back(f"{verdict.op}: {verdict.reason}; the piece is probed", verdict.where)
     rows: dict[fx.Node, set[sympy.Symbol]] = {}
     for site in plan.sites:
         if isinstance(site, PieceSite):

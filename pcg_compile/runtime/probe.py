@@ -203,8 +203,10 @@ class _Probe:
     def _pad(self, values: tuple[float, ...] | None, seed: int) -> None:
         """Fills the padding: integers with rows of all inputs alike, which thus stay within what they look up."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        rows = {s: torch.randint(max(n, 1), (self.bucket[s],), generator=generator, device="cpu") for s, n in self.sizes.items()
-                if s in self.bucket}  # fmt: skip
+        rows = {
+            s: torch.randint(max(n, 1), (self.bucket[s],), generator=generator, device="cpu")
+            for s, n in self.sizes.items()
+        }
         for argument in self.arguments:
             if argument.fixed:
                 continue
