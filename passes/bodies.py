@@ -13,7 +13,9 @@ from pcg_compile.graph.facts import DataDecide, NodeFacts, trace_facts
 __all__ = ["bodies_of"]
 
 #: What ops raise of operands in another order than the body's: other shapes, types, or no tensors at all.
-_MISTRACED = (ArithmeticError, AssertionError, AttributeError, DataDecide, LookupError, RuntimeError, TypeError, ValueError)
+_MISTRACED = (
+    ArithmeticError, AssertionError, AttributeError, DataDecide, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def bodies_of(

@@ -136,6 +136,22 @@ def test_padding_is_row_zero_at_every_load():
             assert len(program.targets) + len(program.padded) + len(program.prologue) == 3
 
 
+@pytest.mark.parametrize("trailing", [(), (3,)])
+def test_many_inputs_alike_are_loaded_together(trailing):
+    """In two calls, however many there are, and right whatever the order of sizes."""
+    function = lambda a, b, c, d, e: (a + b, c * d, e - a, TABLE[(a + b + c + d + e) % ROWS])
+    compiled = pcg.piecewise(dynamic=dict.fromkeys("abcde", (0, 1)), buckets=[4, 8], compiler="eager")(function)
+    with torch.no_grad():
+        for n, m in ((3, 5), (8, 8), (4, 4), (2, 7), (7, 2), (8, 3), (3, 5)):
+            given = [torch.randint(0, 1000, (n, m, *trailing)) for _ in range(5)]
+            for got, want in zip(compiled(*given), function(*given), strict=True):
+                assert torch.equal(got, want)
+    (runtime,) = runtimes(compiled)
+    loads = {(len(p.targets), len(p.padded)) for p in runtime.bindings[0].steps.values()}
+    # The table is an input too.
+    assert loads == {(6, 0), (1, 1)} and not pcg.stats(compiled).fallbacks
+
+
 def test_no_row_zero():
     """An input whose size follows from others may be empty where it is not at the bucket."""
     size = sympy.Symbol("s", integer=True, positive=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, expr_of, shape_at, strides_at
+from ..graph.scalars import evaluate, expr_of, shape_at, strides_at, symbols_of
+from ..torch_internals import FEW_COPIES
 from .binding import wants_static
+from .buffers import extent
 from .building import Building
-from .padding import fill_padding, padded_load
+from .padding import PaddedLoad, StackedLoad, fill_padding, padded_load
 from .views import expanded_dims, looks_like, real_rows, unexpanded
 
 __all__ = ["bind_inputs"]
@@ -20,6 +23,8 @@ _SELECTS = (torch.ops.aten.index_select.default,)
 
 def bind_inputs(b: Building) -> None:
     """Gives every input its static memory, or its place in the frame."""
+    groups = _alike(b) if b.bucket is not None else []
+    side_by_side = {spec.node: static for group in groups for spec, static in zip(group, _place_group(b, group))}
     for spec in b.plan.inputs:
         if spec.kind == "step":
             if spec.node not in b.static:
@@ -32,7 +37,53 @@ def bind_inputs(b: Building) -> None:
         elif spec.kind in ("static", "bound"):
             b.static[spec.node] = b.binding.held(spec.position, b.args[spec.position])
         else:
-            _copy_in(b, spec)
+            _copy_in(b, spec, side_by_side.get(spec.node))
+    for group in groups:
+        _load_together(b, group)
+
+
+def _alike(b: Building) -> list[list[InputSpec]]:
+    """Inputs that differ in nothing but their values, where copying many in one call pays."""
+    groups: dict[tuple[Any, ...], list[InputSpec]] = {}
+    for spec in b.plan.inputs:
+        value = spec.value
+        if spec.kind != "user" or not isinstance(value, torch.Tensor) or not wants_static(b.plan, spec.node):
+            continue
+        special = spec.pad_value is not None or spec.node in b.plan.row_indices or spec.node.name in b.plan.zeroed
+        shape = shape_at(value, b.at)
+        if special or not symbols_of(value) or strides_at(value, b.at) != torch.empty(shape, device="meta").stride():
+            continue
+        groups.setdefault((value.dtype, *map(expr_of, value.shape)), []).append(spec)
+    return [group for group in groups.values() if len(group) > FEW_COPIES]
+
+
+def _place_group(b: Building, group: list[InputSpec]) -> list[torch.Tensor]:
+    first = group[0]
+    shape, strides = shape_at(first.value, b.at), strides_at(first.value, b.at)
+    # Each begins at a multiple of 16 elements, as compiled code assumes of what it reads.
+    apart = -(-extent(shape, strides) // 16) * 16
+    slot = ("inputs", first.position)
+    both = b.binding.place(slot, slot, (len(group), *shape), (apart, *strides), first.value.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        return list(both.unbind())
+
+
+def _load_together(b: Building, group: list[InputSpec]) -> None:
+    positions = [spec.position for spec in group]
+    loads = [load for load in b.program.padded if isinstance(load, PaddedLoad) and load.position in positions]
+    # With others between them, padded dimensions come first in the target.
+    indexed = [d for d, rows in enumerate(loads[0].index) if rows is not None] if loads else []
+    if not loads or indexed != list(range(indexed[0], indexed[-1] + 1)):
+        return
+    shape, slot = (len(group), *shape_at(group[0].value, b.sizes)), ("inputs", group[0].position)
+    strides = torch.empty(shape, device="meta").stride()
+    with torch.inference_mode(False), torch.no_grad():
+        stack = b.binding.place(("stack", slot), ("stack", slot), shape, strides, group[0].value.dtype)
+        target = loads[0].target
+        apart = b.static[group[1].node].storage_offset() - b.static[group[0].node].storage_offset()
+        targets = target.as_strided((len(group), *target.shape), (apart, *target.stride()))
+    b.program.padded = [load for load in b.program.padded if load not in loads]
+    b.program.padded.append(StackedLoad(positions, stack, targets, [None, *loads[0].index]))
 
 
 def _bind_step_input(b: Building, spec: InputSpec) -> None:
@@ -45,9 +96,10 @@ def _bind_step_input(b: Building, spec: InputSpec) -> None:
     b.static[spec.node] = tensor
 
 
-def _copy_in(b: Building, spec: InputSpec) -> None:
-    shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
-    target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
+def _copy_in(b: Building, spec: InputSpec, target: torch.Tensor | None) -> None:
+    if target is None:
+        shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
+        target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
     b.static[spec.node] = target
     b.copied.append(spec)
     rows = b.plan.row_indices.get(spec.node)

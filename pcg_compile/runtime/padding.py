@@ -8,7 +8,7 @@ captured graphs is padded likewise. Where there are no rows, padding is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 from ..graph.scalars import shape_at
 from .views import unexpanded
 
-__all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
+__all__ = ["PaddedLoad", "StackedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
 
 Sizes = Mapping[sympy.Symbol, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PaddedLoad:
     """Copies one argument into static memory and pads it, in one launch.
 
@@ -39,12 +39,32 @@ class PaddedLoad:
     index: list[torch.Tensor | None]
     expanded: list[int]
 
-    def run(self, argument: torch.Tensor) -> None:
-        """Loads one argument."""
+    def run(self, args: Sequence[Any]) -> None:
+        """Loads the argument."""
+        argument = args[self.position]
         source = unexpanded(argument, self.expanded) if self.expanded else argument
         if source.dtype is not self.target.dtype:
             source = source.to(self.target.dtype)
         torch.ops.aten.index.Tensor_out(source, self.index, out=self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class StackedLoad:
+    """The same for many arguments of one shape, whose static memory lies side by side, in two launches.
+
+    Attributes:
+        positions: of the arguments. stack: memory for all of their real rows. target, index: as of a single load.
+    """
+
+    positions: Sequence[int]
+    stack: torch.Tensor
+    target: torch.Tensor
+    index: list[torch.Tensor | None]
+
+    def run(self, args: Sequence[Any]) -> None:
+        """Loads the arguments."""
+        torch.stack([args[position] for position in self.positions], out=self.stack)
+        torch.ops.aten.index.Tensor_out(self.stack, self.index, out=self.target)
 
 
 def padded_load(position: int, target: torch.Tensor, real: tuple[int, ...], expanded: list[int]) -> PaddedLoad | None:

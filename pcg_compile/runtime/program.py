@@ -12,7 +12,7 @@ from torch import fx
 
 from ..report.stats import Counters
 from ..torch_internals import foreach_copy
-from .padding import PaddedLoad
+from .padding import PaddedLoad, StackedLoad
 from .views import unexpanded
 from .whole import WholeStep
 
@@ -51,7 +51,7 @@ class Program:
     #: (static memory, argument, dimensions) of arguments that are expanded: the first entries along those.
     expanded: list[tuple[torch.Tensor, int, list[int]]] = field(default_factory=list)
     #: Loads of arguments with padding behind their rows.
-    padded: list[PaddedLoad] = field(default_factory=list)
+    padded: list[PaddedLoad | StackedLoad] = field(default_factory=list)
     late_inputs: list[tuple[int, int]] = field(default_factory=list)
     frame: list[Any] = field(default_factory=list)
     #: Sizes, and sizes that only the data tell, as the step goes on.
@@ -81,7 +81,7 @@ class Program:
         for target, position, dims in self.expanded:
             target.copy_(unexpanded(args[position], dims))
         for load in self.padded:
-            load.run(args[load.position])
+            load.run(args)
         for slot, position in self.late_inputs:
             self.frame[slot] = args[position]
 
