@@ -243,7 +243,7 @@ def _scattered_constants(gm: fx.GraphModule, context: PassContext) -> list[fx.No
 
 def _finding_in_body(gm: fx.GraphModule, node: fx.Node, context: PassContext) -> Finding | None:
     """The first finding inside an op of a higher order, which is isolated as a whole."""
-    for body, facts in bodies_of(gm, node, context.facts):
+    for body, facts in bodies_of(gm, node, context.facts, context.notes):
         inner = PassContext(context.options, context.device, facts)
         for _, finding in _findings(body, inner):
             return Finding(finding.kind, f"in its body, {finding.reason}", finding.cure)

@@ -74,14 +74,15 @@ class LayerRows:
 
 
 def follow_rows(
-    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before: str = ""
+    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], notes: list[str], before: str = ""
 ) -> tuple[dict[fx.Node, LayerRows], str]:
     """What the rows of each ``pcg::lora`` of a graph are, and why rows of its results are not tokens in order, if so.
 
     Args:
+        notes: remarks for explain() go there.
         before: the same of an earlier graph of the model, whose results may be inputs of this one.
     """
-    followed = _Follower(facts)
+    followed = _Follower(facts, notes)
     for node in gm.graph.nodes:
         followed.node(node, gm)
     moved = before or followed.moved
@@ -91,8 +92,8 @@ def follow_rows(
 
 
 class _Follower:
-    def __init__(self, facts: Mapping[fx.Node, NodeFacts]) -> None:
-        self.facts = facts
+    def __init__(self, facts: Mapping[fx.Node, NodeFacts], notes: list[str]) -> None:
+        self.facts, self.notes = facts, notes
         self.orders = Orders()
         #: By tensor and input; tensors are kept by the facts, so that identities stay theirs.
         self.states: dict[int, dict[fx.Node, State]] = {}
@@ -163,7 +164,7 @@ class _Follower:
         region, self.region = self.region, self.region or node
         outer, results = self.facts, list(tensors_in(self.facts[node].value))
         found: list[list[torch.Tensor]] = []
-        for body, facts in bodies_of(gm, node, outer):
+        for body, facts in bodies_of(gm, node, outer, self.notes):
             inputs = body.graph.find_nodes(op="placeholder")
             self.facts = facts
             for one, operand in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):

@@ -31,6 +31,7 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
+from .passes.safety_masks import OTHER, WILD, mask_inputs
 from .registry import (
     add_runtime,
     graphs_of_caller,
@@ -164,12 +165,13 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
     judged = [site.safety for site in pieces if site.safety is not None]
-    orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
     equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches, plan.layouts)
+    chooser = BucketChooser(
+        options, conditions, _products(plan), equals, tuple(assumed), reaches, rows=_rows(plan), layouts=plan.layouts
+    )
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
@@ -293,18 +295,27 @@ def plan_pieces(
     sites = [site for site in plan.sites if isinstance(site, PieceSite)]
     keys = {site.index: structure_of(site.piece) for site in sites}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
+    masks = mask_inputs(plan)
+    finiteness = {spec.node: OTHER for spec in plan.inputs if spec.step is not None}
+    finiteness |= {node: OTHER for site in plan.sites if isinstance(site, CallSite) and site.mode == "request"
+                   for node in (*site.outputs, *site.writes)}  # fmt: skip
     safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
     for site in sites:
         if site.split_reason is not None:
             continue
-        offset = len(site.piece.symbols)
-        marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
-        key = (keys[site.index], marked)
+        numbered = list(enumerate(site.piece.inputs, len(site.piece.symbols)))
+        marked = tuple(i for i, node in numbered if node in scratch)
+        masking = {i: masks[node] for i, node in numbered if node in masks}
+        levels = {i: finiteness[node] for i, node in numbered if node in finiteness}
+        key = (keys[site.index], marked, tuple(masking.items()), tuple(levels.items()))
         if key not in safety:
-            found = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
+            example = told_apart(site.piece.example)
+            found = analyze_piece(site.piece.gm, example, scratch=marked, masks=masking, finiteness=levels)
             safety[key] = (site.piece.symbols, found)
         symbols, found = safety[key]
         site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
+        finiteness |= {node: found.finiteness_of(i) for i, node in enumerate(site.piece.outputs)}
+        finiteness |= {site.piece.inputs[i]: WILD for i in site.piece.writes}
     ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, PieceSite] = {}
@@ -331,6 +342,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
             site.refusal = _refusal(site, plan, counters.strict)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
+    judged = {id(site.safety): site.safety for site in plan.sites if isinstance(site, PieceSite) and site.safety}
+    for verdict in (v for safety in judged.values() for v in safety.nodes if v.failed):
+        counters.fall_back(f"{verdict.op}: {verdict.reason}; the piece is probed", verdict.where)
     rows: dict[fx.Node, set[sympy.Symbol]] = {}
     for site in plan.sites:
         if isinstance(site, PieceSite):
@@ -345,6 +359,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
         for site in plan.sites:
             if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
                 site.refusal = f"mixing: {reason}"
+    for name, symbol in {z for site in plan.sites if isinstance(site, PieceSite) and site.refusal is None
+                         and site.safety is not None for z in site.safety.zeroed}:  # fmt: skip
+        plan.zeroed.setdefault(name, set()).add(symbol)
     for site in plan.sites:
         if isinstance(site, PieceSite) and site.shares_written and (site.refusal or site.needs_probe):
             plan.refusal = plan.refusal or (
@@ -432,6 +449,12 @@ def hazards_of(
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
     carried = (sizes_of(spec.value) for spec in plan.inputs)
     return [tuple(sorted(symbols, key=str)) for symbols in carried if symbols]
+
+
+def _rows(plan: Plan) -> tuple[sympy.Expr, ...]:
+    """The sizes of inputs that are computed from symbols."""
+    sizes = [expr_of(n) for spec in plan.inputs if isinstance(spec.value, torch.Tensor) for n in spec.value.shape]
+    return tuple(dict.fromkeys(n for n in sizes if isinstance(n, sympy.Basic) and not isinstance(n, sympy.Symbol)))
 
 
 def _reset() -> None:

@@ -897,12 +897,12 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device
 
 
 #: Up to so many, single copies take less of the host: 5 us each on an H200's, against 18 for a call with a list.
-_FEW_COPIES = 3
+FEW_COPIES = 3
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies a list of tensors, many in one call, one kernel where types and layouts agree (2.11 to 2.13)."""
-    if len(targets) > _FEW_COPIES:
+    if len(targets) > FEW_COPIES:
         torch._foreach_copy_(targets, sources, non_blocking=True)
         return
     for target, source in zip(targets, sources, strict=True):

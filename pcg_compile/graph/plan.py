@@ -71,6 +71,10 @@ class PieceSite:
     #: True where only a probe can tell whether padding matters; what the probe found, once it ran.
     needs_probe: bool = False
     probed: str | None = None
+    #: The buckets (of the piece's symbols) at which it was probed.
+    probed_at: set[tuple[int, ...]] = field(default_factory=set)
+    #: How often the probe could not tell.
+    no_verdicts: int = 0
     #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
     split_reason: str | None = None
 
@@ -141,6 +145,8 @@ class Plan:
     first_collective: int = 0
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
+    #: Masks that are padded with zeros along some sizes, by name: sums over these were judged by that.
+    zeroed: dict[str, set[sympy.Symbol]] = field(default_factory=dict)
 
     @cached_property
     def users_memory(self) -> frozenset[int]:

@@ -18,8 +18,9 @@ from ..graph.plan import CallSite, PieceSite, Site
 from ..graph.scalars import evaluate, expr_of, is_scalar, learned_from, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
+from .padding import repeat_row_zero
 from .program import Op
-from .views import assign, looks_like, real_rows, tails
+from .views import assign, looks_like, real_rows
 
 __all__ = ["attribute", "callable_of", "function_at", "run_call", "run_exact"]
 
@@ -194,10 +195,10 @@ def _finish(
     paths: Sequence[tuple[fx.Node, tuple[int, ...]]],
     request: bool,
 ) -> None:
-    """Adds a call and what its results need: copies into static memory, zeroed padding rows."""
+    """Adds a call and what its results need: copies into static memory, padding rows that repeat row 0."""
     for node in written:
         if node in b.static:
-            after.extend(partial(t.zero_) for t in tails(b.static[node], b.plan.value(node), b.sizes))
+            after.extend(repeat_row_zero(b.static[node], b.plan.value(node), b.sizes))
     late_results = isinstance(site, CallSite) and site.op.late
     stores = [_store(b, node, path, request, late_results, after) for node, path in paths]
     for op in before:
@@ -236,7 +237,7 @@ def _store(
     b.static[node] = place
     target = place if request else real_rows(place, fake, b.sizes)
     if not request:
-        after.extend(partial(t.zero_) for t in tails(place, fake, b.sizes))
+        after.extend(repeat_row_zero(place, fake, b.sizes))
     if not path and 0 not in target.stride():
         return target.copy_
     return lambda result: assign(target, _follow(result, path))  # type: ignore[func-returns-value]

@@ -163,7 +163,8 @@ class GraphRuntime(GraphState):
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
-            binding.remember(sizes, program)
+            if not program.provisional:
+                binding.remember(sizes, program)
             self.respect_budget(binding, program)
         return result, program
 
