@@ -15,10 +15,12 @@ from ..graph.plan import CallSite, Plan
 from ..graph.scalars import symbols_of
 from ..options import Options
 from ..report.stats import Counters
+from ..torch_internals import unowned_alias
 from .agreement import Agreement
 from .buckets import BucketChooser
 from .buffers import FlatBuffers
 from .capture import Engine, Recording
+from .ranges import FixedMemory
 from .whole import WholeStep
 
 __all__ = ["Binding", "Shared", "wants_static"]
@@ -56,10 +58,14 @@ class Binding:
     recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
-    #: Parameters and what else is read where it lies, by position: the memory, since users' objects may go.
+    #: Parameters and what else is read where it lies, by position: its addresses, which keep no memory.
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
+    #: Where all of these lie, once a step has compared them with its arguments; see Note [memory by range].
+    fixed: FixedMemory | None = None
     #: Failed tries by (site, key): a recording is retried once.
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+    #: How often ``memory_budget`` has made the newest bucket go together with those that it shares memory with.
+    squeezed_out: dict[tuple[int, ...], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
     #: What programs of one bucket share, by bucket.
@@ -94,18 +100,33 @@ class Binding:
         return tensor
 
     def held(self, position: int, argument: torch.Tensor) -> torch.Tensor:
-        """An argument's memory, as a tensor of ours: when the user's object goes, so do the recordings."""
+        """An argument's memory as a tensor of ours, which does not keep it: that is the caller's to free.
+
+        It is read only in steps whose argument lies at the same address.
+        """
         tensor = self.memory.get(position)
         if tensor is None:
             with torch.inference_mode(False), torch.no_grad():
-                tensor = self.memory[position] = argument.detach()
+                tensor = self.memory[position] = unowned_alias(argument)
         return tensor
 
-    def remember(self, sizes: tuple[int, ...], step: Any) -> None:
+    def program(self, sizes: tuple[int, ...]) -> Any:
+        """The program of some sizes, or None."""
+        program = self.steps.get(sizes)
+        if program is not None:
+            self.steps.move_to_end(sizes)
+        return program
+
+    def remember(self, sizes: tuple[int, ...], program: Any) -> None:
         """Keeps the program of some sizes; the longest unused go."""
-        self.steps[sizes] = step
+        self.steps[sizes] = program
         if len(self.steps) > _KEPT_STEPS:
             self.steps.popitem(last=False)
+
+    def nbytes(self) -> int:
+        """Bytes of the static buffers, outgrown ones that captured graphs still use among them."""
+        storages = [tensor.untyped_storage() for tensor in self.placed.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def forget(self, bucket: tuple[int, ...] | None = None) -> None:
         """Drops the recordings and programs of one bucket (all symbols' sizes), or all of them."""

@@ -60,6 +60,8 @@ class Program:
     #: bucket, whatever its real sizes.
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
     bucket_fallbacks: int = 0
+    #: Addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
+    apart: set[tuple[int, ...]] = field(default_factory=set)
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
 
