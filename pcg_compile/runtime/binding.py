@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,13 @@ class Shared:
     device: torch.device
     #: For a graph with collectives: what ranks must decide together.
     agreement: Agreement | None = None
+    _boxed: dict[fx.GraphModule, Callable[[list[Any]], Any]] = field(default_factory=dict)
+
+    def boxed(self, module: fx.GraphModule) -> Callable[[list[Any]], Any]:
+        """What a graph computes, as a function of one list of arguments that it empties."""
+        if module not in self._boxed:
+            self._boxed[module] = _boxed(module)
+        return self._boxed[module]
 
 
 @dataclass(eq=False)
@@ -160,6 +167,19 @@ def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Pla
     site = plan.sites[key[0]]
     sizes = dict(zip(plan.symbols, bucket, strict=True))
     return key[1] == tuple(sizes[s] for s in site.piece.symbols)  # type: ignore[union-attr]
+
+
+def _boxed(module: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    graph = fx.Graph()
+    arguments = graph.placeholder("arguments")
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = graph.call_method("pop", (arguments, 0))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    forward: Callable[[list[Any]], Any] = fx.GraphModule(module, graph).forward
+    return forward
 
 
 def wants_static(plan: Plan, node: fx.Node) -> bool:

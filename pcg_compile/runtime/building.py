@@ -78,9 +78,13 @@ class Building:
 
         A step that runs without captured graphs then needs the memory that eager needs, and not that of all layers.
         """
-        slots = [slot for node, slot in self.slots.items() if self.plan.last_read.get(node) == index]
+        slots = [self.slots[node] for node in self.last_read_at(index)]
         if slots:
             self.add(partial(_free, self.program.frame, slots))
+
+    def last_read_at(self, index: int) -> list[fx.Node]:
+        """The values in the frame that the site at ``index`` is the last to read."""
+        return [node for node in self.slots if self.plan.last_read.get(node) == index]
 
     def drop_new_recordings(self) -> None:
         """No bucket stays half recorded."""
