@@ -220,11 +220,10 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
                 )
             )
         batch.tables(cache.page_size).check_limit(cache.num_pages)
-        if cache.in_step:
+        if not cache.step_lock.acquire(blocking=False):
             raise BatchError(
                 message("the cache is in a step of another thread", why="A cache serves one step at a time.")
             )
-        cache.in_step = True
     state = StepState(batch, cache, None)
     token = RUNNING.set(state)
     try:
@@ -246,7 +245,7 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
         with suppress(ValueError):
             RUNNING.reset(token)
         if cache is not None:
-            cache.in_step = False
+            cache.step_lock.release()
         state.close()
 
 

@@ -22,6 +22,7 @@ from .pieces import Compiled, Piece, build_piece
 from .requests import Request
 from .scalars import SymType, expr_of, leaves_of, sizes_of, symbols_of
 from .split import Segment, fills
+from .storage_ops import reason_to_run_eagerly
 from .where import place_of
 
 __all__ = ["CallSite", "InputSpec", "PieceSite", "Plan", "Site", "make_plan"]
@@ -138,23 +139,19 @@ class Plan:
     layouts: Layouts
     #: Why no step of this graph can use recordings, or None.
     refusal: str | None = None
+    #: Why every step runs Dynamo's own graph eagerly, or None.
+    eager: str | None = None
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
     slots: dict[fx.Node, int] = field(default_factory=dict)
     last_use: dict[fx.Node, int] = field(default_factory=dict)
+    #: The last site that makes or reads the tensor of a node, where the graph does not return it.
+    last_read: dict[fx.Node, int] = field(default_factory=dict)
     #: The place of the first site that talks to other ranks, if any does.
     first_collective: int = 0
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
     #: Masks that are padded with zeros along some sizes, by name: sums over these were judged by that.
     zeroed: dict[str, set[sympy.Symbol]] = field(default_factory=dict)
-
-    @cached_property
-    def users_memory(self) -> frozenset[int]:
-        """Storages of parameters, buffers and what else is read where the user has it."""
-        kinds = ("static", "bound", "step")
-        return frozenset(
-            storage_of(s.value) for s in self.inputs if s.kind in kinds and isinstance(s.value, torch.Tensor)
-        )
 
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""
@@ -236,7 +233,8 @@ def make_plan(
         ),
     )
     _find_shared_writes(plan)
-    plan.refusal = _refusal(plan)
+    plan.eager = reason_to_run_eagerly(gm, facts, segments)
+    plan.refusal = plan.eager or _refusal(plan)
     _assign_slots(plan)
     return plan
 
@@ -350,9 +348,6 @@ def _refusal(plan: Plan) -> str | None:
     for spec in plan.inputs:
         if isinstance(spec.value, torch.Tensor) and not _is_plain(spec.value):
             return f"input {spec.node.name} is not a plain strided tensor"
-    for node, fact in plan.facts.items():
-        if any(getattr(getattr(call.op, "_schema", None), "name", "") == "aten::set_" for call in fact.ops):
-            return f"a tensor is given other memory at {place_of(node)}"
     earlier: set[int] = {storage_of(s.value) for s in plan.inputs if isinstance(s.value, torch.Tensor)}
     order = list(plan.gm.graph.nodes)
     rank = {node: i for i, node in enumerate(order)}
@@ -389,8 +384,10 @@ def _assign_slots(plan: Plan) -> None:
         for node in (*site.reads, *site.outputs):
             if isinstance(plan.value(node), torch.Tensor):
                 last[storage_of(plan.value(node))] = site.index
+                plan.last_read[node] = site.index
     end = len(plan.sites)
     for node in _nodes_of(plan.outputs):
+        plan.last_read.pop(node, None)
         if isinstance(plan.value(node), torch.Tensor):
             last[storage_of(plan.value(node))] = end
     free: list[int] = []

@@ -40,7 +40,3 @@ class FlatBuffers:
             flat = self._storages[slot] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=self.device)
         usable = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return usable.as_strided(tuple(shape), tuple(strides))
-
-    def nbytes(self) -> int:
-        """Bytes of the current storages."""
-        return sum(flat.numel() for flat in self._storages.values())

@@ -29,20 +29,17 @@ def build_and_run(
     bucket: Mapping[sympy.Symbol, int] | None,
     args: Sequence[Any],
     step: Any,
-    *,
-    compiled: bool = True,
 ) -> tuple[Program, Any]:
     """Builds the program of a step and runs the step on the way, recording what is not recorded yet.
 
     Args:
         sizes: the real sizes. bucket: the sizes to record at, None to run everything at its exact size.
         args: the call's arguments. step: the state of ``pcg.step()``, or None.
-        compiled: False runs pieces eagerly (arguments that overlap in memory).
 
     Recording and running go together because a piece that is warmed up, or run on a CPU to record it, must see
     real data: rubbish in an index would be an illegal memory access.
     """
-    b = Building(binding, sizes, bucket, args, step, compiled)
+    b = Building(binding, sizes, bucket, args, step)
     try:
         outputs = _build(b)
     except BaseException:
@@ -70,6 +67,7 @@ def _build(b: Building) -> Any:
                 b.program.confirm = b.shared.agreement.confirm
                 b.add(b.program.confirm)
             _run_site(b, site)
+            b.free_after(site.index)
             b.program.op_sites += [site.index] * (len(b.program.ops) - len(b.program.op_sites))
             b.keep.pop(site.index, None)
     b.program.emit = emitter(b)

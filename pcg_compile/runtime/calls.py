@@ -55,7 +55,12 @@ def run_exact(b: Building, site: PieceSite) -> None:
     after: list[Op] = []
     arguments = [_real(b, node, i in piece.writes, site, before, after) for i, node in enumerate(piece.inputs)]
     written = [piece.inputs[i] for i in piece.writes]
-    call = _caller(b, function, (*numbers, *arguments), {})
+    module = getattr(function, "__self__", None)
+    last = [b.slots[node] for node in b.last_read_at(site.index) if node in piece.inputs]
+    if last and isinstance(module, fx.GraphModule):
+        call = _caller(b, b.shared.boxed(module), (*numbers, *arguments), {}, last)
+    else:
+        call = _caller(b, function, (*numbers, *arguments), {})
     _finish(b, site, call, before, after, written, [(node, (i,)) for i, node in enumerate(piece.outputs)], False)
 
 
@@ -152,7 +157,18 @@ def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op
     return exact
 
 
-def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> Op:
+def _caller(
+    b: Building,
+    function: Callable[..., Any],
+    arguments: Any,
+    keywords: Mapping[str, Any],
+    last: Sequence[int] | None = None,
+) -> Op:
+    """A call of ``function`` whose late arguments come from the frame.
+
+    Given the slots that nobody reads afterwards, ``last``, it passes all arguments as one list that ``function``
+    empties. Nothing else refers to those then: a piece frees an input where eager does, not when all of it has run.
+    """
     flat, spec = tree_flatten((tuple(arguments), dict(keywords)))
     late = [(i, leaf.slot) for i, leaf in enumerate(flat) if isinstance(leaf, _Late)]
     numbers = [(i, leaf) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
@@ -166,6 +182,10 @@ def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords:
             leaves[i] = frame[slot]
         for i, number in numbers:
             leaves[i] = number.at(sizes)
+        if last is not None:
+            for slot in last:
+                frame[slot] = None
+            return function(leaves)
         args, kwargs = tree_unflatten(leaves, spec)
         return function(*args, **kwargs)
 

@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from ..batch import StepState
@@ -45,39 +44,50 @@ class GraphRuntime(GraphState):
         #: Of a graph without dynamic sizes, those of its inputs.
         users = [s.value for s in self.plan.inputs if s.kind == "user" and not self.plan.symbols]
         self._fixed = tuple(int(size) for value in users for size in value.shape)
-        self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
 
     def __call__(self, *args: Any) -> Any:
-        with self.lock:
-            counters = self.shared.counters
-            if counters.serve():
-                # Another compiled model of the class: its binding is looked up, and noted as its own.
-                self.current = None
-            if self.shared.options.capture == "first_call" and counters.first_call():
-                everything = WarmUp(first_call=True)
-                with warming_up(everything):
-                    warm_up(self, args, everything)
-            request = requested_warm_up()
-            if request is not None:
-                return warm_up(self, args, request)
-            self.order_streams()
-            sizes = self.sizes_of(args)
-            step = self.step()
-            if self.shared.agreement is not None:
-                self._propose(self.shared.agreement, sizes, step)
-            binding = self.binding(args, step)
-            program = binding.steps.get(sizes)
-            covered = program is None or program.covered is None or program.covered(args, False)
-            if program is None or not covered or (self._may_alias and self._overlap(args)):
-                result, program = self._first_of(binding, sizes, args, step)
-            else:
-                if step is not None:
-                    self._check_tokens(step, sizes)
-                result = program.run(args)
-            for reason, where in program.fallbacks:
-                counters.fall_back(reason, where)
-            self._count(sizes, program)
-            return result
+        try:
+            with self.lock:
+                self._running += 1
+                try:
+                    return self._serve(args)
+                finally:
+                    self._running -= 1
+        finally:
+            if self._lost:
+                self.bury_lost()
+
+    def _serve(self, args: Sequence[Any]) -> Any:
+        counters = self.shared.counters
+        if counters.serve():
+            # Another compiled model of the class: its binding is looked up, and noted as its own.
+            self.current = None
+        if self.shared.options.capture == "first_call" and counters.first_call():
+            everything = WarmUp(first_call=True)
+            with warming_up(everything):
+                warm_up(self, args, everything)
+        request = requested_warm_up()
+        if request is not None:
+            return warm_up(self, args, request)
+        self.order_streams()
+        sizes = self.sizes_of(args)
+        step = self.step()
+        if self.shared.agreement is not None:
+            self._propose(self.shared.agreement, sizes, step)
+        binding = self.binding(args, step)
+        program = binding.program(sizes)
+        covered = program is None or program.covered is None or program.covered(args, False)
+        apart = program is None or not self.memory.watched or self._apart(program, binding, args, step)
+        if program is None or not covered or not apart:
+            result, program = self._first_of(binding, sizes, args, step)
+        else:
+            if step is not None:
+                self._check_tokens(step, sizes)
+            result = program.run(args)
+        for reason, where in program.fallbacks:
+            counters.fall_back(reason, where)
+        self._count(sizes, program)
+        return result
 
     def prepare_ahead(self, tokens: int) -> None:
         """Prepares the running step's metadata for ``tokens`` tokens, as a call with as many would first do."""
@@ -154,15 +164,19 @@ class GraphRuntime(GraphState):
             self.shared.agreement.confirm(building=True)
         if step is not None:
             self._check_tokens(step, sizes)
-        if self._may_alias and self._overlap(args):
-            program, result = build_and_run(binding, named, None, args, step, compiled=False)
-            self.shared.counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
-            return result, program
+        reason = self.plan.eager
+        if reason is None and self.memory.overlapping(binding, args, step):
+            reason = "an input that the graph writes overlaps another one in memory"
+        if reason is not None:
+            eager = Program(None, self.shared.counters, fallbacks=[(f"{reason}; the graph runs eagerly", "")])
+            return self.run_eagerly(args), eager
         bucket, reason = self._choose(binding, named)
         program, result = build_and_run(binding, named, bucket, args, step)
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
+            if self.memory.watched:
+                self.memory.remember(program.apart, self.memory.addresses(args))
             if not program.provisional:
                 binding.remember(sizes, program)
             self.respect_budget(binding, program)
@@ -182,23 +196,20 @@ class GraphRuntime(GraphState):
         given_up = binding.given_up.get(tuple(choice.sizes[s] for s in self.plan.symbols))
         return (None, given_up) if given_up else (choice.sizes, "")
 
-    def _overlap(self, args: Sequence[Any]) -> bool:
-        """Whether a tensor that the graph writes shares memory with another argument."""
-        storages: dict[int, int] = {}
-        for spec in self.plan.inputs:
-            if spec.position >= 0 and isinstance(spec.value, torch.Tensor):
-                pointer = args[spec.position].untyped_storage().data_ptr()
-                storages[pointer] = storages.get(pointer, 0) + 1
-        return any(
-            storages[args[s.position].untyped_storage().data_ptr()] > 1
-            for s in self.plan.inputs
-            if s.node in self.plan.mutated and s.kind != "static" and s.value.numel() != 0
-        )
+    def _apart(self, program: Program, binding: Binding, args: Sequence[Any], step: StepState | None) -> bool:
+        """Whether nothing that the graph writes overlaps another input: looked into where an address is new."""
+        addresses = self.memory.addresses(args)
+        if addresses in program.apart:
+            return True
+        if self.memory.overlapping(binding, args, step):
+            return False
+        self.memory.remember(program.apart, addresses)
+        return True
 
     def release(self) -> None:
         """Drops all recordings, at once also those that somebody still refers to."""
         with self.lock:
-            self.bindings.clear()
+            self.bindings = []
             self.current = None
             self.shared.engine.release()
 
@@ -206,7 +217,7 @@ class GraphRuntime(GraphState):
         """Drops all recordings and zeroes the figures; of some callers, or all."""
         with self.lock:
             if callers is None:
-                self.bindings.clear()
+                self.bindings = []
             else:
                 self._bury([b for caller in callers for b in self.bindings_of(caller)])
             self.current = None

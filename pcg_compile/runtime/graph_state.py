@@ -19,6 +19,7 @@ from ..registry import runtimes_of_caller
 from ..torch_internals import CurrentStream, data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
+from .memory import StepMemory
 from .program import Program
 from .views import looks_like
 
@@ -43,15 +44,23 @@ class GraphState:
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
         self.current: Binding | None = None
+        #: Steps under way: more than one where a split op calls its own graph.
+        self._running = 0
+        #: Bindings whose parameters or cache are gone, to be dropped between two steps.
+        self._lost: list[Binding] = []
         self._stream: Any = None
         self._handle: int | None = None
         self._cuda = self.shared.device.type == "cuda"
         self._current_stream = CurrentStream(self.shared.device)
-        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self._find_bound()
         ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
         self._uses_step = bool(ours)
         self._needs_step = any(not op.optional_step for op in ours)
         self.bucketed = self._bucketed_symbols()
+
+    def _find_bound(self) -> None:
+        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self.memory = StepMemory(self.plan)
 
     def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
         used: dict[sympy.Symbol, None] = {}
@@ -134,7 +143,8 @@ class GraphState:
                 )
 
     def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
-        self._bury([b for b in self.bindings if b.stale()])
+        if self._running < 2:
+            self._bury([b for b in self.bindings if b.stale()])
         if self.bindings:
             self._unbind_what_changes(addresses)
         binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
@@ -148,21 +158,31 @@ class GraphState:
         """Recordings hold memory, and must not outlive the parameters and the cache that they read."""
         graph, dying = weakref.ref(self), weakref.ref(binding)
 
-        def bury(_: Any) -> None:
+        def lose(_: Any) -> None:
             state, dead = graph(), dying()
-            if state is None or dead is None:
-                return
-            dead.anchor_lost = True
-            # Where another thread is in a step, the next new binding does it.
-            if state.lock.acquire(blocking=False):
-                try:
-                    state._bury([dead])
-                finally:
-                    state.lock.release()
+            if state is not None and dead is not None:
+                dead.anchor_lost = True
+                state._lost.append(dead)
+                state.bury_lost()
 
         statics = [s.position for s in self.plan.inputs if s.kind == "static"]
-        binding.parameters = [(weakref.ref(args[p], bury), args[p].data_ptr()) for p in statics]
-        binding.cache = weakref.ref(step.cache, bury) if step is not None and step.cache is not None else None
+        binding.parameters = [(weakref.ref(args[p], lose), args[p].data_ptr()) for p in statics]
+        binding.cache = weakref.ref(step.cache, lose) if step is not None and step.cache is not None else None
+
+    def bury_lost(self) -> None:
+        """Drops bindings whose parameters or cache are gone; never inside a step, which may be using one.
+
+        Weak references call back wherever the last strong one goes, inside a split op of this very step too. A thread
+        in a step does this when it leaves it.
+        """
+        while self._lost and self.lock.acquire(blocking=False):
+            try:
+                if self._running:
+                    return
+                lost, self._lost = self._lost, []
+                self._bury(lost)
+            finally:
+                self.lock.release()
 
     def _bury(self, dead: Sequence[Binding]) -> None:
         if not dead:
@@ -187,14 +207,17 @@ class GraphState:
         for position in changing:
             inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
         self.plan.inputs = tuple(inputs)
-        self.bound = [s.position for s in inputs if s.kind in ("static", "bound")]
-        self.plan.__dict__.pop("users_memory", None)
-        self.bindings.clear()
+        self._find_bound()
+        self.bindings = []
         addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
 
     def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
         positions = sorted([*self.bound, *changed])
         return (p not in changed for p in positions)
+
+    def run_eagerly(self, args: Sequence[Any]) -> Any:
+        """Dynamo's own graph, on the caller's own tensors."""
+        return self.context.source.forward(*args)
 
     def respect_budget(self, binding: Binding, newest: Program) -> None:
         """Drops the least used buckets of the calling model's graphs until its captures fit ``memory_budget``."""
@@ -208,6 +231,7 @@ class GraphState:
             held = sum(graph.nbytes(caller) for graph in graphs)
             return agreement.any_of(held > budget) if agreement is not None else held > budget
 
+        alone = True
         while over():
             found = dict.fromkeys(
                 (g, bucket) for g in graphs for b in g.bindings_of(caller) for bucket in sorted(b.buckets)
@@ -216,6 +240,7 @@ class GraphState:
             for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
                 # Another thread may be in a step of another graph.
                 if graph.lock.acquire(blocking=False):
+                    alone = False
                     try:
                         reason = f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}"
                         graph.drop(caller, bucket, reason)
@@ -223,9 +248,23 @@ class GraphState:
                         graph.lock.release()
                     break
             else:
-                binding.forget(newest.bucket)
-                binding.given_up[newest.bucket] = f"bucket {self.name(newest.bucket)} exceeds memory_{budget=}"
+                self._give_up(binding, newest.bucket, budget, alone)
                 return
+
+    def _give_up(self, binding: Binding, bucket: tuple[int, ...], budget: int, alone: bool) -> None:
+        """Drops the newest bucket, which does not fit.
+
+        Buckets share their memory, which comes back with the last one: a bucket that came upon the memory of others may
+        fit by itself, and is recorded again once.
+        """
+        binding.forget(bucket)
+        again = binding.squeezed_out[bucket] = binding.squeezed_out.get(bucket, 0) + 1
+        if alone or again > 1:
+            binding.given_up[bucket] = f"bucket {self.name(bucket)} exceeds memory_{budget=}"
+        else:
+            self.shared.counters.fall_back(
+                f"bucket {self.name(bucket)} dropped with all that it shares memory with: memory_{budget=}"
+            )
 
     def hits(self, bucket: tuple[int, ...]) -> int:
         """Steps that a bucket has served."""
@@ -243,10 +282,7 @@ class GraphState:
 
     def nbytes(self, caller: object | None = None) -> int:
         """Bytes that recordings and their static memory hold, of one caller or all."""
-        return sum(
-            sum(r.nbytes for r in b.recordings.values()) + sum(w.nbytes for w in b.wholes.values()) + b.buffers.nbytes()
-            for b in self.bindings_of(caller)
-        )
+        return self.shared.engine.nbytes() + sum(binding.nbytes() for binding in self.bindings_of(caller))
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -65,6 +65,8 @@ class Program:
     bucket_fallbacks: int = 0
     #: ``fn(args, wait)``: whether a padding request covers the padding of a call, or None where nothing asks.
     covered: Callable[[Sequence[Any], bool], bool] | None = None
+    #: Addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
+    apart: set[tuple[int, ...]] = field(default_factory=set)
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
     #: Whether the next step of the same sizes is to be built anew.

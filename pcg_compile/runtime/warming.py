@@ -100,6 +100,9 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     with _no_effects(graph, args):
         request.observe(graph, args, step)
     with _no_effects(graph, args):
+        if graph.plan.eager is not None:
+            # What it does to a tensor beside writing it happens to other tensors over the same memory.
+            return graph.run_eagerly([a.detach() if isinstance(a, torch.Tensor) else a for a in args])
         if step is None:
             binding = graph.binding(args, None)
             _, result = build_and_run(binding, sizes, None, args, None)
