@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .batch import current_step
 from .errors import PCGError, message
-from .registry import runtimes
+from .registry import is_compiled, runtimes
 from .runtime.warming import WarmUp, warming_up
 from .torch_internals import compile_for_all_sizes, mark_dynamic
 
@@ -134,7 +134,8 @@ class _Bar:
     """A tqdm bar over buckets."""
 
     def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
+        # A function that calls compiled models is none itself: then the memory of all is shown.
+        self.compiled = compiled if is_compiled(compiled) else None
         self.bar: Any = None
 
     def report(self, done: int, total: int, name: Any) -> None:

@@ -287,6 +287,17 @@ def test_what_was_not_compiled_is_an_error_that_says_what_to_pass(what):
         assert "children" in text and "\n" not in text
 
 
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("kind", ["compiled", "module", "function"])
+def test_warmup_returns_nothing_and_captures_all(kind, progress):
+    inner = compiled(Layer())
+    model = {"compiled": inner, "module": Parent(inner), "function": lambda x: inner(x) + 1}[kind]
+    assert pcg.warmup(model, torch.ones(3, 4), progress=progress) is None
+    with pcg.expect(inner, captured=0, replays=3):
+        for n in (3, 5, 8):
+            model(torch.ones(n, 4))
+
+
 # -- reports leave nothing -----------------------------------------------------------------------------------------
 
 
