@@ -241,7 +241,7 @@ def test_what_no_padding_request_covers_is_given_the_real_rows(name, way, paddin
 
     dynamic = {"x": 0, "cu": 0, **({"third": dims[0]} if dims and dims[0] is not None else {})}
     compiled, extra = _compile(forward, way, dynamic, padding), []
-    for n in (3, 5, 4, 7, 8, 2, 11, 16, 1, 6):
+    for n in (3, 5, 4, 7, 8, 2, 11, 1):
         lengths = _lengths(rng, n, rng.randint(1, 5))
         args = (torch.randn(n, WIDTH), _cu(lengths), *more(rng, lengths))
         extra.append(_check(compiled, forward, args))
@@ -327,8 +327,10 @@ def test_a_computed_sum_that_ends_early_is_an_error():
     _check(compiled, forward, (torch.randn(5, WIDTH), torch.tensor([2, 3])))
 
 
-@pytest.mark.parametrize("padding", ["auto", "request", "slice"])
-@pytest.mark.parametrize("way", ["piecewise", "compile", "dynamic"])
+@pytest.mark.parametrize(
+    ("way", "padding"),
+    [("piecewise", "auto"), ("piecewise", "request"), ("piecewise", "slice"), ("compile", "auto"), ("dynamic", "auto")],
+)
 def test_pages_slots_and_tokens_agree(way, padding):
     """Slots and rows have symbols of their own; there may be more page indices than pages are used."""
     function = _in_place("paged")
@@ -339,7 +341,7 @@ def test_pages_slots_and_tokens_agree(way, padding):
     dynamic = dict.fromkeys(["x", "cu", "kv", "pages", "last", "slots"], 0)
     compiled, extra = _compile(forward, way, dynamic, padding), []
     rng = random.Random(5)
-    for n in (3, 2, 6, 2, 7, 5, 8, 9, 16, 1, 3):
+    for n in (3, 2, 6, 2, 7, 8, 9, 1, 3):
         lengths = _lengths(rng, n, rng.randint(1, 4))
         counts = [-(-length // PAGE) for length in lengths]
         kv = _cu(counts)

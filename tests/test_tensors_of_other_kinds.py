@@ -1,4 +1,4 @@
-"""Nested tensors, and others without strides of their own: their graphs run eagerly, counted, and the reason says why."""
+"""Nested tensors, and others without strides of their own: their graphs run eagerly, counted with the reason."""
 
 import re
 
