@@ -261,8 +261,10 @@ class _Analysis:
             return result
         uniform = None
         if packet in ("full", "scalar_tensor", "zeros", "full_like", "zeros_like"):
-            uniform = call.arguments.get("fill_value", call.arguments.get("s", 0))
-        elif packet in ("_to_copy", "expand", "view", "unsqueeze", "clone", "alias", "detach", "lift_fresh"):
+            number = call.arguments.get("fill_value", call.arguments.get("s", 0))
+            if isinstance(number, (int, float)):
+                uniform = torch.tensor(number, device="cpu").to(node.meta["val"].dtype).item()
+        elif packet in ("expand", "view", "unsqueeze", "clone", "alias", "detach"):
             uniform = call.tensors()[0].uniform
         return replace(result, known=known_after(packet, node, call, result.dims), finiteness=level, uniform=uniform)
 

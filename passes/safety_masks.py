@@ -71,7 +71,7 @@ FINITE = (
          "mean", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort", "argsort", "any", "all", "cumsum",
          "arange", "full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like", "new_full",
          "new_zeros", "new_ones", "new_empty", "scalar_tensor", "fill", "constant_pad_nd", "tril", "triu", "isin",
-         "bucketize", "searchsorted", "remainder", "convolution", "pixel_shuffle", "slice_scatter", "select_scatter",
+         "bucketize", "searchsorted", "convolution", "pixel_shuffle", "slice_scatter", "select_scatter",
          "logsumexp", "_log_softmax", "log_softmax", "glu", "prelu", "square")
     )
 )  # fmt: skip
@@ -86,8 +86,11 @@ def finiteness(packet: str, call: Call, starts: bool) -> int:
         return OTHER
     if level == OTHER and packet not in FINITE:
         return WILD
-    fill = call.arguments.get("value") if packet == "masked_fill" else None
-    return WILD if isinstance(fill, float) and not math.isfinite(fill) else level
+    numbers = [*call.arguments.values(), *(t.uniform for t in call.tensors())]
+    if level == OTHER and any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+        # What a mask fills with infinity is infinite in the padding alone.
+        return WILD
+    return level
 
 
 def known_after(packet: str, node: fx.Node, call: Call, dims: Dims) -> frozenset[Known]:
@@ -133,7 +136,7 @@ def _selected(packet: str, call: Call, dims: Dims) -> Iterator[Known]:
         condition, chosen = call.arguments["mask"], {1: call.arguments["value"]}
     else:
         conditions = [t for t in call.arguments["indices"] if hasattr(t, "known")]
-        if len(conditions) != 1 or not conditions[0].is_mask:
+        if len(conditions) != 1 or not conditions[0].is_mask or call.arguments.get("accumulate"):
             return
         condition, chosen = conditions[0], {1: call.arguments["values"]}
         if len(condition.dims) != len(dims):

@@ -70,6 +70,7 @@ NOT_PROVEN = {
     # Rows from 11 on would be divided by 0, which no real row is.
     "infinite padding": lambda h, mask: ((h / (torch.arange(h.shape[1]) - 11.0)[:, None]) * mask[..., None]).sum(1),
     "divided by it": lambda h, mask: (h / (mask.float() - 3)[..., None].log2() * mask[..., None]).nansum(1),
+    "infinite by the mask": lambda h, mask: (torch.where(mask.bool()[..., None], h, INF) * mask[..., None]).nansum(1),
     "an index": lambda h, mask: (h * mask[..., None]).sum(1) + torch.eye(4)[mask.long() + 2].sum((1, 2))[:, None],
     "filtered twice": lambda h, mask: (h * mask[..., None]).cumsum(1).sum(1),
 }
