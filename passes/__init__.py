@@ -18,10 +18,9 @@ __all__ = ["Pass", "metadata_passes", "safety_passes"]
 def safety_passes() -> tuple[tuple[bool, Pass], ...]:
     """What must not reach a recording: (whether the pass rewrites the graph, the pass)."""
     from .capture_hazards import capture_hazards
-    from .inplace_shapes import inplace_shapes
     from .scalar_writes import scalar_writes
 
-    return ((True, inplace_shapes), (True, scalar_writes), (False, capture_hazards))
+    return ((True, scalar_writes), (False, capture_hazards))
 
 
 def metadata_passes() -> tuple[tuple[bool, Pass], ...]:

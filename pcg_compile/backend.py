@@ -18,6 +18,7 @@ from .distributed import agreement_of, collective_outside_recordings, first_coll
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .graph.inplace_shapes import shape_by_views
 from .graph.inside import one_inside_another
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plain import strange_tensor
@@ -240,6 +241,8 @@ def _token_symint(example_inputs: Sequence[Any]) -> Any:
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
     check_registration(dict.fromkeys(name for node in gm.graph.nodes for name in op_names(node, None)))
+    if shape_by_views(gm, context.facts):
+        context.facts = trace_facts(gm, example_inputs)
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
         notes, hazards = len(context.notes), len(context.hazards)
         before = calls_of(gm)

@@ -260,6 +260,21 @@ def test_an_argument_that_lies_in_the_cache():
     assert overlapped(compiled) == 2 and pcg.stats(compiled).replays > 0
 
 
+def test_warming_up_with_arguments_that_overlap():
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return y * 2
+
+    compiled = compile_it(function)
+    for n in (3, 5):
+        compiled(torch.ones(n, 4), torch.ones(n, 4))
+    memory = torch.arange(32.0).view(8, 4)
+    pcg.warmup(compiled, memory[:5], memory[1:6])
+    assert torch.equal(memory, torch.arange(32.0).view(8, 4))
+    want = 2 * (memory[1:6] + torch.tensor([1.0, 1, 1, 1, 0])[:, None])
+    assert torch.equal(compiled(memory[:5], memory[1:6]), want) and overlapped(compiled) == 1
+
+
 def test_tables_of_addresses_stay_small():
     compiled = compile_it(lambda x, y: y.copy_(x * 2) + 1)
     kept = [torch.zeros(3, 4) for _ in range(300)]

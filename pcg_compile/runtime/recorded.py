@@ -43,7 +43,8 @@ def run_recorded(b: Building, site: PieceSite) -> bool:
         return False
     weight = _result_bytes(b, site)
     if weight > _result_limit(b):
-        reason = f"the results of a piece would hold {weight >> 20} MiB; it runs without a recording"
+        share = ", more than a quarter of memory_budget" if b.shared.options.memory_budget is not None else ""
+        reason = f"the results of a piece would hold {weight >> 20} MiB{share}; it runs without a recording"
         b.program.fallbacks.append((reason, site.where))
         return _run_unrecorded(b, site)
     key = (site.index, tuple(b.bucket[s] for s in site.piece.symbols))
@@ -144,7 +145,7 @@ def _result_bytes(b: Building, site: PieceSite) -> int:
 
 def _result_limit(b: Building) -> int:
     budget = b.shared.options.memory_budget
-    return _RESULT_LIMIT if budget is None else budget // 8
+    return _RESULT_LIMIT if budget is None else budget // 4
 
 
 def _record(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> Any:

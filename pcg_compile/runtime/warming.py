@@ -99,18 +99,16 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     request.report(len(wanted), len(wanted), None)
     with _no_effects(graph, args):
         request.observe(graph, args, step)
-    with _no_effects(graph, args):
-        if graph.plan.eager is not None:
-            # What it does to a tensor beside writing it happens to other tensors over the same memory.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_effects(graph, args))
+        if step is not None:
+            step = stack.enter_context(scratch_step(graph.tokens(tuple(sizes.values())), step.cache))
+        binding = graph.binding(args, step)
+        if graph.plan.eager is not None or graph.memory.overlapping(binding, args, step):
+            # What the graph does to a tensor itself happens to others over the same memory.
             return graph.run_eagerly([a.detach() if isinstance(a, torch.Tensor) else a for a in args])
-        if step is None:
-            binding = graph.binding(args, None)
-            _, result = build_and_run(binding, sizes, None, args, None)
-            return result
-        with scratch_step(graph.tokens(tuple(sizes.values())), step.cache) as scratch:
-            binding = graph.binding(args, scratch)
-            _, result = build_and_run(binding, sizes, None, args, scratch)
-            return result
+        _, result = build_and_run(binding, sizes, None, args, step)
+        return result
 
 
 def _wanted(graph: GraphState, request: WarmUp, sizes: Mapping[sympy.Symbol, int]) -> list[dict[sympy.Symbol, int]]:

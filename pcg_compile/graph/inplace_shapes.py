@@ -6,39 +6,40 @@ name of the object has the new shape. In a graph the same is said by a view that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from pcg_compile.graph.facts import tensors_in
+from .node_facts import NodeFacts, tensors_in
 
-from .context import PassContext
-
-__all__ = ["inplace_shapes"]
+__all__ = ["shape_by_views"]
 
 #: What changes a shape in place and has a view that gives the same.
 _VIEWS = {f"{name}_": name for name in ("as_strided", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")}
 
 
-def inplace_shapes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
-    """Replaces ops that change a shape in place; an argument of the call keeps them, since its caller sees them."""
+def shape_by_views(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts]) -> bool:
+    """Replaces ops that change a shape in place; an argument of the call keeps them, since its caller sees them.
+
+    Returns whether the graph changed.
+    """
     arguments = {
-        id(tensor) for node in gm.graph.find_nodes(op="placeholder") for tensor in tensors_in(context.facts[node].value)
+        id(tensor) for node in gm.graph.find_nodes(op="placeholder") for tensor in tensors_in(facts[node].value)
     }
     changed = False
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     #: The nodes whose value is one tensor object.
     names: dict[int, list[fx.Node]] = {}
     for node in list(gm.graph.nodes):
-        if node not in context.facts:
+        if node not in facts:
             continue
-        value = context.facts[node].value
+        value = facts[node].value
         view, changes = _view_of(node), node.args[0] if node.args else None
-        if view is not None and isinstance(changes, fx.Node) and id(context.facts[changes].value) not in arguments:
+        if view is not None and isinstance(changes, fx.Node) and id(facts[changes].value) not in arguments:
             node.target = view
-            known = names[id(context.facts[changes].value)]
+            known = names[id(facts[changes].value)]
             for name in known:
                 for user in [user for user in name.users if order[user] > order[node]]:
                     user.replace_input_with(name, node)
@@ -49,7 +50,7 @@ def inplace_shapes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
             names.setdefault(id(value), []).append(node)
     if changed:
         gm.recompile()
-    return gm
+    return changed
 
 
 def _view_of(node: fx.Node) -> str | Callable[..., Any] | None:
