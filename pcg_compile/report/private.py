@@ -44,6 +44,8 @@ def is_compiled(model: Any) -> bool:
 class ReportBackend:
     """Compiles as pcg would, eagerly: a report needs no fast code."""
 
+    watched = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse({"compiler": "eager", **options})
 

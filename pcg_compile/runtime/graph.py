@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from ..batch import StepState
+from ..calls import graph_ran
+from ..errors import PCGError
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate, expr_of
 from ..step import DoesNotFit, require_step
@@ -49,6 +51,7 @@ class GraphRuntime(GraphState):
         self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
 
     def __call__(self, *args: Any) -> Any:
+        graph_ran()
         with self.lock:
             if self._first_call and self.shared.options.capture == "first_call":
                 self._first_call = False
@@ -70,9 +73,10 @@ class GraphRuntime(GraphState):
             else:
                 if step is not None:
                     self._check_tokens(step, sizes)
+                # Ahead of the step: under strict, nothing of it may run.
+                for reason, where in program.fallbacks:
+                    counters.fall_back(reason, where)
                 result = program.run(args)
-            for reason, where in program.fallbacks:
-                counters.fall_back(reason, where)
             if self.ends_step:
                 counters.steps += 1
             if len(self._dims) == 1:
@@ -159,18 +163,43 @@ class GraphRuntime(GraphState):
             self.shared.agreement.confirm(building=True)
         if step is not None:
             self._check_tokens(step, sizes)
+        counters = self.shared.counters
         if self._may_alias and self._overlap(args):
-            program, result = build_and_run(binding, named, None, args, step, compiled=False)
-            self.shared.counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
+            counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
+            with self._undone_if_refused(args):
+                program, result = build_and_run(binding, named, None, args, step, compiled=False)
+                for fallback in program.fallbacks:
+                    counters.fall_back(*fallback)
             return result, program
         bucket, reason = self._choose(binding, named)
-        program, result = build_and_run(binding, named, bucket, args, step)
+        if reason:
+            counters.fall_back(reason)
+        with self._undone_if_refused(args):
+            program, result = build_and_run(binding, named, bucket, args, step)
+            for fallback in program.fallbacks:
+                counters.fall_back(*fallback)
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
             binding.remember(sizes, program)
             self.respect_budget(binding, program)
         return result, program
+
+    @contextmanager
+    def _undone_if_refused(self, args: Sequence[Any]) -> Iterator[None]:
+        """Under ``strict``, takes back what the graph wrote where it turns out that it is not captured."""
+        if not self.shared.options.strict:
+            yield
+            return
+        written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
+        before = [tensor.clone() for tensor in written]
+        try:
+            yield
+        except PCGError:
+            with torch.no_grad():
+                for tensor, old in zip(written, before, strict=True):
+                    tensor.copy_(old)
+            raise
 
     def _choose(
         self, binding: Binding, sizes: Mapping[sympy.Symbol, int]
