@@ -35,7 +35,6 @@ from .torch_internals import (
     Trace,
     breaks_since,
     breaks_so_far,
-    compiled_without_graph,
     dynamo_refused,
     guards_hold_at,
     requested_marks,
@@ -146,8 +145,6 @@ class Watch:
         #: Code that Dynamo leaves to Python in each call, and code that it compiles no more: (reason, place) of each.
         self.left_out: dict[CodeType, tuple[str, str]] = {}
         self.given_up: dict[CodeType, tuple[str, str]] = {}
-        #: Whether a call was traced in which there was nothing to compute.
-        self.idle = False
 
     def begin(self, may_show_rows: bool = False) -> Call:
         """A call begins.
@@ -177,7 +174,7 @@ class Watch:
         reasons = list(self.left_out.values())
         if not call.graphs:
             reasons += self.given_up.values()
-            reasons += [] if reasons or self.idle or call.counted else [(_UNSEEN, "")]
+            reasons += [] if reasons or call.counted else [(_UNSEEN, "")]
         for reason, where in dict.fromkeys(reasons):
             self.fall_back(reason, where)
 
@@ -205,7 +202,7 @@ class Watch:
         shown = show_more_rows(trace.arguments, marks) if call.traces == 1 and call.may_show_rows else None
         if shown is not None:
             marks, call.shown = shown
-        call.restore = settings_of_trace(trace, marks)
+        call.restore = settings_of_trace(trace, marks, outermost=call.traces == 1)
 
     def fall_back(
         self, reason: str, where: str, *, strict: bool | None = None, cause: BaseException | None = None
@@ -231,9 +228,8 @@ class Watch:
         if trace is None or call.handed:
             return
         breaks = breaks_since(call.breaks)
-        if not breaks and compiled_without_graph(trace.code):
-            self.idle = True
-            return
+        if not breaks and call.traces > 1:
+            return  # a function inside that computes nothing
         reason = _first_line(breaks[-1][0]) if breaks else "Dynamo skips it"
         stack = breaks[-1][1] if breaks else None
         place = str(place_of_stack(stack)) if stack else f"{trace.code.co_filename}:{trace.code.co_firstlineno}"

@@ -1031,11 +1031,6 @@ def with_each_call(context: Any, enter: Callable[[], Callable[[], None]]) -> Non
     context.enter_exit_hooks.append(enter)
 
 
-def compiled_without_graph(code: CodeType) -> bool:
-    """Whether Dynamo has compiled code; asked where it handed no graph over: there was nothing to compute."""
-    return bool(torch._dynamo.eval_frame._debug_get_cache_entry_list(code))
-
-
 def breaks_so_far() -> int:
     """How many breaks Dynamo has noted (2.11 to 2.13)."""
     return len(torch._dynamo.utils.graph_break_reasons)
@@ -1048,19 +1043,22 @@ def breaks_since(count: int) -> list[tuple[str, Any]]:
 
 def dynamo_refused(error: BaseException | None) -> bool:
     """Whether an error of a call with ``fullgraph=True`` is that Dynamo makes no single graph of it (2.11 to 2.13)."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, UncapturedHigherOrderOpError, Unsupported
+    from torch._dynamo.exc import FailOnRecompileLimitHit, UncapturedHigherOrderOpError, Unsupported, UserError
 
     unseen = isinstance(error, RuntimeError) and "fullgraph=True found no compiled frames" in str(error)
-    return unseen or isinstance(error, (Unsupported, FailOnRecompileLimitHit, UncapturedHigherOrderOpError))
+    return unseen or isinstance(
+        error, (Unsupported, UserError, FailOnRecompileLimitHit, UncapturedHigherOrderOpError)
+    )
 
 
-def settings_of_trace(trace: Trace, marks: Marks) -> Callable[[], None]:
+def settings_of_trace(trace: Trace, marks: Marks, *, outermost: bool) -> Callable[[], None]:
     """Settings of torch for one trace; the result takes them back (2.11 to 2.13).
 
     Settings are the thread's own where torch has them so (2.13); before, they are in force while Dynamo holds its lock.
     Two calls that mark code for a profiler are left out, some 10 us a step. Inductor's freezing would hold a second
     copy of the weights. With ``dynamic=True`` a first trace has floats as constants, as it has them without.
-    Dimensions that are marked are dynamic for all sizes.
+    Dimensions that are marked are dynamic for all sizes. Where the ``outermost`` function of a call computes nothing,
+    Dynamo compiles that too: else it would leave the function to Python for all later calls, whatever they do.
     """
     with ExitStack() as stack:
         dynamo: dict[str, Any] = {}
@@ -1068,6 +1066,8 @@ def settings_of_trace(trace: Trace, marks: Marks) -> Callable[[], None]:
             dynamo["record_runtime_overhead"] = False
         if trace.first and not (torch._dynamo.config.specialize_float or torch._dynamo.config.assume_static_by_default):
             dynamo["specialize_float"] = True
+        if outermost:
+            dynamo["allow_empty_graphs"] = True
         if dynamo:
             stack.enter_context(torch._dynamo.config.patch(dynamo))
         if torch._inductor.config.freezing and not torch.is_grad_enabled():
