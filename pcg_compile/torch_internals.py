@@ -9,7 +9,7 @@ import operator
 import sys
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -29,6 +29,7 @@ import torch.fx.experimental._config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.cache_size import exceeds_recompile_limit
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import (
@@ -1072,12 +1073,19 @@ def settings_of_trace(trace: Trace, marks: Marks, *, outermost: bool) -> Callabl
             stack.enter_context(torch._dynamo.config.patch(dynamo))
         if torch._inductor.config.freezing and not torch.is_grad_enabled():
             stack.enter_context(torch._inductor.config.patch(freezing=False))
+        # What is forced to be a constant of this trace may change until the next one.
+        stack.callback(_forget_constants, frozenset(TensorifyState.force_specializations))
         if marks:
             stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
         for tensor, dims, surely in marks:
             stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
             (torch._dynamo.mark_dynamic if surely else torch._dynamo.maybe_mark_dynamic)(tensor, dims)
         return stack.pop_all().close
+
+
+def _forget_constants(before: Set[str]) -> None:
+    for name in TensorifyState.force_specializations - before:
+        TensorifyState.force_specializations.discard(name)
 
 
 def _unmark(tensor: torch.Tensor, before: Mapping[str, Any]) -> None:
@@ -1177,8 +1185,6 @@ def changing_floats(gm: fx.GraphModule, code: CodeType | None) -> dict[fx.Node, 
     Dynamo makes tensors on the CPU of those, and ``item()`` of them in the graph. With ``dynamic=True`` it does so for
     all floats; then it is made to trace again with those that do not change as constants.
     """
-    from torch._dynamo.symbolic_convert import TensorifyState
-
     found: dict[fx.Node, float] = {}
     fresh: list[str] = []
     env = fake_mode_of([]).shape_env
