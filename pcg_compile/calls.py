@@ -12,6 +12,8 @@ that ends early and the limit on recompilations are errors, a function that Dyna
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from .torch_internals import (
     breaks_since,
     breaks_so_far,
     dynamo_refused,
+    freezes_weights,
     guards_hold_at,
     requested_marks,
     settings_of_trace,
@@ -56,6 +59,8 @@ __all__ = [
     "watch_all",
 ]
 
+_LOG = logging.getLogger("pcg_compile")
+_OWN = os.path.dirname(__file__) + os.sep
 _UNSEEN = "Dynamo ran the call without any graph of it"
 
 
@@ -75,11 +80,15 @@ class Call:
         self.graphs = self.handed = self.traces = 0
         self.trace: Trace | None = None
         self.breaks = 0
-        #: The size, 0 or 1, instead of which a trace was shown a larger one; None where it was not.
-        self.shown: int | None = None
+        #: A size, 0 or 1, and the larger one that a trace was shown instead; None where it was not.
+        self.shown: tuple[int, int] | None = None
         self.restore: Callable[[], None] | None = None
         self.error_before = sys.exc_info()[1]
         self.token: Token[Call | None] = _CALL.set(self)
+
+    def forget(self) -> None:
+        """The call is tried again: it is neither counted nor blamed."""
+        self.counted, self.trace = True, None
 
     def settings_end(self) -> None:
         """Takes back what was set for the last trace."""
@@ -123,7 +132,7 @@ def check_shown_sizes(fake_mode: FakeTensorMode | None = None) -> None:
     call = _CALL.get()
     if call is None or call.shown is None or call.traces > 1 or call.graphs or (fake_mode is None and call.handed):
         return
-    if fake_mode is None or not guards_hold_at(call.shown, fake_mode):
+    if fake_mode is None or not guards_hold_at(*call.shown, fake_mode):
         raise OtherSizes("traced with more rows than there are")
 
 
@@ -198,11 +207,15 @@ class Watch:
             return
         for known in (self.left_out, self.given_up):
             known.pop(trace.code, None)
-        marks = requested_marks() or _token_dims(trace)
+        if freezes_weights():
+            _LOG.warning("torch._inductor.config.freezing is left out: it would hold a second copy of the weights")
+        requested = requested_marks()
+        marks = requested if requested is not None else _token_dims(trace)
         shown = show_more_rows(trace.arguments, marks) if call.traces == 1 and call.may_show_rows else None
         if shown is not None:
             marks, call.shown = shown
-        call.restore = settings_of_trace(trace, marks, outermost=call.traces == 1)
+        for_all_sizes = requested is not None or bool(marks)
+        call.restore = settings_of_trace(trace, marks, for_all_sizes=for_all_sizes, outermost=call.traces == 1)
 
     def fall_back(
         self, reason: str, where: str, *, strict: bool | None = None, cause: BaseException | None = None
@@ -283,7 +296,7 @@ def watch_all(options_of: Callable[[Any], tuple[object, Options] | None]) -> Non
 def _token_dims(trace: Trace) -> Marks:
     """Inside ``pcg.step()`` the dimensions that have as many entries as the step has tokens, one of each argument."""
     step = current_step()
-    if step is None:
+    if step is None or trace.code.co_filename.startswith(_OWN):
         return []
     n, found = step.batch.num_tokens, []
     for tensor in {id(t): t for t in _tensors(trace.arguments)}.values():

@@ -133,6 +133,7 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
             # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
             if running.shown is None or running.traces > 1 or running.graphs:
                 raise
+            running.forget()
         finally:
             watch.end(running)
         return call(args, kwargs, False)

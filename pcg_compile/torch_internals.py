@@ -39,7 +39,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -905,8 +905,6 @@ def compile_whole_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Ca
 #: What marks a call's dynamic dimensions, for traces of this thread or task: (tensor, dimensions, strict) of each.
 _MARK: ContextVar[Callable[[], Marks] | None] = ContextVar("pcg_mark", default=None)
 Marks = list[tuple[torch.Tensor, list[int], bool]]
-#: Rows that a trace is shown where the call has one, or none: no number that a model is likely to hold.
-_SHOWN_ROWS = 24
 
 
 class compile_for_all_sizes:
@@ -929,10 +927,10 @@ class compile_for_all_sizes:
         _MARK.reset(self.token)
 
 
-def requested_marks() -> Marks:
-    """The dynamic dimensions that the caller asks traces of this call for; [] where it asks for none."""
+def requested_marks() -> Marks | None:
+    """The dynamic dimensions that the caller asks traces of this call for, for all sizes; None where it does not."""
     mark = _MARK.get()
-    return mark() if mark is not None else []
+    return mark() if mark is not None else None
 
 
 @dataclass(frozen=True)
@@ -1047,19 +1045,23 @@ def dynamo_refused(error: BaseException | None) -> bool:
     from torch._dynamo.exc import FailOnRecompileLimitHit, UncapturedHigherOrderOpError, Unsupported, UserError
 
     unseen = isinstance(error, RuntimeError) and "fullgraph=True found no compiled frames" in str(error)
-    return unseen or isinstance(
-        error, (Unsupported, UserError, FailOnRecompileLimitHit, UncapturedHigherOrderOpError)
-    )
+    return unseen or isinstance(error, (Unsupported, UserError, FailOnRecompileLimitHit, UncapturedHigherOrderOpError))
 
 
-def settings_of_trace(trace: Trace, marks: Marks, *, outermost: bool) -> Callable[[], None]:
+def freezes_weights() -> bool:
+    """Whether Inductor is to make constants of weights (2.11 to 2.13)."""
+    return bool(torch._inductor.config.freezing) and not torch.is_grad_enabled()
+
+
+def settings_of_trace(trace: Trace, marks: Marks, *, for_all_sizes: bool, outermost: bool) -> Callable[[], None]:
     """Settings of torch for one trace; the result takes them back (2.11 to 2.13).
 
     Settings are the thread's own where torch has them so (2.13); before, they are in force while Dynamo holds its lock.
     Two calls that mark code for a profiler are left out, some 10 us a step. Inductor's freezing would hold a second
     copy of the weights. With ``dynamic=True`` a first trace has floats as constants, as it has them without.
-    Dimensions that are marked are dynamic for all sizes. Where the ``outermost`` function of a call computes nothing,
-    Dynamo compiles that too: else it would leave the function to Python for all later calls, whatever they do.
+    Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards. Where the
+    ``outermost`` function of a call computes nothing, Dynamo compiles that too: else it would leave the function to
+    Python for all later calls, whatever they do.
     """
     with ExitStack() as stack:
         dynamo: dict[str, Any] = {}
@@ -1071,11 +1073,11 @@ def settings_of_trace(trace: Trace, marks: Marks, *, outermost: bool) -> Callabl
             dynamo["allow_empty_graphs"] = True
         if dynamo:
             stack.enter_context(torch._dynamo.config.patch(dynamo))
-        if torch._inductor.config.freezing and not torch.is_grad_enabled():
+        if freezes_weights():
             stack.enter_context(torch._inductor.config.patch(freezing=False))
         # What is forced to be a constant of this trace may change until the next one.
         stack.callback(_forget_constants, frozenset(TensorifyState.force_specializations))
-        if marks:
+        if for_all_sizes:
             stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
         for tensor, dims, surely in marks:
             stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
@@ -1095,7 +1097,7 @@ def _unmark(tensor: torch.Tensor, before: Mapping[str, Any]) -> None:
     vars(tensor).update(before)
 
 
-def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, int] | None:
+def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tuple[int, int]] | None:
     """Shows a trace tensors of more rows where marked sizes are 0 or 1; None where that cannot be (2.11 to 2.13).
 
     torch lays a view of one row out for that row alone, and a trace is to serve all sizes. ``arguments`` is what
@@ -1103,43 +1105,60 @@ def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, int]
     check its guards at a call that it traced for, so whoever shows other sizes checks them: :func:`guards_hold_at`.
 
     Returns:
-        The marks of what is shown, and the size that the call has instead.
+        The marks of what is shown, the size that the call has, and the one that is shown instead.
     """
     real = {tensor.shape[d] for tensor, dims, _ in marks for d in dims if tensor.shape[d] < 2}
-    if len(real) != 1:
+    leaves = [leaf for value in arguments.values() for leaf in _tensor_leaves(value)]
+    taken = {int(size) for tensor in leaves for size in tensor.shape}
+    # A size of its own: which symbols stand for it is known by the value that they were shown.
+    free = [size for size in _SHOWN[0] if size not in taken]
+    if len(real) != 1 or not free:
         return None
     larger: dict[int, torch.Tensor] = {}
     shown: Marks = []
     for tensor, dims, surely in marks:
-        small = [d for d in dims if tensor.shape[d] < 2]
-        if not small:
-            shown.append((tensor, dims, surely))
-            continue
-        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.requires_grad:
-            return None
-        if id(tensor) not in larger:
-            shape = [_SHOWN_ROWS if d in small else size for d, size in enumerate(tensor.shape)]
-            grown = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            if any(stride < least for stride, least in _extents(grown)):
-                return None  # its rows would overlap
+        small = {d for d in dims if tensor.shape[d] < 2}
+        if small and id(tensor) not in larger:
+            grown = _with_more_rows(tensor, small, free[0])
+            if grown is None:
+                return None
             larger[id(tensor)] = grown
-        shown.append((larger[id(tensor)], dims, surely))
-
-    def replaced(value: Any) -> Any:
-        return larger.get(id(value), value)
-
+        shown.append((larger[id(tensor)] if small else tensor, dims, surely))
     for name, value in arguments.items():
         if not isinstance(value, torch.nn.Module):
-            arguments[name] = tree_map(replaced, value)
-    return shown, real.pop()
+            arguments[name] = tree_map(lambda leaf: larger.get(id(leaf), leaf), value)
+    return shown, (real.pop(), free[0])
 
 
-def guards_hold_at(size: int, fake_mode: FakeTensorMode) -> bool:
+def _tensor_leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _with_more_rows(tensor: torch.Tensor, dims: Set[int], rows: int) -> torch.Tensor | None:
+    """A tensor of the same layout with ``rows`` entries in some dimensions; None where its entries would overlap."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.requires_grad:
+        return None
+    shape = [rows if d in dims else size for d, size in enumerate(tensor.shape)]
+    strides = list(tensor.stride())
+    dense = least = 1
+    for d in sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), -d)):
+        # Behind what grows, dimensions that lie densely go on doing so.
+        if tensor.stride(d) == dense:
+            strides[d] = least
+        elif shape[d] > 1 and strides[d] < least:
+            return None
+        dense, least = tensor.stride(d) * max(tensor.shape[d], 1), strides[d] * shape[d]
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def guards_hold_at(real: int, shown: int, fake_mode: FakeTensorMode) -> bool:
     """Whether a trace that :func:`show_more_rows` showed more rows is right for the size of the call (2.11 to 2.13)."""
     env = fake_mode.shape_env
     if env is None:
         return False
-    known = {s: sympy.Integer(size) if value == _SHOWN_ROWS else value for s, value in env.backed_var_to_val.items()}
+    known = {s: sympy.Integer(real) if value == shown else value for s, value in env.backed_var_to_val.items()}
     return all(condition.xreplace(known) == sympy.true for condition in shape_guards(fake_mode))
 
 
@@ -1168,15 +1187,6 @@ def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
     """Registers a backend unless an entry point does (2.11 to 2.13)."""
     if name not in torch._dynamo.list_backends():
         torch._dynamo.register_backend(backend, name=name)
-
-
-def _extents(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Of each dimension the stride, and the extent of those with smaller ones."""
-    least = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            yield stride, least
-            least = stride * size
 
 
 def changing_floats(gm: fx.GraphModule, code: CodeType | None) -> dict[fx.Node, float]:

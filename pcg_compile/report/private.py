@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..backend import compile_graph, hazards_of, pcg
+from ..calls import graph_ran
 from ..errors import Hazard
 from ..graph.facts import DataDecide, trace_facts
 from ..graph.pieces import copy_graph
@@ -57,6 +58,8 @@ class ReportBackend:
 class CheckBackend:
     """Runs the passes alone, and the graph as it is."""
 
+    watched = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse(options)
         self.hazards: list[Hazard] = []
@@ -72,7 +75,12 @@ class CheckBackend:
                 self.hazards += _waiting_node(copy, str(error))
                 raise error.__cause__ if isinstance(error, DataDecide) and error.__cause__ else error from None
             self.hazards += hazards_of(copy, fakes, facts, self.options)
-        return gm.forward
+
+        def run(*args: Any) -> Any:
+            graph_ran()
+            return gm.forward(*args)
+
+        return run
 
 
 def _waiting_node(gm: Any, error: str) -> list[Hazard]:
