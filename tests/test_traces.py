@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,7 +140,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations([1, 7, 40]))[:4] + [(1, 1, 2), (0, 5, 1)])
+@pytest.mark.parametrize("order", [(1, 7, 40), (40, 1, 2), (0, 5, 1)])
 @pytest.mark.parametrize("name", VIEWS)
 def test_one_graph_lays_views_out_for_all_sizes(name, order):
     function = VIEWS[name]
@@ -167,7 +165,7 @@ BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("order", [(1, 7, 3), (7, 1, 3), (1, 3, 1)])
+@pytest.mark.parametrize("order", [(1, 7, 3), (7, 1, 3)])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_what_code_does_at_one_row_stays_its_own(name, order):
     """The trace of a first call of one row is shown more rows, and must not be used where the code asks."""
