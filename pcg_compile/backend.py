@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,19 +13,23 @@ import torch
 from torch import fx
 
 from .attention.ops import refuse_gradients
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
 from .distributed import agreement_of, collective_outside_recordings, first_collective, has_subclasses, lowered
 from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
+from .graph.attributes import attributes_as_inputs
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.inplace_shapes import shape_by_views
 from .graph.inside import one_inside_another
+from .graph.numbers import REASON as CHANGES
+from .graph.numbers import isolate_numbers
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
 from .graph.plain import strange_tensor
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
 from .graph.scalars import expr_of, sizes_of, symbol_values
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
-from .graph.where import name_of_input, place_of, place_parts
+from .graph.where import name_of_input, place_of, place_of_stack, place_parts
 from .ops import check_registration
 from .options import Options
 from .passes import metadata_passes, safety_passes
@@ -48,25 +51,22 @@ from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.graph import GraphRuntime
 from .torch_internals import (
-    ahead_of_traces,
     before_groups_end,
     calling_wrapper,
+    changing_floats,
     compile_whole_with_inductor,
-    ends_in_graph_break,
     fake_inputs,
     fake_mode_of,
+    graph_break_of,
+    layouts_apart,
     prepare_inductor,
     shape_guards,
-    spare_profiler_calls,
-    specialize_floats,
     start_inductor_workers,
-    trace_again,
-    trace_floats_as_constants,
-    trace_weights_as_inputs,
     traced_function,
+    watch_traces,
 )
 
-__all__ = ["compile_graph", "pcg", "start_early"]
+__all__ = ["compile_graph", "pcg", "watched"]
 
 _LOG = logging.getLogger("pcg_compile")
 
@@ -79,37 +79,49 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
         SplitOpNotFound: a split op named in the options that the graph does not have.
         GraphBreakingScalarWrite, CaptureHazard: what no recording can hold, and cannot be isolated.
     """
-    return compile_graph(gm, example_inputs, Options.parse(options), calling_wrapper() or pcg)
+    return compile_graph(gm, example_inputs, Options.parse(options, mode), calling_wrapper() or pcg)
 
 
-def start_early(backend: Any, keywords: Mapping[str, Any], first: bool) -> None:
-    """Begins, ahead of a trace, what compiling will wait for, if the backend is pcg's; ``first``: of this code."""
-    with suppress(Exception):
-        # What is wrong with the options is raised where a graph is compiled.
-        options = Options.parse(keywords.get("options")) if backend is pcg else getattr(backend, "options", None)
-        if not isinstance(options, Options):
-            return
-        if first:
-            trace_floats_as_constants()
-        if options.compiler == "inductor" and torch.cuda.is_initialized():
-            start_inductor_workers()
+def watched(wrapper: Any) -> tuple[object, Options] | None:
+    """The owner and the options of what ``torch.compile`` made of a backend, None where the backend is not pcg's.
+
+    It is asked ahead of each trace: what compiling will wait for begins here.
+
+    Raises:
+        OptionsError: the options are bad.
+    """
+    backend = wrapper.compiler_fn
+    if backend is pcg:
+        options = Options.parse(wrapper.kwargs.get("options"), wrapper.kwargs.get("mode"))
+    elif getattr(backend, "watched", False):
+        options = backend.options
+    else:
+        return None
+    if options.compiler == "inductor" and torch.cuda.is_initialized():
+        start_inductor_workers()
+    return (wrapper if backend is pcg else backend), options
 
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
     """Compiles one Dynamo graph; ``owner`` is the backend that it is compiled by, or what torch.compile made of it."""
-    if trace_weights_as_inputs():
-        _LOG.warning("torch._inductor.config.freezing is left out: it would hold a second copy of the weights")
-        raise trace_again()
-    specialize_floats(gm)
-    spare_profiler_calls()
-    ahead_of_traces(start_early)
-    strange = strange_tensor(gm, real_inputs)
-    if strange is not None and _requires_grad(gm, real_inputs) is None:
-        return _run_eagerly(gm, owner, Counters(strict=options.strict, graphs=1), *strange)
-    if has_subclasses(real_inputs) and not torch.is_grad_enabled():
-        ends_step = not ends_in_graph_break(gm)
-        return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
-    return _compile(gm, real_inputs, options, owner, not ends_in_graph_break(gm))
+    watch_traces()
+    floats = {node.name: value for node, value in changing_floats(gm, traced_code()).items()}
+    graph_handed()
+    broken = graph_break_of(gm)
+    lifted, weights = attributes_as_inputs(gm)
+    inputs = [*real_inputs, *weights]
+    strange = strange_tensor(lifted, inputs)
+    if strange is not None and _requires_grad(lifted, inputs) is None:
+        function = _uncaptured(lifted.forward, owner, Counters(strict=options.strict, graphs=1), *strange)
+    elif has_subclasses(inputs) and not torch.is_grad_enabled():
+        function = lowered(lifted, inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, broken, floats))
+    else:
+        function = _compile(lifted, inputs, options, owner, broken, floats)
+    return partial(_with_weights, function, weights) if weights else function
+
+
+def _with_weights(function: Callable[..., Any], weights: Sequence[torch.Tensor], *args: Any) -> Any:
+    return function(*args, *weights)
 
 
 def _release_groups() -> None:
@@ -117,7 +129,15 @@ def _release_groups() -> None:
     release_channels()
 
 
-def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, ends_step: bool) -> Any:
+def _compile(
+    gm: fx.GraphModule,
+    real_inputs: Sequence[Any],
+    options: Options,
+    owner: object,
+    broken: tuple[str, Any] | None,
+    floats: Mapping[str, float],
+) -> Any:
+    ends_step = broken is None
     example_inputs = fake_inputs(real_inputs)
     device = recording_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)
@@ -126,33 +146,39 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     trainable = _requires_grad(gm, example_inputs) if region is None else None
     if trainable is not None and any("pcg::paged_attention" in op_names(node, None) for node in gm.graph.nodes):
         # When the model runs, not now: an error of a backend would be wrapped in one of Dynamo's.
+        check_shown_sizes(fake_mode_of(example_inputs))
         add_runtime(owner, counters, None)
         return refuse_gradients
     if trainable is not None:
-        counters.fall_back(
+        reason = (
             f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '
             "for inference, call the model under torch.inference_mode()"
         )
-        add_runtime(owner, counters, None)
-        return compile_whole_with_inductor(gm, real_inputs)
+        return _uncaptured(compile_whole_with_inductor(gm, real_inputs), owner, counters, reason)
     if not torch.is_grad_enabled() and switches_gradients_on(gm):
-        counters.fall_back("a part of the graph switches gradients on: it runs eagerly")
-        add_runtime(owner, counters, None)
-        return gm.forward
+        return _uncaptured(gm.forward, owner, counters, "a part of the graph switches gradients on: it runs eagerly")
     ready = prepare_inductor(device) if options.compiler == "inductor" else lambda: None
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
+    numbers = isolate_numbers(rewritable, floats) if floats else []
+    if numbers is None:
+        return _uncaptured(gm.forward, owner, counters, "the graph returns a float that changes: it runs eagerly")
     with torch.no_grad():
         try:
             facts = trace_facts(rewritable, example_inputs)
         except DataDecide as error:
             reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
-            return _run_eagerly(gm, owner, counters, reason, str(place_of(error.node)))
+            return _uncaptured(gm.forward, owner, counters, reason, str(place_of(error.node)))
         context = PassContext(options, device, facts, _token_symint(example_inputs))
-        context.source, context.continued, context.moved = gm, not ends_step, _moved_before(gm, owner)
+        context.source, context.continued, context.moved = gm, broken is not None, _moved_before(gm, owner)
+        layouts = layouts_apart(fake_mode_of(example_inputs))
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
-            return _run_eagerly(gm, owner, counters, "a dynamic size is squeezed, and is 1: the graph runs eagerly")
+            reason = "a dynamic size is squeezed, and is 1: the graph runs eagerly"
+            return _uncaptured(gm.forward, owner, counters, reason)
+        check_shown_sizes(fake_mode_of(example_inputs))
+        context.splits.update(dict.fromkeys(numbers, CHANGES))
+        context.counted.update(numbers)
         gm = run_passes(rewritable, example_inputs, context)
         for reason, where in context.remarks:
             counters.fall_back(reason, where)
@@ -171,30 +197,41 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
     chooser = BucketChooser(
-        options, conditions, _products(plan), equals, tuple(assumed), reaches, rows=_rows(plan), layouts=plan.layouts
+        options,
+        [*conditions, *layouts],
+        _products(plan),
+        equals,
+        tuple(assumed),
+        reaches,
+        rows=_rows(plan),
+        layouts=plan.layouts,
     )
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
         before_groups_end(_release_groups)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
+    # Compiling has made further conditions.
+    check_shown_sizes(fake_mode_of(example_inputs))
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
-    return runtime.__call__ if region is None else region()(runtime.__call__)
+    function = runtime.__call__
+    if broken is not None:
+        reason = f"Dynamo breaks the graph, and what follows runs eagerly: {broken[0].strip().partition(chr(10))[0]}"
+        function = Counted(function, counters, reason, str(place_of_stack(broken[1]))).__call__
+    return function if region is None else region()(function)
 
 
-def _run_eagerly(gm: fx.GraphModule, owner: object, counters: Counters, reason: str, where: str = "") -> Any:
-    """A graph as Dynamo traced it; each call is counted."""
+def _uncaptured(
+    function: Callable[..., Any], owner: object, counters: Counters, reason: str, where: str = ""
+) -> Callable[..., Any]:
+    """A graph that runs as ``function``, counted at each call; under ``strict`` an error at once."""
+    check_shown_sizes(fake_mode_of([]))
     if counters.strict:
         counters.fall_back(reason, where)
     add_runtime(owner, counters, None)
-
-    def run(*args: Any) -> Any:
-        counters.fall_back(reason, where)
-        return gm.forward(*args)
-
-    return run
+    return Counted(function, counters, reason, where).__call__
 
 
 def recording_device(example_inputs: Sequence[Any]) -> torch.device:
@@ -467,3 +504,4 @@ def _reset() -> None:
 pcg.reset = _reset  # type: ignore[attr-defined]
 #: What torch.compile makes of it is known as pcg's before it has compiled anything.
 pcg.__pcg_backend__ = True  # type: ignore[attr-defined]
+watch_all(watched)

@@ -13,7 +13,7 @@ from .batch import current_step
 from .errors import PCGError, message
 from .registry import is_compiled, runtimes
 from .runtime.warming import WarmUp, warming_up
-from .torch_internals import compile_for_all_sizes, mark_dynamic
+from .torch_internals import Marks, compile_for_all_sizes
 
 __all__ = ["mark_sizes", "warmup"]
 
@@ -65,10 +65,9 @@ def warmup(
             bar.close()
 
 
-def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> None:
-    """Marks the sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
-    for tensor, dims in _sizes_to_bucket(args, kwargs, buckets):
-        mark_dynamic(tensor, dims, strict=False)
+def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> Marks:
+    """The sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
+    return [(tensor, dims, False) for tensor, dims in _sizes_to_bucket(args, kwargs, buckets)]
 
 
 def _sizes_to_bucket(args: Any, kwargs: Any, buckets: Buckets | None) -> list[tuple[torch.Tensor, list[int]]]:
@@ -108,12 +107,8 @@ def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) 
 
     args, kwargs = tree_map(grow, (args, kwargs))
 
-    def mark() -> None:
-        for tensor, along in grown:
-            mark_dynamic(tensor, along, strict=False)
-
     try:
-        sizes = compile_for_all_sizes(mark)
+        sizes = compile_for_all_sizes(lambda: [(tensor, along, False) for tensor, along in grown])
         with warming_up(request), sizes, torch.no_grad():
             compiled(*args, **kwargs)
     except PCGError:

@@ -10,6 +10,7 @@ from uuid import uuid4
 import torch
 
 from ..backend import compile_graph, hazards_of
+from ..calls import graph_ran
 from ..errors import Hazard
 from ..graph.facts import DataDecide, trace_facts
 from ..graph.pieces import copy_graph
@@ -50,6 +51,8 @@ def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> 
 class ReportBackend:
     """Compiles as pcg would, eagerly: a report needs no fast code."""
 
+    watched = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse({"compiler": "eager", **options})
 
@@ -60,6 +63,8 @@ class ReportBackend:
 
 class CheckBackend:
     """Runs the passes alone, and the graph as it is."""
+
+    watched = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse(options)
@@ -76,7 +81,12 @@ class CheckBackend:
                 self.hazards += _waiting_node(copy, str(error))
                 raise error.__cause__ if isinstance(error, DataDecide) and error.__cause__ else error from None
             self.hazards += hazards_of(copy, fakes, facts, self.options)
-        return gm.forward
+
+        def run(*args: Any) -> Any:
+            graph_ran()
+            return gm.forward(*args)
+
+        return run
 
 
 def _waiting_node(gm: Any, error: str) -> list[Hazard]:

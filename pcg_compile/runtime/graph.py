@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from ..batch import StepState
+from ..calls import graph_ran
+from ..errors import PCGError
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate, expr_of
 from ..step import DoesNotFit, require_step
@@ -46,6 +49,7 @@ class GraphRuntime(GraphState):
         self._fixed = tuple(int(size) for value in users for size in value.shape)
 
     def __call__(self, *args: Any) -> Any:
+        graph_ran()
         try:
             with self.lock:
                 self._running += 1
@@ -83,9 +87,10 @@ class GraphRuntime(GraphState):
         else:
             if step is not None:
                 self._check_tokens(step, sizes)
+            # Ahead of the step: under strict, nothing of it may run.
+            for reason, where in program.fallbacks:
+                counters.fall_back(reason, where)
             result = program.run(args)
-        for reason, where in program.fallbacks:
-            counters.fall_back(reason, where)
         self._count(sizes, program)
         return result
 
@@ -164,14 +169,20 @@ class GraphRuntime(GraphState):
             self.shared.agreement.confirm(building=True)
         if step is not None:
             self._check_tokens(step, sizes)
-        reason = self.plan.eager
+        reason, counters = self.plan.eager, self.shared.counters
         if reason is None and self.memory.overlapping(binding, args, step):
             reason = "an input that the graph writes overlaps another one in memory"
         if reason is not None:
-            eager = Program(None, self.shared.counters, fallbacks=[(f"{reason}; the graph runs eagerly", "")])
-            return self.run_eagerly(args), eager
+            reason = f"{reason}; the graph runs eagerly"
+            counters.fall_back(reason)
+            return self.run_eagerly(args), Program(None, counters, fallbacks=[(reason, "")])
         bucket, reason = self._choose(binding, named)
-        program, result = build_and_run(binding, named, bucket, args, step)
+        if reason:
+            counters.fall_back(reason)
+        with self._undone_if_refused(args):
+            program, result = build_and_run(binding, named, bucket, args, step)
+            for fallback in program.fallbacks:
+                counters.fall_back(*fallback)
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
@@ -181,6 +192,22 @@ class GraphRuntime(GraphState):
                 binding.remember(sizes, program)
             self.respect_budget(binding, program)
         return result, program
+
+    @contextmanager
+    def _undone_if_refused(self, args: Sequence[Any]) -> Iterator[None]:
+        """Under ``strict``, takes back what the graph wrote where it turns out that it is not captured."""
+        if not self.shared.options.strict:
+            yield
+            return
+        written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
+        before = [tensor.clone() for tensor in written]
+        try:
+            yield
+        except PCGError:
+            with torch.no_grad():
+                for tensor, old in zip(written, before, strict=True):
+                    tensor.copy_(old)
+            raise
 
     def _choose(
         self, binding: Binding, sizes: Mapping[sympy.Symbol, int]
