@@ -21,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counts", default="12,50", help="numbers of buckets to record (tiny: 4,6)")
     parser.add_argument("--max-tokens", type=int, help="largest bucket (1024; tiny 32)")
-    parser.add_argument("--attention", choices=("eager", "captured"), default="eager")
+    parser.add_argument("--cudagraph-mode", choices=("piecewise", "full"), default="piecewise")
     parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pieces are compiled with (tiny: eager)")
 
 
@@ -71,7 +71,7 @@ def _record(args: argparse.Namespace, shape: Any, model: Any, compiler: str, buc
     device = args.device
     cache = make_cache(shape, device, buckets[-1])
     left_out = [buckets[(len(buckets) - 1) // 2]]
-    options = {"buckets": buckets, "compiler": compiler, "attention": args.attention}
+    options = {"buckets": buckets, "compiler": compiler, "cudagraph_mode": args.cudagraph_mode}
     compiled = torch.compile(share(model, shape), backend="pcg", options=options)
     lists = make_lists(shape, cache, buckets[-1], 0)
     batch = lists.batch()

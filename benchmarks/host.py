@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         model = make_model(shape, args.device)
         cache = make_cache(shape, args.device, 64)
         lists = make_lists(shape, cache, _TOKENS, 0)
-        options: dict[str, Any] = {"compiler": "eager", "attention": "eager", "buckets": [8]}
+        options: dict[str, Any] = {"compiler": "eager", "cudagraph_mode": "piecewise", "buckets": [8]}
 
         def piecewise(guards: str) -> Callable[[Llama], Any]:
             dynamic = {"ids": 0, "positions": 0}

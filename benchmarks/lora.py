@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", help="distinct ones in a batch, up to 16, with commas (1,4,16; quick 16,4)")
     parser.add_argument("--decode", help="requests of one token, with commas; 0: none (64)")
     parser.add_argument("--prefill", help="tokens of a batch of prompts, with commas; 0: none (1000,4000)")
-    parser.add_argument("--attention", choices=("auto", "eager", "captured"), default="auto", help="pcg's option")
+    parser.add_argument("--cudagraph-mode", choices=("auto", "piecewise", "full"), default="auto", help="pcg's option")
     parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pcg compiles with (tiny: eager)")
     parser.add_argument("--budget", type=float, help="seconds; what is not begun by then is left out (quick: 85, 140)")
     parser.add_argument("--bandwidth", type=float, default=3.35, help="of the GPU's memory, TB/s, for the floor")

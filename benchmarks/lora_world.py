@@ -68,7 +68,7 @@ class World:
     def compile(self, results: Results) -> None:
         """Compiles and records both models, before any adapter is loaded."""
         compiler = self.args.compiler or ("eager" if self.args.tiny else "inductor")
-        options = {"compiler": compiler, "attention": self.args.attention}
+        options = {"compiler": compiler, "cudagraph_mode": self.args.cudagraph_mode}
         mixes = [self.mix(kind, size, count) for kind, size in self.traffic for count in self.counts]
         buckets = sorted({bucket_of(sum(mix.qo_lens)) for mix in mixes})
         for name, model, pooled in (("pcg", self.plain, False), ("pcg-lora", self.pooled, True)):

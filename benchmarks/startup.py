@@ -114,7 +114,7 @@ def _child(args: argparse.Namespace) -> None:
         else:
             compiler = way.removeprefix("pcg ")
             variant = Eager(world)
-            options = {"compiler": compiler, "attention": "eager"}
+            options = {"compiler": compiler, "cudagraph_mode": "piecewise"}
             variant.model = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **options)(model.forward)
         started = time.perf_counter()
         if way == "torch.compile":

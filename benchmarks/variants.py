@@ -119,12 +119,12 @@ class Eager(Variant):
 class Pcg(Eager):
     """The unmodified model through the backend; buckets of the sizes are recorded by ``pcg.warmup``."""
 
-    about = 'torch.compile(model, backend="pcg", options={"attention": "eager"})'
-    attention = "eager"
+    about = 'torch.compile(model, backend="pcg", options={"cudagraph_mode": "piecewise"})'
+    cudagraph_mode = "piecewise"
     padding = "auto"
 
     def options(self) -> dict[str, Any]:
-        return {"compiler": self.world.compiler, "attention": self.attention, "padding": self.padding}
+        return {"compiler": self.world.compiler, "cudagraph_mode": self.cudagraph_mode, "padding": self.padding}
 
     def compile(self) -> Any:
         return torch.compile(share(self.world.model, self.world.shape), backend="pcg", options=self.options())
@@ -161,7 +161,7 @@ class PcgSlice(Pcg):
 
 
 class PcgInputs(Pcg):
-    about = '@pcg.piecewise(guards="inputs", attention="eager")'
+    about = '@pcg.piecewise(guards="inputs", cudagraph_mode="piecewise")'
 
     def compile(self) -> Any:
         model = share(self.world.model, self.world.shape)
@@ -170,8 +170,8 @@ class PcgInputs(Pcg):
 
 
 class PcgWhole(Pcg):
-    about = 'pcg with options={"attention": "captured"}: one recording for a whole step'
-    attention = "captured"
+    about = 'pcg with options={"cudagraph_mode": "full"}: one recording for a whole step'
+    cudagraph_mode = "full"
 
     def ready(self, examples: Sequence[Lists]) -> None:
         super().ready(examples)

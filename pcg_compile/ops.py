@@ -35,7 +35,7 @@ class SplitOp:
         optional_step: True where no running step means that there is nothing to prepare.
         bind_whole: like ``bind``, for metadata that come before the recording of a whole step; the callable returns
             what the recording bakes in, or raises ``DoesNotFit``.
-        recordable: True where a recording of the whole step may hold the op (``attention="captured"``): it reads
+        recordable: True where a recording of the whole step may hold the op (``cudagraph_mode="full"``): it reads
             whatever changes from step to step from its tensor arguments, on the device.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
@@ -98,8 +98,9 @@ def register_split_op(
         scratch_page: a page that is never given to a request; without it an op with pages gets the real
             rows only.
         any_strides: the op takes tensors of any strides.
-        recordable: ``attention="captured"`` may record it with the rest of the step. Only for an op that reads all that
-            changes from step to step from its tensor arguments, on the device; any other would be silently wrong.
+        recordable: ``cudagraph_mode="full"`` may capture it with the rest of the step. Only for an op that reads
+            whatever changes from step to step from its tensor arguments, on the device; any other would be silently
+            wrong.
 
     Raises:
         OptionsError: ``name`` is not of the form "library::op".

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Integral
@@ -18,9 +18,14 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "padding": ("auto", "request", "slice"),
     "scalar_writes": ("reject", "rewrite"),
     "outputs": ("copy", "view"),
-    "attention": ("auto", "eager", "captured"),
+    "cudagraph_mode": ("auto", "piecewise", "full"),
 }
 _COMPILERS = ("inductor", "eager")
+
+#: Former names of options and values: what an error points to.
+_RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "attention": ("cudagraph_mode", {"auto": "auto", "eager": "piecewise", "captured": "full"}),
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Options:
     scalar_writes: Literal["reject", "rewrite"] = "reject"
     #: "copy": outputs stay the caller's; "view": overwritten by the next step.
     outputs: Literal["copy", "view"] = "copy"
-    #: Attention between pieces ("eager"), in one whole-step recording ("captured"), or as measured ("auto").
-    attention: Literal["auto", "eager", "captured"] = "auto"
+    #: Split ops between captured pieces ("piecewise"), one CUDA graph of a step ("full"), or as measured ("auto").
+    cudagraph_mode: Literal["auto", "piecewise", "full"] = "auto"
     #: Bytes that recordings may hold; None: no limit.
     memory_budget: int | None = None
     #: True turns every fallback into an error.
@@ -103,16 +108,26 @@ class Options:
             )
         for name in options:
             if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise OptionsError(
-                    message(
-                        f"unknown option {name!r}.{hint}",
-                        why=f"Allowed: {', '.join(names)}.",
-                        cure='Write: torch.compile(model, backend="pcg", options={"buckets": [8, 64, 512]})',
-                    )
-                )
+                raise _unknown(name, options[name], names)
         return cls(**options)
+
+
+def _unknown(name: Any, value: Any, names: Sequence[str]) -> OptionsError:
+    example = '"buckets": [8, 64, 512]'
+    if name in _RENAMED:
+        new, values = _RENAMED[name]
+        hint = f" It is called {new!r} now."
+        example = f'"{new}": "{values.get(value, "auto") if isinstance(value, str) else "auto"}"'
+    else:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+    return OptionsError(
+        message(
+            f"unknown option {name!r}.{hint}",
+            why=f"Allowed: {', '.join(names)}.",
+            cure=f'Write: torch.compile(model, backend="pcg", options={{{example}}})',
+        )
+    )
 
 
 def _is_int(value: Any) -> bool:
@@ -140,7 +155,7 @@ _EXAMPLES: Mapping[str, str] = {
     "max_padding": "1.25",
     "scalar_writes": '"rewrite"',
     "outputs": '"copy"',
-    "attention": '"eager"',
+    "cudagraph_mode": '"full"',
     "memory_budget": "2 * 1024**3",
     "strict": "True",
 }

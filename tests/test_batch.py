@@ -384,13 +384,13 @@ def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
     assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message
 
 
-@pytest.mark.parametrize("attention", ["eager", "captured"])
-def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, attention):
+@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
+def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, cudagraph_mode):
     cache = PagedKVCache(num_layers=1, num_pages=32, page_size=4, num_kv_heads=1, head_dim=4)
     attend = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
     compiled = torch.compile(
         lambda x: attend(x, x + 1, x * 2) * 2, backend="pcg", dynamic=True,
-        options={"compiler": "eager", "buckets": [4, 8], "attention": attention},
+        options={"compiler": "eager", "buckets": [4, 8], "cudagraph_mode": cudagraph_mode},
     )  # fmt: skip
     written, write = [], PagedKVCache.write
     monkeypatch.setattr(PagedKVCache, "write", lambda self, *args: written.append(args) or write(self, *args))

@@ -218,9 +218,9 @@ class Decoder(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("attention", ["eager", "captured"])
+@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
 @pytest.mark.parametrize(("page_size", "dynamic"), [(1, None), (3, True), (16, None)])
-def test_requests_come_go_share_prefixes_and_are_cut_into_chunks(page_size, dynamic, attention):
+def test_requests_come_go_share_prefixes_and_are_cut_into_chunks(page_size, dynamic, cudagraph_mode):
     torch._dynamo.reset()
     torch.manual_seed(page_size)
     rng = random.Random(page_size)
@@ -232,7 +232,7 @@ def test_requests_come_go_share_prefixes_and_are_cut_into_chunks(page_size, dyna
         model,
         backend="pcg",
         dynamic=dynamic,
-        options={"buckets": [4, 16, 48], "compiler": "eager", "attention": attention},
+        options={"buckets": [4, 16, 48], "compiler": "eager", "cudagraph_mode": cudagraph_mode},
     )
     requests, users = [], {}
     for _ in range(9):

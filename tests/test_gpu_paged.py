@@ -17,7 +17,7 @@ pytestmark = [
 BUCKETS = [2, 4, 8, 16, 32, 64, 128]
 
 
-@pytest.fixture(scope="module", params=["eager", "captured"])
+@pytest.fixture(scope="module", params=["piecewise", "full"])
 def setup(request):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,7 +35,7 @@ def setup(request):
         vocab_size=1000,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=torch.bfloat16).cuda().eval()
-    compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS, "attention": request.param})
+    compiled = torch.compile(model, backend="pcg", options={"buckets": BUCKETS, "cudagraph_mode": request.param})
     return model, compiled, [cache_for(model, num_pages=512) for _ in range(2)]
 
 

@@ -132,14 +132,14 @@ def test_callers_on_side_streams():
 
 
 @needs_flashinfer
-@pytest.mark.parametrize("attention", ["eager", "captured"])
-def test_steady_steps_with_adapters_wait_for_nothing(attention, tmp_path):
+@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
+def test_steady_steps_with_adapters_wait_for_nothing(cudagraph_mode, tmp_path):
     model, cache = make_llama(), make_cache(pages=400)
     modules = {f"blocks.{i}.down": (SHAPE.mlp, SHAPE.hidden) for i in range(SHAPE.layers)}
     pool = pcg.lora.AdapterPool(model, max_adapters=2, max_rank=8, target_modules=["down"])
     for rank, name in enumerate("ab", 3):
         pool.load(name, save_plain(tmp_path / name, modules, rank, target_modules=["down"]))
-    options = {"compiler": "eager", "buckets": [8, 64], "attention": attention}
+    options = {"compiler": "eager", "buckets": [8, 64], "cudagraph_mode": cudagraph_mode}
     compiled = torch.compile(model, backend="pcg", options=options, dynamic=True)
 
     def serve(n, length, adapters):

@@ -181,10 +181,10 @@ def plain(monkeypatch):
     return f"attention in plain PyTorch: {reason}"
 
 
-@pytest.mark.parametrize("attention", ["eager", "captured"])
-def test_attention_in_plain_pytorch_is_counted_at_each_step(plain, attention):
+@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
+def test_attention_in_plain_pytorch_is_counted_at_each_step(plain, cudagraph_mode):
     traffic, model = Traffic(), Model().eval()
-    options = {"compiler": "eager", "buckets": [8], "attention": attention}
+    options = {"compiler": "eager", "buckets": [8], "cudagraph_mode": cudagraph_mode}
     compiled = torch.compile(model, backend="pcg", options=options, dynamic=True)
     sizes = [5, 6, 5, 7, 20]
     for request, n in enumerate(sizes):

@@ -98,10 +98,11 @@ def test_a_size_that_never_ran_uses_its_buckets_recordings():
     assert timeline.sizes == (6,) and timeline.bucket == (8,)
 
 
-@pytest.mark.parametrize("attention", ["eager", "captured"])
-def test_timing_a_paged_step_leaves_the_cache_and_the_next_step_alone(attention):
+@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
+def test_timing_a_paged_step_leaves_the_cache_and_the_next_step_alone(cudagraph_mode):
     model, traffic = Model().eval(), Traffic()
-    compiled = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **OPTIONS, attention=attention)(model.forward)
+    options = {**OPTIONS, "cudagraph_mode": cudagraph_mode}
+    compiled = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **options)(model.forward)
     for qo_lens in ({1: 5, 2: 2}, {1: 2, 2: 5}, {1: 1, 2: 6}):
         traffic.check(model, compiled, qo_lens)
     batch = traffic.batch({1: 1, 2: 6})
@@ -116,7 +117,7 @@ def test_timing_a_paged_step_leaves_the_cache_and_the_next_step_alone(attention)
     with pcg.step(batch, cache):
         torch.testing.assert_close(compiled(ids, batch.positions), want)
     kinds = [span.kind for span in timeline.spans]
-    if attention == "captured":
+    if cudagraph_mode == "full":
         assert kinds == ["inputs", "metadata", "replay", "outputs"]
     else:
         assert kinds.count("split op") == LAYERS and kinds.count("replay") == LAYERS + 1

@@ -1,4 +1,4 @@
-"""attention="captured": the whole step in one recording, right for every batch, and pieces where it does not fit."""
+"""cudagraph_mode="full": the whole step in one recording, right for every batch, and pieces where it does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import pcg_compile as pcg
 
-OPTIONS = {"compiler": "eager", "buckets": [2, 4, 8, 16], "attention": "captured"}
+OPTIONS = {"compiler": "eager", "buckets": [2, 4, 8, 16], "cudagraph_mode": "full"}
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_an_op_of_someone_else_that_does():
 
 def test_auto_measures_nothing_where_a_replay_runs_the_same_calls():
     model = Model().eval()
-    compiled = torch.compile(model, backend="pcg", options={**OPTIONS, "attention": "auto"})
+    compiled = torch.compile(model, backend="pcg", options={**OPTIONS, "cudagraph_mode": "auto"})
     traffic = Traffic()
     batch = traffic.batch({1: 5})
     with pcg.step(batch, traffic.caches[1]):

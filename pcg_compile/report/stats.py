@@ -39,7 +39,7 @@ class BucketStats:
     padded_tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
-    #: Under attention="auto", what warm-up chose for the bucket and both times; else "".
+    #: Under cudagraph_mode="auto", what warm-up chose for the bucket and both times; else "".
     attention: str = ""
 
     @property

@@ -75,7 +75,7 @@ def _build(b: Building) -> Any:
     b.program.counters.replays += b.program.replays
     if b.program.bucket is not None and b.program.complete and b.program.recording_keys:
         b.binding.buckets.add(b.program.bucket)
-    if b.bucket is not None and b.shared.options.attention != "eager" and b.program.complete:
+    if b.bucket is not None and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
         _find_whole(b)
     if b.bucket is not None and _is_the_buckets(b):
         program = b.program
@@ -123,12 +123,12 @@ def _is_the_buckets(b: Building) -> bool:
 def _find_whole(b: Building) -> None:
     """The whole step as one recording, shared by all programs of the bucket."""
     assert b.program.bucket is not None
-    captured = b.shared.options.attention == "captured"
+    full = b.shared.options.cudagraph_mode == "full"
     reason = why_not_whole(b.plan.sites, lambda site: _is_recorded(b, site))
     if not b.compiled:
         reason = "pieces run eagerly"
     if reason is not None:
-        if reason and captured:
+        if reason and full:
             b.program.fallbacks.append((f"attention between pieces: {reason}", ""))
         return
     wholes = b.binding.wholes
@@ -143,7 +143,7 @@ def _find_whole(b: Building) -> None:
             {node: b.static[node] for node in made},
             {s.index: _whole_piece(b, s) for s in b.plan.sites if isinstance(s, PieceSite)},
             callable_of,
-            True if captured else None,
+            True if full else None,
         )
     b.program.whole = wholes[b.program.bucket]
 

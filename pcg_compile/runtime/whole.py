@@ -1,4 +1,4 @@
-"""One recording of a whole step, for attention that declares itself recordable (``attention="captured"``).
+"""One recording of a whole step, for attention that declares itself recordable (``cudagraph_mode="full"``).
 
 Everything that changes from step to step then lies in static memory: the step's metadata are written there, and
 attention's plan, before the one replay. A batch that does not fit runs piece by piece.
@@ -218,12 +218,12 @@ class WholeStep:
             self.wanted, rungs = False, []
         elif self.wanted is None:
             _set_rung(step, middle)
-            captured = seconds_of(step, self.run, self.shared.device)
+            full = seconds_of(step, self.run, self.shared.device)
             _set_rung(step, None)
             between = seconds_of(step, between_pieces, self.shared.device)
-            self.wanted = captured < between
-            chosen = "captured" if self.wanted else "between pieces"
-            times = f"captured {1e3 * captured:.2f} ms, between pieces {1e3 * between:.2f} ms"
+            self.wanted = full < between
+            chosen = "full" if self.wanted else "piecewise"
+            times = f"full {1e3 * full:.2f} ms, piecewise {1e3 * between:.2f} ms"
             counters.bucket(self.name).attention = f"{chosen} ({times})"
         for rung in rungs if self.wanted else ():
             _set_rung(step, rung)
