@@ -1,4 +1,4 @@
-"""Paged attention in a CUDA graph: pcg's Triton kernels against FlashInfer and the floor. ``python -m benchmarks attention``."""
+"""Paged attention in a CUDA graph: pcg's Triton kernels, FlashInfer, the floor. ``python -m benchmarks attention``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Workload", "add_arguments", "graph_us", "run", "workloads"]
 #: Bytes and operations a second that one H200 reaches at most: its datasheet's bandwidth, and bf16 matrix products.
 _BANDWIDTH, _FLOPS = 4.8e12, 790e12
 _NOTES = {
-    "us": "microseconds per layer in a CUDA graph of eight; the best of four; the metadata of the batch are there already",
+    "us": "microseconds per layer in a CUDA graph of eight; the best of four; the batch's metadata are on the device",
     "fa2": "FlashInfer's BatchPrefillWithPagedKVCacheWrapper, backend fa2, planned ahead",
     "triton": "pcg's kernel, captured at exactly the batch's rows and request entries",
     "schedule": "pcg's list of work items, once per step for all layers",
@@ -124,7 +124,7 @@ def triton_call(batch: Batch, tiling: Any, out: torch.Tensor) -> tuple[Callable[
         num_heads=work.heads, num_kv_heads=work.kv_heads, head_dim=work.head_dim, v_head_dim=work.head_dim,
         page_size=work.page_size, tiling=tiling, device=out.device, scale=work.head_dim**-0.5,
     )  # fmt: skip
-    items = kernels.new_schedule(len(out), requests)
+    items = kernels.new_schedule(kernels.most_items(len(out), requests))
     workspace = torch.empty(kernels.workspace_floats, device=out.device)
     return (
         lambda: kernels.schedule(items, *batch.device, requests),
@@ -241,7 +241,8 @@ def run(args: argparse.Namespace) -> None:
     def candidates(work: Workload) -> list[Any]:
         if args.tune:
             return tilings(work)
-        return [tiling_for(work.kind, work.head_dim, work.heads // work.kv_heads, 2)]
+        rows, group = sum(work.qo_lens) * work.kv_heads, work.heads // work.kv_heads
+        return [tiling_for(work.kind, work.head_dim, group, work.page_size, rows, 2, work.fp8, args.device)]
 
     name = "attention-tuning" if args.tune else "attention"
     with Results(args, f"{name}-{torch.cuda.get_device_name().split()[-1].lower()}", _NOTES) as results:

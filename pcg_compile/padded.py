@@ -80,6 +80,12 @@ class PaddedBatch:
         return self.flat[self.starts[index] : self.starts[index] + self.sizes[index]]
 
     @property
+    def longest(self) -> int:
+        """Most new tokens of a real request; 0 where there is none."""
+        qo = self._tables.qo
+        return int(qo.max(initial=0)) if len(qo) != self.tokens else min(1, len(qo))
+
+    @property
     def slots(self) -> Ints:
         """``[tokens]`` int64: the slots of the real tokens."""
         assert self._tables.slots is not None

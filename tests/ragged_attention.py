@@ -80,7 +80,8 @@ class Case:
 def random_case(
     seed: int, *, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, v_dim: int | None = None, page_size: int = 4,
     dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype | None = None, scale: float | None = None,
-    spans: bool = False, sinks: bool = False, slopes: bool = False, longest: int = 90, device: str = "cpu",
+    spans: bool = False, sinks: bool = False, slopes: bool = False, longest: int = 90, prompt: int = 40,
+    device: str = "cpu",
     tiling: Tiling | None = None, **mask: Any,
 ) -> Case:  # fmt: skip
     """A batch of decode requests, prompts, and chunks of prompts, by chance; unwritten slots hold NaN."""
@@ -90,7 +91,7 @@ def random_case(
         return torch.randn(shape, generator=torch_seed)
 
     requests = chance.randint(1, 5)
-    qo_lens = [chance.choice([1, 1, 1, chance.randint(1, 6), chance.randint(1, 40)]) for _ in range(requests)]
+    qo_lens = [chance.choice([1, 1, 1, chance.randint(1, 6), chance.randint(1, prompt)]) for _ in range(requests)]
     kv_lens = [n + chance.choice([0, chance.randint(0, longest)]) for n in qo_lens]
     counts = [-(-n // page_size) for n in kv_lens]
     pages = list(range(1, sum(counts) + 3))
@@ -185,7 +186,7 @@ class Ragged:
             page_size=case.page_size, tiling=case.extra.get("tiling") or tiling, device=device, scale=case.scale,
             spans=case.spans is not None, precise=case.q.dtype == torch.float32, **case.mask,
         )  # fmt: skip
-        self.schedule = self.run.new_schedule(rows, entries)
+        self.schedule = self.run.new_schedule(self.run.most_items(rows, entries))
         # Nothing may depend on what memory held before.
         self.schedule.items.fill_(77), self.schedule.counters.fill_(5)
         self.workspace = torch.full((self.run.workspace_floats,), torch.nan, device=device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,8 @@ from .triton_kernels import HEADER, ITEM, attend, schedule
 
 __all__ = ["RaggedAttention", "Schedule", "Tiling", "is_interpreted", "tiling_for"]
 
-#: Elements of the blocks that a merge of parts holds at once, per thread.
-_MERGE_ELEMENTS = 32
+#: Elements per thread of the blocks that a merge of parts holds at once; with long blocks of keys.
+_MERGE_ELEMENTS = (32, 64)
 #: Multiprocessors that the interpreter is said to have, few enough for small tests to divide keys.
 _INTERPRETED_PROCESSORS = 4
 
@@ -56,25 +56,51 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def tiling_for(kind: str, head_dim: int, group: int, itemsize: int) -> Tiling:
-    """The tiling of a kind of batch.
+def tiling_for(
+    kind: str, head_dim: int, group: int, page_size: int, rows: int, itemsize: int, fp8: bool, device: torch.device
+) -> Tiling:
+    """The tiling of a kind of batch. Tuned on an H200 (``python -m benchmarks attention --tune``).
 
     Args:
         kind: "decode" (each request has so few tokens that one small tile holds them), "mixed" or "prefill".
-        head_dim: the larger one of keys and values. group: query heads per KV head. itemsize: bytes of an element of q.
+        head_dim: the larger one of keys and values. group: query heads per KV head.
+        rows: rows of q times KV heads. itemsize: bytes of an element of q. fp8: whether keys and values are.
     """
-    wide = head_dim > 128
-    if itemsize > 2:
-        return Tiling(16 if kind == "decode" else 32, 16 if wide else 32, 4, 2, 2)
+    small = max(16, triton.next_power_of_2(group)) if kind == "decode" else 16
+    if device.type != "cuda":
+        return Tiling(small if kind == "decode" else 32, 16, programs=2, phases=kind != "decode")
+    # Ahead of Ampere nothing is copied asynchronously, and a program has less shared memory.
+    old = torch.cuda.get_device_capability(device) < (8, 0)
+    if itemsize > 2 or old or head_dim > 256:
+        return Tiling(small if kind == "decode" else 32, 16 if head_dim > 128 else 32, 4, 2)
+    # The smallest of today's GPUs have 99 KiB of shared memory for a program, data center GPUs 163 or 227.
+    deep = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 << 10
+    stages = 5 if deep else 3
     if kind == "decode":
-        return Tiling(max(16, min(64, triton.next_power_of_2(group))), 32 if wide else 64, 4, 3, 4)
-    if kind == "mixed":
-        return Tiling(64, 32 if wide else 64, 8 if wide else 4, 3, 2, phases=True)
-    return Tiling(128, 32 if wide else 64, 8, 3, 2, phases=True)
+        if small > 32:
+            return Tiling(small, 32 if head_dim > 128 else 64, 4, 3, 2)
+        if head_dim > 128:
+            return Tiling(small, 16, 2, stages, 2)
+        if fp8:
+            return Tiling(small, 128 if deep else 64, 4, 3, 2)
+        load = rows / _processors(device)
+        if head_dim <= 64:
+            return Tiling(small, 64, 2, 3, 2) if load > 4 else Tiling(small, 128, 4, stages, 1)
+        if load > 4:
+            return Tiling(small, 32, 1, 3, 4) if small == 16 else Tiling(small, 64, 2, 3, 2)
+        return Tiling(small, 64, 4, stages, 1) if load > 1 or not deep else Tiling(small, 128, 4, stages, 1)
+    if head_dim > 128:
+        if kind == "mixed":
+            return Tiling(32, 64 if deep else 32, 4, 3, 1)
+        return Tiling(64, 32, 4, 3, 1, phases=True)
+    if fp8:
+        return Tiling(64, 64, 4, 3, 1) if kind == "mixed" or not deep else Tiling(128, 64, 4, 3, 1, phases=True)
+    if kind == "mixed" or not deep or (head_dim > 64 and page_size % 64 == 0):
+        return Tiling(64, 64, 4, stages, 1, phases=True)
+    return Tiling(128, 64, 8, stages, 1, phases=True)
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """The work items of one step, and the grid that serves any batch of as many rows and request entries.
 
     Attributes:
@@ -130,7 +156,9 @@ class RaggedAttention:
             "BLOCK_Q": self.block_q, "BLOCK_N": tiling.block_n,
         }  # fmt: skip
         rows = min(self.block_m, max(1, triton.next_power_of_2(group)))
-        parts = max(1, min(triton.next_power_of_2(self.slots), 32 * tiling.warps * _MERGE_ELEMENTS // (rows * self.v_pad)))
+        # They take registers that a loop over short blocks would rather have for more programs.
+        elements = 32 * tiling.warps * _MERGE_ELEMENTS[tiling.block_n >= 128]
+        parts = max(1, min(triton.next_power_of_2(self.slots), elements // (rows * self.v_pad)))
         self._constants: dict[str, Any] = {
             **self._mask, "HEADS": num_kv_heads, "GROUP": group, "K_DIM": head_dim, "V_DIM": v_head_dim,
             "K_PAD": max(16, triton.next_power_of_2(head_dim)), "V_PAD": self.v_pad, "PAGE": page_size,
@@ -147,9 +175,8 @@ class RaggedAttention:
         """Number of work items at most; see Note [Parts]."""
         return (rows + requests * (self.block_q - 1)) // self.block_q + self.budget
 
-    def new_schedule(self, rows: int, requests: int) -> Schedule:
-        """Memory for the work items of ``rows`` query rows and ``requests`` request entries."""
-        most = self.most_items(rows, requests)
+    def new_schedule(self, most: int) -> Schedule:
+        """Memory for ``most`` work items."""
         items = torch.zeros(HEADER + ITEM * most, dtype=torch.int32, device=self.device)
         counters = torch.zeros(self.slots * self.num_kv_heads, dtype=torch.int32, device=self.device)
         return Schedule(items, counters, most)
@@ -209,6 +236,8 @@ class RaggedAttention:
             self._scale, self._softcap, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
             k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), out.stride(0), out.stride(1),
             lse.stride(0) if lse is not None else 0, **self._constants, SINKS=sinks is not None,
-            ALIKE=k_cache.stride()[:3] == v_cache.stride()[:3], WIDE=is_interpreted() and q.dtype == torch.bfloat16, ALIBI=slopes is not None, LSE=lse is not None, FP8=k_scales is not None,
+            ALIBI=slopes is not None, LSE=lse is not None, FP8=k_scales is not None,
+            ALIKE=k_cache.stride()[:3] == v_cache.stride()[:3],
+            WIDE=is_interpreted() and q.dtype == torch.bfloat16,
             num_warps=self.tiling.warps, num_stages=self.tiling.stages,
         )  # fmt: skip

@@ -1,9 +1,9 @@
 """Triton kernels for paged attention over ragged batches, without a plan on the host.
 
 Note [Two kernels]. ``schedule`` runs once per step and attention shape: it reads the batch's lengths from device memory
-and writes a list of work items, one per tile of query tokens and part of the tile's keys. ``attend`` runs once per layer:
-program (h, i) loads item i and computes it for KV head h; programs beyond the list return at once. Both grids follow
-from the number of query rows and of request entries alone, so one captured graph serves every batch that fits.
+and writes a list of work items, one per tile of query tokens and part of the tile's keys. ``attend`` runs once per
+layer: program (h, i) loads item i and computes it for KV head h; programs beyond the list return at once. Both grids
+follow from the number of query rows and of request entries alone, so one captured graph serves every batch that fits.
 
 Note [Tiles]. A tile is up to BLOCK_Q consecutive tokens of one request. The GROUP query heads that share a KV head are
 packed into the rows of the tile's matrix products (row m is token ``m // GROUP``, head ``m % GROUP``), so a decode
@@ -159,8 +159,8 @@ def _block(
     q, acc, top, total, j, n, d, e, begin, end, low, high, position, slope, factor, softcap,
     k_head, v_head, pages, k_page, k_token, v_page, v_token,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr,
-    ALIKE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIKE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the softmax statistics and the sum of values after it."""
     p = j + n
@@ -222,10 +222,12 @@ def attend(
     partial, stats, counters, scale, softcap, q_row, q_head, k_page, k_token, k_head, v_page, v_token, v_head,
     out_row, out_head, lse_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    V_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, LSE: tl.constexpr, FP8: tl.constexpr,
-    WIDE: tl.constexpr, PHASES: tl.constexpr, MERGE_PARTS: tl.constexpr, MERGE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PHASES: tl.constexpr, MERGE_PARTS: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item for one KV head. Grid: (KV heads, items); see the notes above.
 

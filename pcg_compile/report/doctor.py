@@ -197,7 +197,7 @@ def _flashinfer() -> Check:
     from ..attention.flashinfer import why_not
 
     shape = AttentionShape(32, 8, 128, None, None, 128**-0.5, torch.bfloat16)
-    reason = why_not(shape, torch.device("cuda", torch.cuda.current_device()))
+    reason = why_not(shape, torch.device("cuda", torch.cuda.current_device()), shape.dtype)
     if reason is not None:
         # A GPU that is too old has no cure.
         cure = 'pip install "pcg-compile[flashinfer]"' if "import" in reason else None
