@@ -151,6 +151,47 @@ def test_two_layers_of_one_step_share_nothing_but_the_lists(backend):
     torch.testing.assert_close(run(compiled), run(forward), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["piecewise", "full"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_tokens_see_each_other(backend, mode):
+    """As image tokens: against the same mask in plain PyTorch; the next batch of that size has none."""
+    cache = PagedKVCache(1, 32, 4, num_kv_heads=1, head_dim=16, device=DEVICE)
+    attention = PagedAttention(0, 2, 1, 16, window=4)
+
+    def forward(x):
+        return attention(x, x[:, :1] * 1, x[:, 1:] * 1) * 1
+
+    compiled = pcg.piecewise(
+        dynamic={"x": 0}, compiler="eager", buckets=[16], attention_backend=backend, cudagraph_mode=mode
+    )(forward)
+    for groups in ([-1, 0, 0, 0, -1, 1, 1, 1, 1, 1, 1, 7], None, [0] * 12, [-1] * 6 + [3] * 6):
+        x = torch.randn(12, 2, 16, device=DEVICE)
+        with pcg.step(pcg.Batch([2, 10], [2, 10], [[1], [2, 3, 4]], groups=groups), cache):
+            got = compiled(x)
+        at = torch.arange(12)
+        owner = (at >= 2).long()
+        seen = (owner[:, None] == owner) & (at <= at[:, None]) & (at > at[:, None] - 4)
+        if groups is not None:
+            group = torch.tensor(groups)
+            seen |= (owner[:, None] == owner) & (group[:, None] == group) & (group >= 0)
+        scores = torch.einsum("qhd,kd->hqk", x, x[:, 0]) * 16**-0.5
+        weights = torch.softmax(scores.masked_fill(~seen.to(DEVICE), -torch.inf), -1)
+        torch.testing.assert_close(got, torch.einsum("hqk,kd->qhd", weights, x[:, 1]), rtol=1e-4, atol=1e-4)
+    assert not pcg.stats(compiled).fallbacks
+
+
+def test_groups_that_make_no_sense():
+    for groups, match in (
+        ([0, 0], "2.* for 3 tokens"),
+        ([0, 1, 0], "group 0 of request 0"),
+        ([0.5] * 3, "groups holds"),
+    ):
+        with pytest.raises(BatchError, match=match):
+            pcg.Batch([3], groups=groups)
+    # The same number in two requests is two groups.
+    assert pcg.Batch([1, 2], groups=[0, 0, 0])._spans.tolist() == [[0, 0], [0, 1], [0, 1]]
+
+
 def test_fp8_caches_clamp_what_they_cannot_hold_and_keep_scales():
     cache = PagedKVCache(
         1, 8, 4, num_kv_heads=2, head_dim=4, dtype=torch.float8_e4m3fn, k_scale=torch.tensor([1.0, 0.5]), v_scale=2.0

@@ -77,7 +77,8 @@ def test_one_grid_serves_every_batch_of_as_many_rows():
     rows, entries = 48, 9
     first = Ragged(random_case(0, page_size=4, device=DEVICE), rows, entries)
     for seed in range(1, 4):
-        case = random_case(seed, page_size=4, device=DEVICE)
+        # Longer by far than what the first one had: no maximum is baked in.
+        case = random_case(seed, page_size=4, longest=60 * seed, device=DEVICE)
         if len(case.q) > rows:
             continue
         first.case = case

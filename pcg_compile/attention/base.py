@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
 
-__all__ = ["AttentionImpl", "AttentionShape", "Layer"]
+__all__ = ["PLAIN", "AttentionImpl", "AttentionShape", "Layer"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,25 @@ def encode_shape(
     return f"{numbers},{causal},{piece},{value},{backend},{extras}"
 
 
+class Layer(NamedTuple):
+    """Tensors of one layer that attention reads, None where it has none.
+
+    Attributes:
+        sinks: ``[num_heads]``, a score per head that takes part in the softmax without a value (gpt-oss).
+        slopes: ``[num_heads]``, ALiBi: a score grows by ``slope * (key position - query position)``.
+        k_scale, v_scale: ``[num_kv_heads]`` float32, what stored fp8 keys and values are multiplied by.
+    """
+
+    sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+#: A layer that has none of them.
+PLAIN = Layer()
+
+
 class AttentionImpl(ABC):
     """Paged attention for one shape over one cache.
 
@@ -150,7 +169,7 @@ class AttentionImpl(ABC):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        layer: Layer,
+        layer: Layer = PLAIN,
     ) -> Callable[[Any], None]:
         """A callable that takes a plan and writes ``out``.
 
@@ -160,18 +179,3 @@ class AttentionImpl(ABC):
             out: ``[rows, num_heads, v_dim]``, contiguous. Every row is written, those of the padding request too.
             layer: tensors of the layer.
         """
-
-
-class Layer(NamedTuple):
-    """Tensors of one layer that attention reads, None where it has none.
-
-    Attributes:
-        sinks: ``[num_heads]``, a score per head that takes part in the softmax without a value (gpt-oss).
-        slopes: ``[num_heads]``, ALiBi: a score grows by ``slope * (key position - query position)``.
-        k_scale, v_scale: ``[num_kv_heads]`` float32, what stored fp8 keys and values are multiplied by.
-    """
-
-    sinks: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None

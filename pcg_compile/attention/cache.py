@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BatchError, OptionsError, message
@@ -146,6 +147,7 @@ class PagedKVCache:
         #: Views of them, by the words of the slots and the number of requests.
         self._arrays: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._overflow: torch.Tensor | None = None
+        self._spans: dict[int, torch.Tensor] = {}
         self._impls: dict[str, AttentionImpl] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
         self.reasons: dict[str, str] = {}
@@ -293,8 +295,22 @@ class PagedKVCache:
             arrays = _split(device, padded)
         buffer.sent()
         prepared = Prepared(padded, bucket, self.slot_mapping(bucket), arrays, static)
+        if padded.spans is not None:
+            prepared.spans = self._write_spans(padded, capacity)
         self.current = prepared
         return prepared
+
+    def _write_spans(self, padded: PaddedBatch, capacity: int) -> torch.Tensor:
+        """Spans of all rows, those of the padding request its own positions; at an address that stays."""
+        assert padded.spans is not None
+        area = self._spans.get(capacity)
+        if area is None:
+            with torch.inference_mode(False):
+                area = self._spans[capacity] = torch.zeros((capacity, 2), dtype=torch.int32, device=self.device)
+        rows = padded.bucket
+        own = np.arange(rows - padded.tokens, dtype=np.int32)[:, None].repeat(2, 1)
+        self.staging.send(np.concatenate([padded.spans, own]), area[:rows])
+        return area[:rows]
 
     def _overflow_of(self, words: int) -> torch.Tensor:
         if self._overflow is None or self._overflow.numel() < words:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..errors import BatchError, message
 from ..runtime.staging import StagingRing
-from .base import AttentionImpl, AttentionShape, Layer
+from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
@@ -99,6 +100,16 @@ def implementation() -> type[AttentionImpl]:
     return FlashInferAttention if _version() in _READ_IN else FlashInferWrapper
 
 
+def _refuse_groups(prepared: Prepared) -> None:
+    if prepared.spans is not None:
+        raise BatchError(
+            message(
+                "the batch has groups of tokens that see each other, which pcg does not have FlashInfer compute",
+                cure='Write: options={"attention_backend": "triton"}',
+            )
+        )
+
+
 class _Plan(NamedTuple):
     """The arguments of the kernel that change from step to step."""
 
@@ -143,6 +154,7 @@ class FlashInferAttention(AttentionImpl):
 
     def plan(self, prepared: Prepared) -> _Plan:
         padded = prepared.padded
+        _refuse_groups(prepared)
         while True:
             floats = self._workspaces.get("float")
             if floats is None:
@@ -188,7 +200,7 @@ class FlashInferAttention(AttentionImpl):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        layer: Layer,
+        layer: Layer = PLAIN,
     ) -> Callable[[_Plan], None]:
         kernel, tail = self._module.paged_run, self._tail
         if q.stride(-1) != 1:
@@ -224,8 +236,7 @@ class FlashInferWrapper(AttentionImpl):
 
     def plan(self, prepared: Prepared) -> Any:
         padded, shape = prepared.padded, self.shape
-        if prepared.spans is not None:
-            raise RuntimeError("FlashInfer has no spans of tokens that see each other")
+        _refuse_groups(prepared)
         self._wrapper.plan(
             padded.qo_indptr, padded.kv_indptr, prepared.array(4), padded.last_page_len, shape.num_heads,
             shape.num_kv_heads, shape.head_dim, self.page_size, causal=shape.causal, sm_scale=shape.scale,
@@ -240,7 +251,7 @@ class FlashInferWrapper(AttentionImpl):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        layer: Layer,
+        layer: Layer = PLAIN,
     ) -> Callable[[Any], None]:
         def run(wrapper: Any) -> None:
             wrapper.run(q if q.stride(-1) == 1 else q.contiguous(), (k_cache, v_cache), out=out)

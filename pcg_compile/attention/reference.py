@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..metadata import Ints
-from .base import AttentionImpl, AttentionShape, Layer
+from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
@@ -158,7 +158,7 @@ class ReferenceAttention(AttentionImpl):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        layer: Layer,
+        layer: Layer = PLAIN,
     ) -> Callable[[list[_Group]], None]:
         keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .base import AttentionImpl, AttentionShape, Layer
+from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
@@ -131,7 +131,7 @@ class TritonAttention(AttentionImpl):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        layer: Layer,
+        layer: Layer = PLAIN,
     ) -> Callable[[_Plan], None]:
         sinks, slopes, k_scale, v_scale = layer
 
