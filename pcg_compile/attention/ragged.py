@@ -14,6 +14,15 @@ import triton
 
 from .triton_kernels import HEADER, ITEM, attend, schedule
 
+#: Place of the page lists among the kernel's arguments.
+_INDICES = 6
+#: Its constants, in order.
+_CONSTANTS = (
+    "HEADS", "GROUP", "K_DIM", "V_DIM", "K_PAD", "V_PAD", "PAGE", "ALIKE", "BLOCK_Q", "BLOCK_M", "BLOCK_N", "CAUSAL",
+    "WINDOW", "CHUNK", "SPANS", "SOFTCAP", "SINKS", "ALIBI", "NEGATIVE", "LSE", "FP8", "WIDE", "PHASES", "MERGE_PARTS",
+    "MERGE_ROWS", "PRECISION",
+)  # fmt: skip
+
 __all__ = ["RaggedAttention", "Schedule", "Tiling", "is_interpreted", "tiling_for"]
 
 #: Elements per thread of the blocks that a merge of parts holds at once; with long blocks of keys.
@@ -111,6 +120,22 @@ class Schedule(NamedTuple):
     items: torch.Tensor
     counters: torch.Tensor
     most: int
+
+
+class Launch(NamedTuple):
+    """A compiled kernel with its arguments: Triton takes some 50 us to find out which kernel they need, this one 10.
+
+    Valid for arguments that are aligned alike.
+    """
+
+    compiled: Any
+    heads: int
+    args: tuple[Any, ...]
+
+    def __call__(self, most: int, kv_indices: torch.Tensor) -> None:
+        """Launches it for ``most`` items and other page lists."""
+        args = self.args
+        self.compiled[(most * self.heads, 1, 1)](*args[:_INDICES], kv_indices, *args[_INDICES + 1 :])
 
 
 class RaggedAttention:
@@ -216,8 +241,11 @@ class RaggedAttention:
         k_scales: torch.Tensor | None = None,
         v_scales: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
-    ) -> Any:
+    ) -> Launch | None:
         """Attends. Can be captured.
+
+        Returns:
+            What launches the same kernel again; None under the interpreter.
 
         Args:
             q: ``[rows, num_heads, head_dim]``. out: ``[rows, num_heads, v_head_dim]``. Last dimensions contiguous.
@@ -228,16 +256,21 @@ class RaggedAttention:
         """
         stats = self.slots * self.num_kv_heads * self.block_m * self.v_pad
         rest = items.items
-        return attend[(self.num_kv_heads, items.most)](
+        constants = {
+            **self._constants, "SINKS": sinks is not None, "ALIBI": slopes is not None, "LSE": lse is not None,
+            "FP8": k_scales is not None, "ALIKE": k_cache.stride()[:3] == v_cache.stride()[:3],
+            "WIDE": is_interpreted() and q.dtype == torch.bfloat16,
+        }  # fmt: skip
+        args = (
             q, k_cache, v_cache, out, lse if lse is not None else rest, items.items, kv_indices,
             spans if spans is not None else rest, sinks if sinks is not None else rest,
             slopes if slopes is not None else rest, k_scales if k_scales is not None else rest,
             v_scales if v_scales is not None else rest, workspace, workspace[stats:], items.counters,
             self._scale, self._softcap, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
             k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), out.stride(0), out.stride(1),
-            lse.stride(0) if lse is not None else 0, **self._constants, SINKS=sinks is not None,
-            ALIBI=slopes is not None, LSE=lse is not None, FP8=k_scales is not None,
-            ALIKE=k_cache.stride()[:3] == v_cache.stride()[:3],
-            WIDE=is_interpreted() and q.dtype == torch.bfloat16,
-            num_warps=self.tiling.warps, num_stages=self.tiling.stages,
+            lse.stride(0) if lse is not None else 0, *(constants[name] for name in _CONSTANTS),
         )  # fmt: skip
+        grid = (items.most * self.num_kv_heads, 1, 1)
+        compiled = attend[grid](*args, num_warps=self.tiling.warps, num_stages=self.tiling.stages)
+        # The interpreter compiles nothing.
+        return None if compiled is None else Launch(compiled, self.num_kv_heads, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
-    from .ragged import RaggedAttention, Schedule
+    from .ragged import Launch, RaggedAttention, Schedule
 
 __all__ = ["TritonAttention", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST_HEAD, _LARGEST_HEAD = 8, 512
+#: Bytes that decide which kernel Triton compiles for a pointer.
+_ALIGNMENT = 16
 #: Rows of a bucket from which on tiles are large.
 _LARGE = 1024
 
@@ -123,7 +126,8 @@ class TritonAttention(AttentionImpl):
         return _Plan(kernels, schedule, requests, qo_indptr, kv_indptr, kv_lens, kv_indices, spans)
 
     def enqueue(self, plan: _Plan) -> None:
-        plan.kernels.schedule(plan.schedule, plan.qo_indptr, plan.kv_indptr, plan.kv_lens, plan.requests)
+        with torch.cuda.device(self.device) if self._elsewhere() else nullcontext():
+            plan.kernels.schedule(plan.schedule, plan.qo_indptr, plan.kv_indptr, plan.kv_lens, plan.requests)
 
     def bind(
         self,
@@ -134,15 +138,37 @@ class TritonAttention(AttentionImpl):
         layer: Layer = PLAIN,
     ) -> Callable[[_Plan], None]:
         sinks, slopes, k_scale, v_scale = layer
+        strided = q.stride(-1) != 1
+        launches: dict[Hashable, Launch] = {}
 
         def run(plan: _Plan) -> None:
-            queries = q if q.stride(-1) == 1 else q.contiguous()
-            plan.kernels.attend(
-                plan.schedule, queries, k_cache, v_cache, out, plan.kv_indices, self._workspace(plan.kernels),
-                spans=plan.spans, sinks=sinks, slopes=slopes, k_scales=k_scale, v_scales=v_scale,
+            if self._elsewhere():
+                with torch.cuda.device(self.device):
+                    attend(plan)
+            else:
+                attend(plan)
+
+        def attend(plan: _Plan) -> None:
+            # All else that a launch takes is the layer's, or follows from the kernels.
+            spans = None if plan.spans is None else plan.spans.data_ptr()
+            key = (id(plan.kernels), plan.schedule.items.data_ptr(), plan.kv_indices.data_ptr() % _ALIGNMENT, spans)
+            launch = launches.get(key)
+            if launch is not None:
+                launch(plan.schedule.most, plan.kv_indices)
+                return
+            launch = plan.kernels.attend(
+                plan.schedule, q.contiguous() if strided else q, k_cache, v_cache, out, plan.kv_indices,
+                self._workspace(plan.kernels), spans=plan.spans, sinks=sinks, slopes=slopes, k_scales=k_scale,
+                v_scales=v_scale,
             )  # fmt: skip
+            if launch is not None and not strided:
+                launches[key] = launch
 
         return run
+
+    def _elsewhere(self) -> bool:
+        """Whether the current device is another one: Triton launches there."""
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
 
     def _kernels_of(self, kind: str, rows: int, spans: bool) -> RaggedAttention:
         from .ragged import RaggedAttention, tiling_for

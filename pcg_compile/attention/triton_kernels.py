@@ -2,7 +2,7 @@
 
 Note [Two kernels]. ``schedule`` runs once per step and attention shape: it reads the batch's lengths from device memory
 and writes a list of work items, one per tile of query tokens and part of the tile's keys. ``attend`` runs once per
-layer: program (h, i) loads item i and computes it for KV head h; programs beyond the list return at once. Both grids
+layer: a program loads an item and computes it for one KV head; programs beyond the list return at once. Both grids
 follow from the number of query rows and of request entries alone, so one captured graph serves every batch that fits.
 
 Note [Tiles]. A tile is up to BLOCK_Q consecutive tokens of one request. The GROUP query heads that share a KV head are
@@ -229,7 +229,7 @@ def attend(
     WIDE: tl.constexpr, PHASES: tl.constexpr, MERGE_PARTS: tl.constexpr, MERGE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one work item for one KV head. Grid: (KV heads, items); see the notes above.
+    """Attention of one work item for one KV head. Grid: items times KV heads; see the notes above.
 
     Args:
         q: ``[rows, heads, K_DIM]``. k_cache, v_cache: ``[pages, page size, KV heads, K_DIM or V_DIM]``.
@@ -239,8 +239,9 @@ def attend(
         sinks, slopes: ``[heads]`` float32. k_scales, v_scales: ``[KV heads]`` float32, for fp8 caches.
         partial, stats, counters: workspace; see Note [Parts].
     """
-    h = tl.program_id(0)
-    i = tl.program_id(1)
+    # Heads first: programs that run side by side read neighbouring memory of the same pages.
+    h = tl.program_id(0) % HEADS
+    i = tl.program_id(0) // HEADS
     item = items + _HEADER + i * _ITEM
     # One latency for all of them.
     number = tl.load(items)
