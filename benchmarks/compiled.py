@@ -21,10 +21,11 @@ __all__ = ["Bound", "Compiled", "Partition", "ReduceOverhead", "attending"]
 
 
 class Bound:
-    """Attention of one step, bound by hand with pcg's planner: what ``bench::attend`` calls."""
+    """Attention of one step, bound by hand: what ``bench::attend`` calls. FlashInfer where it is installed."""
 
     def __init__(self, world: World, state: StepState, rows: int, padded: bool) -> None:
-        text = attention_of(world.shape, world.device)
+        there = world.device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
+        text = attention_of(world.shape, world.device, "flashinfer" if there else "auto")
         self.cache, self.impl = world.cache, world.cache.impl(text)
         self.slots = state.prepare(rows, "request" if padded else "slice", [text]).slots
         self.plan = state.plan(text, rows)

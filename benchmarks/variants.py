@@ -54,10 +54,10 @@ class World:
         self.contents = [tensor.clone() for tensor in self.cache.flat_k + self.cache.flat_v]
 
 
-def attention_of(shape: Shape, device: torch.device) -> str:
+def attention_of(shape: Shape, device: torch.device, backend: str = "auto") -> str:
     """The attention shape of all layers, as plans are keyed by it."""
-    scale = shape.head_dim**-0.5
-    return AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, None, None, scale, dtype_of(device)).encode()
+    scale, heads, dtype = shape.head_dim**-0.5, (shape.heads, shape.kv_heads), dtype_of(device)
+    return AttentionShape(*heads, shape.head_dim, None, None, scale, dtype, backend=backend).encode()
 
 
 def bucket_of(n: int) -> int:

@@ -5,7 +5,7 @@
 becomes
 
     pcg::prepare_batch(tokens, shapes)                       once, ahead of everything
-    pcg::store_kv(k, v, k_cache, v_cache, slot_mapping)      caches and slots come from the step
+    pcg::store_kv(k, v, k_cache, v_cache, slot_mapping)      caches, scales and slots come from the step
     out = empty_like(q)
     pcg::attend(q, out, layer, shape)
 """
@@ -13,6 +13,7 @@ becomes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .rewriting import Rewriter
 __all__ = ["prepare_batch"]
 
 _TARGETS = (torch.ops.pcg.paged_attention, torch.ops.pcg.paged_attention.default)
-_NAMES = ("q", "k", "v", "layer", "shape")
+_NAMES = ("q", "k", "v", "layer", "shape", "sinks", "slopes")
 
 
 def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
@@ -60,14 +61,14 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
 def _arguments(node: fx.Node) -> list[Any]:
     given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-    return [given[name] for name in _NAMES]
+    return [given.get(name) for name in _NAMES]
 
 
 def _check_layers(calls: Sequence[fx.Node]) -> None:
     """Raises :class:`BatchError` where keys and values that one call stored would be overwritten by another."""
     stored: dict[int, tuple[Any, Any, fx.Node]] = {}
     for node in calls:
-        _, k, v, layer, _ = _arguments(node)
+        _, k, v, layer, *_ = _arguments(node)
         first = stored.setdefault(layer, (k, v, node))
         if first[:2] != (k, v):
             raise BatchError(
@@ -108,12 +109,18 @@ class _Attention(Rewriter):
 
     def open(self, node: fx.Node) -> str:
         """Replaces one call; returns its shape."""
-        q, k, v, layer, text = _arguments(node)
+        q, k, v, layer, text, *extra = _arguments(node)
         value = self.facts[q].value
         shape, device = AttentionShape.decode(text), value.device
+        if shape.backend != self.context.options.attention_backend:
+            shape = replace(shape, backend=self.context.options.attention_backend)
+            text = shape.encode()
         if self.cache is not None:
             self.cache.check(layer, shape, device)
+            # A backend that cannot compute it is an error ahead of the first step.
+            self.cache.impl(text)
         caches = [self._cache_input(which, layer, shape, device) for which in ("k", "v")]
+        scales = [self._scale_input(which, layer, shape, device) for which in ("k", "v") if self._is_fp8()]
         slots = self.step_input(
             StepInput(
                 "slot_mapping",
@@ -126,9 +133,15 @@ class _Attention(Rewriter):
         with self.graph.inserting_before(node):
             if not _is_contiguous(value):
                 q = self.call(node, "contiguous", (q,), lambda: torch.empty(value.shape, **_options(value)))
-            self.call(node, torch.ops.pcg.store_kv.default, (k, v, *caches, slots))
-            out = self.call(node, torch.empty_like, (q,), lambda: torch.empty(value.shape, **_options(value)))
-            self.call(node, torch.ops.pcg.attend.default, (q, out, layer, text))
+            self.call(node, torch.ops.pcg.store_kv.default, (k, v, *caches, slots, *scales))
+            if shape.v_dim == shape.head_dim:
+                out = self.call(node, torch.empty_like, (q,), lambda: torch.empty(value.shape, **_options(value)))
+            else:
+                size = (*value.shape[:2], shape.v_dim)
+                rows = self.size_node(value.shape[0])
+                args = (q, (rows, shape.num_heads, shape.v_dim))
+                out = self.call(node, "new_empty", args, lambda: torch.empty(size, **_options(value)))
+            self.call(node, torch.ops.pcg.attend.default, (q, out, layer, text, *_given(extra)))
         # It may be the next layer's query as it is.
         self.facts[out] = self.facts[node]
         node.replace_all_uses_with(out)
@@ -139,8 +152,11 @@ class _Attention(Rewriter):
         # Traced by pcg.check() outside a step, any number of slots does.
         slots = self.cache.num_pages * self.cache.page_size if self.cache is not None else 32
 
+        size = shape.head_dim if which == "k" else shape.v_dim
+        dtype = torch.uint8 if self._is_fp8() else shape.dtype
+
         def fake(tokens: Any) -> torch.Tensor:
-            return torch.empty((slots, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=device)
+            return torch.empty((slots, shape.num_kv_heads, size), dtype=dtype, device=device)
 
         def get(state: Any, bucket: int) -> torch.Tensor:
             cache = state.require_cache()
@@ -148,6 +164,25 @@ class _Attention(Rewriter):
             return (cache.flat_k if which == "k" else cache.flat_v)[layer]
 
         return self.step_input(StepInput(f"{which}_cache_{layer}", fake, get, self.tokens))
+
+    def _is_fp8(self) -> bool:
+        return self.cache is not None and self.cache.k_scale is not None
+
+    def _scale_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
+        def fake(tokens: Any) -> torch.Tensor:
+            return torch.empty(shape.num_kv_heads, dtype=torch.float32, device=device)
+
+        def get(state: Any, bucket: int) -> torch.Tensor:
+            cache = state.require_cache()
+            cache.check(layer, shape, device)
+            return (cache.k_scale if which == "k" else cache.v_scale)[layer]
+
+        return self.step_input(StepInput(f"{which}_scale_{layer}", fake, get, self.tokens))
+
+
+def _given(extra: Sequence[Any]) -> Sequence[Any]:
+    """Optional arguments up to the last one that is given."""
+    return extra if extra[-1] is not None else extra[:-1] if extra[0] is not None else ()
 
 
 def _options(value: torch.Tensor) -> dict[str, Any]:

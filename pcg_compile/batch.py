@@ -22,6 +22,7 @@ from .metadata import (
     make_tables,
     positions_of,
     read_lengths,
+    spans_of,
 )
 from .padded import PaddedBatch
 from .registry import runtimes
@@ -50,6 +51,8 @@ class Batch:
         kv_lens: Sequence[int] | npt.NDArray[Any] | None = None,
         page_table: Sequence[Sequence[int]] | Any = None,
         adapters: Sequence[str | None] | torch.Tensor | None = None,
+        *,
+        groups: Sequence[int] | Any = None,
     ) -> None:
         """
         Args:
@@ -62,6 +65,9 @@ class Batch:
             adapters: a LoRA adapter's name for each request, None for the base model; or, where only the device knows,
                 an int tensor ``[tokens]`` of adapter slots (:meth:`pcg_compile.lora.AdapterPool.slots_of`), -1 for the
                 base model.
+            groups: a number for each new token, on the host. Neighbours of one request with the same number, from 0 on,
+                see each other in every attention layer, whatever its mask and window: the tokens of an image. -1 for
+                none.
 
         Raises:
             BatchError: no requests, a length below 1 or beyond int32, a KV length below the query length, another
@@ -86,6 +92,7 @@ class Batch:
             )
         self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
         self._finish(None)
+        self._spans = None if groups is None else spans_of(groups, self._qo, self._kv)
         self.adapters = check_adapters(adapters, self.num_requests, self.num_tokens)
         if self.num_tokens > MOST or max(self.kv_lens) > MOST:
             name, lengths = ("qo_lens", self.qo_lens) if max(self.qo_lens) > MOST else ("kv_lens", self.kv_lens)
@@ -110,7 +117,7 @@ class Batch:
         batch = cls.__new__(cls)
         batch._qo = batch._kv = np.zeros(0, dtype=np.int64)
         batch._pages = PageTable(np.zeros((0, 1), dtype=np.int32), 0)
-        batch.adapters = None
+        batch.adapters = batch._spans = None
         batch._finish(tokens)
         return batch
 
@@ -141,7 +148,7 @@ class Batch:
         Raises:
             BatchError: ``bucket`` is below the number of tokens, or the page table does not fit.
         """
-        return PaddedBatch(self.tables(check_count("page_size", page_size)), bucket, slots)
+        return PaddedBatch(self.tables(check_count("page_size", page_size)), bucket, slots, self._spans)
 
     @property
     def has_pages(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_whole, why_plain
+from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_whole, why_plain, why_uncapturable
 from .lora.ops import bind_prepare_lora, bind_prepare_one_lora
 from .ops import SplitOp, add_split_op
 
@@ -41,7 +41,16 @@ add_split_op(
         own_metadata=True,
     )
 )
-add_split_op(SplitOp("pcg::attend", bind=bind_attend, own_metadata=True, recordable=True, fallback=why_plain))
+add_split_op(
+    SplitOp(
+        "pcg::attend",
+        bind=bind_attend,
+        own_metadata=True,
+        recordable=True,
+        fallback=why_plain,
+        uncapturable=why_uncapturable,
+    )
+)
 add_split_op(
     SplitOp(
         "pcg::prepare_lora",

@@ -24,6 +24,7 @@ __all__ = [
     "make_tables",
     "positions_of",
     "read_lengths",
+    "spans_of",
 ]
 
 #: Note [few calls]. With a few dozen requests each call of numpy costs as much as its work, 1 to 3 us on a server
@@ -216,6 +217,44 @@ def positions_of(qo: Ints, kv: Ints) -> Ints:
     if tokens == len(qo):
         return kv - 1
     return np.arange(tokens) + (kv - ends).repeat(qo)
+
+
+def spans_of(groups: Any, qo: Ints, kv: Ints) -> Ints:
+    """``[tokens, 2]`` int32: the first and the last position of each token's group, its own where it has none.
+
+    Args:
+        groups: a number for each token; neighbours of one request with the same one, from 0 on, are a group.
+
+    Raises:
+        BatchError: another number of entries than tokens; a group with other tokens in between.
+    """
+    numbers, positions = _integers("groups", groups), positions_of(qo, kv)
+    tokens = len(positions)
+    if numbers.shape != (tokens,):
+        raise BatchError(
+            message(
+                f"groups has the shape {list(numbers.shape)} for {tokens} tokens",
+                why="It is one number a token: tokens of a request that see each other have the same, others -1.",
+            )
+        )
+    owners = np.arange(len(qo)).repeat(qo)
+    begins = np.ones(tokens, dtype=bool)
+    begins[1:] = (numbers[1:] != numbers[:-1]) | (numbers[1:] < 0) | (owners[1:] != owners[:-1])
+    firsts = np.flatnonzero(begins)
+    heads = np.stack([owners[firsts], numbers[firsts]], 1)[numbers[firsts] >= 0]
+    if len(np.unique(heads, axis=0)) != len(heads):
+        named, counts = np.unique(heads, axis=0, return_counts=True)
+        request, group = named[counts.argmax()]
+        raise BatchError(
+            message(
+                f"group {group} of request {request} has other tokens in between",
+                why="The tokens of a group follow each other.",
+                cure="Give each block of tokens a number of its own.",
+            )
+        )
+    lengths = np.diff([*firsts, tokens])
+    first = positions[firsts]
+    return np.stack([first.repeat(lengths), (first + lengths - 1).repeat(lengths)], 1).astype(np.int32)
 
 
 class Tables:

@@ -44,6 +44,8 @@ class SplitOp:
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
         fallback: ``fn(*args, **kwargs) -> str | None``, called with the node's arguments once ``bind`` has returned:
             why the op runs otherwise than it is meant to on this device, which is counted at each step.
+        uncapturable: ``fn(*args, **kwargs) -> str | None``, called like ``fallback``: why a full CUDA graph cannot hold
+            the op after all, though it is ``recordable``.
     """
 
     name: str
@@ -62,6 +64,7 @@ class SplitOp:
     needs_none: tuple[str, ...] = ()
     compiled: bool = False
     fallback: Callable[..., str | None] | None = None
+    uncapturable: Callable[..., str | None] | None = None
 
     @property
     def paged(self) -> bool:

@@ -19,6 +19,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "scalar_writes": ("reject", "rewrite"),
     "outputs": ("copy", "view"),
     "cudagraph_mode": ("auto", "piecewise", "full"),
+    "attention_backend": ("auto", "triton", "flashinfer", "reference"),
 }
 _COMPILERS = ("inductor", "eager")
 
@@ -56,6 +57,8 @@ class Options:
     outputs: Literal["copy", "view"] = "copy"
     #: Split ops between captured pieces ("piecewise"), one CUDA graph of a step ("full"), or as measured ("auto").
     cudagraph_mode: Literal["auto", "piecewise", "full"] = "auto"
+    #: What computes paged attention: pcg's Triton kernels, FlashInfer, plain PyTorch, or the best one here ("auto").
+    attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = "auto"
     #: Bytes that recordings may hold; None: no limit.
     memory_budget: int | None = None
     #: True turns every fallback into an error.
@@ -169,6 +172,7 @@ _EXAMPLES: Mapping[str, str] = {
     "scalar_writes": '"rewrite"',
     "outputs": '"copy"',
     "cudagraph_mode": '"full"',
+    "attention_backend": '"triton"',
     "memory_budget": "2 * 1024**3",
     "strict": "True",
 }

@@ -26,9 +26,11 @@ class PaddedBatch:
         qo_indptr, kv_indptr: ``[r + 1]`` int32 tensors. last_page_len, kv_lens: ``[r]``.
         kv_indices: ``[kv_indptr[-1]]``, None for a batch without a page table.
         slot_mapping: ``[bucket]``, None for a batch without a page table.
+        spans: ``[tokens, 2]`` int32 array, positions from and up to which each token sees keys beside those of the
+            mask; None where there are no groups.
     """
 
-    def __init__(self, tables: Tables, bucket: int, slots: int | None = None) -> None:
+    def __init__(self, tables: Tables, bucket: int, slots: int | None = None, spans: Ints | None = None) -> None:
         """
         Raises:
             BatchError: ``bucket`` is smaller than the number of tokens, or ``slots`` than the number of requests.
@@ -45,7 +47,7 @@ class PaddedBatch:
             if slots < requests:
                 raise BatchError(f"the batch has {requests} requests, its padding included, and {slots} slots")
             requests = slots
-        self.request_slots = slots
+        self.request_slots, self.spans = slots, spans
         pad_pages = -(-pad // page_size)
         indices = 0 if tables.kv_indices is None else len(tables.kv_indices) + pad_pages
         self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
@@ -78,6 +80,12 @@ class PaddedBatch:
     def array(self, index: int) -> Ints:
         """One of the arrays of ``flat``: 0 qo_indptr, 1 kv_indptr, 2 last_page_len, 3 kv_lens, 4 kv_indices."""
         return self.flat[self.starts[index] : self.starts[index] + self.sizes[index]]
+
+    @property
+    def longest(self) -> int:
+        """Most new tokens of a real request; 0 where there is none."""
+        qo = self._tables.qo
+        return int(qo.max(initial=0)) if len(qo) != self.tokens else min(1, len(qo))
 
     @property
     def slots(self) -> Ints:

@@ -21,12 +21,9 @@ __all__ = ["RUNNING", "DoesNotFit", "StepState", "current_step", "require_step"]
 
 T = TypeVar("T")
 
-#: Request slots of whole-step recordings, chosen like buckets; the last rung is as many as a bucket can need.
-_REQUEST_RUNGS = (8, 64)
-
 
 class DoesNotFit(Exception):
-    """Why a batch cannot use the recording of a whole step; it then runs piece by piece."""
+    """Why no full CUDA graph can serve a batch; it then runs piecewise."""
 
 
 class StepState:
@@ -50,8 +47,8 @@ class StepState:
         self.used = False
         #: Whether it is over, also for a task or thread that began inside it, or whose generator another one closed.
         self.closed = False
-        #: Request slots that warm-up asks for, whatever the batch needs.
-        self.rung: int | None = None
+        #: Most new tokens of a request, as warm-up has it, whatever the batch has.
+        self.longest: int | None = None
         self._memo: dict[Hashable, Any] = {}
         self._exits: list[Callable[[], None]] = []
         self._positions: torch.Tensor | None = None
@@ -131,39 +128,50 @@ class StepState:
         return prepared
 
     def prepare_whole(self, bucket: int, shapes: Sequence[str]) -> Hashable:
-        """Like :meth:`prepare` with a fixed number of request slots, for the recording of a whole step.
+        """Like :meth:`prepare` with a fixed number of request entries, for a full CUDA graph.
 
         Returns:
-            What a recording bakes in: request slots and attention's workspaces.
+            What a capture bakes in.
 
         Raises:
-            DoesNotFit: no recording can serve the batch.
+            DoesNotFit: no capture can serve the batch.
         """
-        needed = self.batch.num_requests + (bucket > self.batch.num_tokens)
-        slots = self.rung or next((rung for rung in self.request_rungs(bucket) if rung >= needed), None)
         cache = self.require_cache()
-        if slots is None:
+        entries = min(bucket, cache.max_requests + 1)
+        needed = self.batch.num_requests + (bucket > self.batch.num_tokens)
+        if needed > entries:
             raise DoesNotFit(f"{needed} requests, and the cache has max_requests={cache.max_requests}")
         impls = [cache.impl(shape) for shape in shapes]
         for shape, impl in zip(shapes, impls, strict=True):
-            if not impl.recordable:
-                raise DoesNotFit(f"attention {shape} runs in an implementation that cannot be recorded")
-        prepared = self._written(bucket, bucket, slots)
+            if not impl.capturable:
+                raise DoesNotFit(f"attention {shape} runs in an implementation that cannot be captured")
+        prepared = self._written(bucket, bucket, entries)
         if not prepared.static:
             raise DoesNotFit("the page tables are longer than the cache has pages")
-        return (slots, *(i.recording_key(self._planned(prepared, s)) for s, i in zip(shapes, impls, strict=True)))
-
-    def request_rungs(self, bucket: int) -> list[int]:
-        """Numbers of request slots, the padding request's included, that a bucket is recorded with."""
-        most = min(bucket, self.require_cache().max_requests + 1)
-        return [*(rung for rung in _REQUEST_RUNGS if rung < most), most]
+        if self.longest is not None:
+            prepared.longest = self.longest
+        for shape in shapes:
+            self._planned(prepared, shape)
+        return tuple(impl.capture_key(prepared) for impl in impls)
 
     def plan(self, shape: str, rows: int) -> Any:
-        """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it."""
-        prepared = self.prepared
-        if prepared is None or prepared.rows != rows or prepared is not self.require_cache().current:
+        """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it.
+
+        Its work on the device, where it has any, is under way when this returns.
+        """
+        cache, prepared = self.require_cache(), self.prepared
+        if prepared is None or prepared.rows != rows or prepared is not cache.current:
             prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
-        return self._planned(prepared, shape)
+        plan = self._planned(prepared, shape)
+        if shape not in prepared.enqueued:
+            prepared.enqueued.add(shape)
+            cache.impl(shape).enqueue(plan)
+        return plan
+
+    def enqueue_again(self) -> None:
+        """Has plans do their work on the device once more: what is captured or replayed now must hold it."""
+        if self.prepared is not None:
+            self.prepared.enqueued.clear()
 
     def _written(self, bucket: int, rows: int, slots: int | None = None) -> Prepared:
         cache, prepared = self.require_cache(), self.prepared

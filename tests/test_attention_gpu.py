@@ -1,4 +1,4 @@
-"""Paged attention on a GPU: FlashInfer against the reference, without syncs or copies from pageable memory."""
+"""Paged attention on a GPU: Triton and FlashInfer against the reference, without syncs or pageable copies."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops
 from pcg_compile.attention.flashinfer import FlashInferAttention
 from pcg_compile.attention.reference import ReferenceAttention
+from pcg_compile.attention.triton import TritonAttention
 from pcg_compile.batch import Batch, current_step, scratch_step, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs FlashInfer")
+BACKENDS = ["triton", pytest.param("flashinfer", marks=needs_flashinfer)]
 
 
 def setup(heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, window=None, softcap=None, pages=600):
@@ -34,6 +36,13 @@ def new_tokens(cache, heads, tables, kv_lens, lens, seed):
     return Batch(lens, list(kv_lens), tables), q, k, v
 
 
+def text_of(attention, cache, backend):
+    return AttentionShape(
+        attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.window, attention.softcap,
+        attention.scale, cache.dtype, backend=backend,
+    ).encode()  # fmt: skip
+
+
 def reference_of(cache, attention, q):
     """The reference on the same cache, in float32."""
     shape = AttentionShape(
@@ -50,7 +59,7 @@ def reference_of(cache, attention, q):
 STEPS = ([70, 1, 300, 17, 33], [1, 1, 1, 1, 1], [1, 128, 1, 2, 64], [1, 1, 1, 1, 1])
 
 
-@needs_flashinfer
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize(
     "variant",
@@ -60,14 +69,15 @@ STEPS = ([70, 1, 300, 17, 33], [1, 1, 1, 1, 1], [1, 128, 1, 2, 64], [1, 1, 1, 1,
         {"dtype": torch.float16},
     ],
 )  # fmt: skip
-def test_flashinfer_equals_the_reference(variant, page_size):
+def test_backends_equal_the_reference(variant, page_size, backend):
     cache, attention = setup(**variant, page_size=page_size, pages=1200 if page_size == 1 else 600)
     tables, kv_lens = [[] for _ in range(5)], [0] * 5
     for seed, lens in enumerate(STEPS):
         batch, q, k, v = new_tokens(cache, attention.num_heads, tables, kv_lens, lens, seed)
         with step(batch, cache):
-            result = attention(q, k, v)
-            assert all(isinstance(i, FlashInferAttention) for i in cache._impls.values()), cache.reasons
+            result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, backend))
+            kind = {"triton": TritonAttention, "flashinfer": FlashInferAttention}[backend]
+            assert all(isinstance(i, kind) for i in cache._impls.values()), cache.reasons
             torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
 
 
@@ -100,11 +110,11 @@ def test_padding_changes_no_real_row(mode, variant):
         assert not cache.k[0][[p for p in range(1, cache.num_pages) if p not in {q for t in tables for q in t}]].any()
 
 
-@needs_flashinfer
-def test_many_plans_in_flight_do_not_meet():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_plans_in_flight_do_not_meet(backend):
     """The host runs ahead of the device; every step's plan and metadata must be its own when its kernels run."""
     cache, attention = setup(pages=2000)
-    shape = AttentionShape(8, 2, 128, None, None, attention.scale, cache.dtype).encode()
+    shape = text_of(attention, cache, backend)
     torch.manual_seed(0)
     kv = torch.randn(2, 2000 * 16, 2, 128, device="cuda", dtype=cache.dtype)
     cache.flat_k[0].copy_(kv[0]), cache.flat_v[0].copy_(kv[1])
@@ -135,10 +145,10 @@ def test_many_plans_in_flight_do_not_meet():
         assert torch.equal(one[: batch.num_tokens], other[: batch.num_tokens])
 
 
-@needs_flashinfer
-def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory(backend):
     cache, attention = setup()
-    shape = AttentionShape(8, 2, 128, None, None, attention.scale, cache.dtype).encode()
+    shape = text_of(attention, cache, backend)
     tables, kv_lens = [[] for _ in range(5)], [0] * 5
     q = torch.zeros(64, 8, 128, device="cuda", dtype=cache.dtype)
     out = torch.empty_like(q)
@@ -178,21 +188,37 @@ def test_a_workspace_too_small_grows(monkeypatch):
     q = torch.randn(4, 8, 128, device="cuda", dtype=cache.dtype)
     k, v = torch.randn(2, 4, 2, 128, device="cuda", dtype=cache.dtype)
     with step(batch, cache):
-        result = attention(q, k, v)
+        result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
         torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
     impl = next(iter(cache._impls.values()))
     assert impl._ints.numel() > 1 << 9 and cache.workspaces["float"].numel() > 1 << 16
 
 
-def test_what_flashinfer_does_not_compute_runs_in_pytorch():
+@needs_flashinfer
+def test_the_public_wrapper_serves_versions_that_were_not_read(monkeypatch):
+    from pcg_compile.attention import flashinfer
+
+    monkeypatch.setattr(flashinfer, "_READ_IN", ())
+    cache, attention = setup(window=40)
+    tables, kv_lens = [[] for _ in range(5)], [0] * 5
+    for seed, lens in enumerate(STEPS):
+        batch, q, k, v = new_tokens(cache, attention.num_heads, tables, kv_lens, lens, seed)
+        with step(batch, cache):
+            result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
+            torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
+    assert isinstance(next(iter(cache._impls.values())), flashinfer.FlashInferWrapper)
+
+
+def test_what_no_kernel_computes_runs_in_pytorch():
     device = torch.device("cuda", torch.cuda.current_device())
-    for dtype, head_dim, text in ((torch.float32, 128, "float32"), (torch.bfloat16, 80, "not 80")):
-        kind, reason = choose_impl(AttentionShape(4, 4, head_dim, None, None, 1.0, dtype), device)
-        assert kind is ReferenceAttention and text in reason
-    cache, attention = setup(dtype=torch.float32, head_dim=80)
+    kind, reason = choose_impl(AttentionShape(4, 4, 64, None, None, 1.0, torch.float64), device)
+    assert kind is ReferenceAttention and "float64" in reason
+    kind, reason = choose_impl(AttentionShape(4, 4, 80, None, None, 1.0, torch.float32), device)
+    assert kind is TritonAttention and reason is None
+    cache, attention = setup(dtype=torch.float64, head_dim=80)
     batch, q, k, v = new_tokens(cache, 8, [[], []], [0, 0], [5, 9], 0)
     with step(batch, cache):
-        torch.testing.assert_close(attention(q, k, v), reference_of(cache, attention, q))
+        torch.testing.assert_close(attention(q, k, v).float(), reference_of(cache, attention, q), rtol=1e-4, atol=1e-4)
     assert list(cache.reasons.values())
 
 

@@ -17,7 +17,7 @@ from pcg_compile.report import doctor
 from pcg_compile.report.doctor import Check
 
 NAMES = [
-    "python", "torch", "gpu", "backend", "scalar writes", "inductor", "flashinfer", "depyf", "safetensors",
+    "python", "torch", "gpu", "backend", "scalar writes", "inductor", "attention", "depyf", "safetensors",
     "transformers",
 ]  # fmt: skip
 
@@ -105,4 +105,4 @@ def test_on_a_gpu():
     checks = {check.name: check for check in doctor.diagnose()}
     assert torch.cuda.get_device_name(0) in checks["gpu"].found
     assert checks["backend"].found == "CUDA graphs record on cuda"
-    assert checks["flashinfer"].status != "fail"
+    assert checks["attention"].status != "fail"

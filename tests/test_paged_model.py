@@ -177,7 +177,7 @@ def test_an_exception_in_a_step_leaves_the_next_right():
 def plain(monkeypatch):
     """A device that attends by other means than it is meant to."""
     reason = "flashinfer-python 0.0.1 is installed"
-    monkeypatch.setattr("pcg_compile.attention.cache.choose_impl", lambda shape, device: (ReferenceAttention, reason))
+    monkeypatch.setattr("pcg_compile.attention.cache.choose_impl", lambda *args: (ReferenceAttention, reason))
     return f"attention in plain PyTorch: {reason}"
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
 
-__all__ = ["AttentionImpl", "AttentionShape"]
+__all__ = ["PLAIN", "AttentionImpl", "AttentionShape", "Layer"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,16 @@ class AttentionShape:
 
     Attributes:
         num_heads, num_kv_heads, head_dim: numbers of heads and elements a head.
-        window: keys that a token sees, itself included; None for all. As ``sliding_window`` in transformers.
+        window: keys that a token sees, itself included; None for all. As ``sliding_window`` in transformers. Without
+            ``causal``, as many on each side.
         softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap.
         scale: what scores are multiplied by.
-        dtype: of queries, keys, values and results.
+        dtype: of queries and results, and of new keys and values.
+        causal: whether a token sees no later ones.
+        chunk: a token sees only keys of its own chunk of as many positions; None for all. As ``attention_chunk_size``.
+        v_head_dim: elements of a value head; None for ``head_dim``.
+        backend: the option ``attention_backend``.
+        extras: what layers have beside: "s" for sinks, "a" for ALiBi slopes; see :class:`Layer`.
     """
 
     num_heads: int
@@ -36,27 +42,48 @@ class AttentionShape:
     softcap: float | None
     scale: float
     dtype: torch.dtype
+    causal: bool = True
+    chunk: int | None = None
+    v_head_dim: int | None = None
+    backend: str = "auto"
+    extras: str = ""
+
+    @property
+    def v_dim(self) -> int:
+        """Elements of a value head."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def encode(self) -> str:
         """As text, which an op can take as an argument; :meth:`decode` reads it."""
         return encode_shape(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.softcap, self.scale, self.dtype
-        )
+            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.softcap, self.scale, self.dtype,
+            self.causal, self.chunk, self.v_head_dim, self.backend, self.extras,
+        )  # fmt: skip
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def decode(text: str) -> AttentionShape:
         """The shape that :meth:`encode` wrote; the same object for the same text."""
-        heads, kv_heads, head_dim, window, softcap, scale, dtype = text.split(",")
+        heads, kv_heads, head_dim, window, softcap, scale, dtype, *rest = text.split(",")
+        causal, chunk, v_head_dim, backend, extras = rest
         return AttentionShape(
             int(heads),
             int(kv_heads),
             int(head_dim),
-            None if window == "None" else int(window),
+            _int_or_none(window),
             None if softcap == "None" else float(softcap),
             float(scale),
             getattr(torch, dtype.removeprefix("torch.")),
+            causal == "True",
+            _int_or_none(chunk),
+            _int_or_none(v_head_dim),
+            backend,
+            extras,
         )
+
+
+def _int_or_none(text: str) -> int | None:
+    return None if text == "None" else int(text)
 
 
 def encode_shape(
@@ -67,6 +94,11 @@ def encode_shape(
     softcap: float | None,
     scale: float,
     dtype: torch.dtype,
+    causal: bool = True,
+    chunk: int | None = None,
+    v_head_dim: int | None = None,
+    backend: str = "auto",
+    extras: str = "",
 ) -> str:
     """:meth:`AttentionShape.encode` as a plain function, which Dynamo traces to a constant.
 
@@ -75,41 +107,75 @@ def encode_shape(
     heads, kv_heads, size = guard_scalar(num_heads), guard_scalar(num_kv_heads), guard_scalar(head_dim)
     seen = None if window is None else guard_scalar(window)
     cap = None if softcap is None else guard_scalar(softcap)
-    return f"{heads},{kv_heads},{size},{seen},{cap},{guard_scalar(scale)},{dtype}"
+    piece = None if chunk is None else guard_scalar(chunk)
+    value = None if v_head_dim is None else guard_scalar(v_head_dim)
+    numbers = f"{heads},{kv_heads},{size},{seen},{cap},{guard_scalar(scale)},{dtype}"
+    return f"{numbers},{causal},{piece},{value},{backend},{extras}"
+
+
+class Layer(NamedTuple):
+    """Tensors of one layer that attention reads, None where it has none.
+
+    Attributes:
+        sinks: ``[num_heads]``, a score per head that takes part in the softmax without a value (gpt-oss).
+        slopes: ``[num_heads]``, ALiBi: a score grows by ``slope * (key position - query position)``.
+        k_scale, v_scale: ``[num_kv_heads]`` float32, what stored fp8 keys and values are multiplied by.
+    """
+
+    sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+#: A layer that has none of them.
+PLAIN = Layer()
 
 
 class AttentionImpl(ABC):
     """Paged attention for one shape over one cache.
 
-    A step calls :meth:`plan` once, then what :meth:`bind` returned for each layer. What a plan reads stays as it is
-    until the cache is prepared for another batch.
+    A step calls :meth:`plan` and :meth:`enqueue` once, then what :meth:`bind` returned for each layer. What a plan
+    reads stays as it is until the cache is prepared for another batch.
+
+    Attributes:
+        capturable: whether a full CUDA graph may hold :meth:`enqueue` and what :meth:`bind` returns: both read whatever
+            changes from batch to batch from device memory at fixed addresses, for the same :meth:`capture_key`.
     """
+
+    capturable = False
 
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         self.shape = shape
         self.device = cache.device
         self.page_size = cache.page_size
         self.staging = cache.staging
-        #: Whether a recording of the whole step may hold it: a plan made for fixed request slots then lies in static
-        #: memory, and a recording serves every batch whose plan has the same :meth:`recording_key`.
-        self.recordable = False
 
-    def recording_key(self, plan: Any) -> Hashable:
-        """What a recording of :meth:`bind`'s callable bakes in of a plan."""
+    def capture_key(self, prepared: Prepared) -> Hashable:
+        """What a capture of :meth:`enqueue` and :meth:`bind`'s callable bakes in, beside the sizes of ``prepared``."""
         return None
 
     @abstractmethod
     def plan(self, prepared: Prepared) -> Any:
         """What :meth:`bind`'s callables need for one batch: from host arrays and device metadata, without a sync."""
 
+    def enqueue(self, plan: Any) -> None:  # noqa: B027 - most implementations have none
+        """The plan's own work on the device, ahead of all layers; part of a full CUDA graph."""
+
     @abstractmethod
     def bind(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        layer: Layer = PLAIN,
     ) -> Callable[[Any], None]:
         """A callable that takes a plan and writes ``out``.
 
         Args:
             q: ``[rows, num_heads, head_dim]``, the head's elements contiguous.
-            k_cache, v_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``.
-            out: like ``q``, contiguous. Every row is written, those of the padding request too.
+            k_cache, v_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, of ``v_dim`` for values.
+            out: ``[rows, num_heads, v_dim]``, contiguous. Every row is written, those of the padding request too.
+            layer: tensors of the layer.
         """

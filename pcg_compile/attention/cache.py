@@ -7,17 +7,21 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BatchError, OptionsError, message
 from ..padded import PaddedBatch
 from ..runtime.staging import StagingRing
-from .base import AttentionImpl, AttentionShape
+from .base import AttentionImpl, AttentionShape, Layer
 from .choose import choose_impl
 
 __all__ = ["PagedKVCache", "Prepared"]
 
 _LOG = logging.getLogger("pcg_compile")
+
+#: Stored with scales.
+_FP8 = (torch.float8_e4m3fn,)
 
 #: Words that the size of a step's metadata is rounded up to.
 _ROUND = 64
@@ -27,14 +31,18 @@ class Prepared:
     """The metadata of one batch, padded, on the host and on the device. Valid while ``cache.current`` is this object.
 
     Attributes:
-        made_for: bucket, rows and request slots. static: whether all of it lies at addresses that stay.
+        made_for: bucket, rows and request entries. static: whether all of it lies at addresses that stay.
         bucket: tokens that ``slots`` covers. padded: the host side; ``padded.bucket`` rows of q are attended.
+        longest: most new tokens of a request. spans: ``[rows, 2]`` int32 on the device, positions from and up to which
+            a token sees keys beside those of the mask; None where the batch has none.
         slots: ``[bucket]`` int64, static.
         arrays: int32 on the cache's device, in the order of ``padded.array()``; kv_indices with room behind them.
-        plans: what each attention shape planned.
+        plans: what each attention shape planned. enqueued: shapes whose plan's work on the device is under way.
     """
 
-    __slots__ = ("arrays", "bucket", "made_for", "padded", "plans", "rows", "slots", "static")
+    __slots__ = (
+        "arrays", "bucket", "enqueued", "longest", "made_for", "padded", "plans", "rows", "slots", "spans", "static",
+    )  # fmt: skip
 
     def __init__(
         self, padded: PaddedBatch, bucket: int, slots: torch.Tensor, arrays: Sequence[torch.Tensor], static: bool
@@ -42,7 +50,10 @@ class Prepared:
         self.padded, self.bucket, self.slots, self.arrays = padded, bucket, slots, arrays
         self.rows, self.static = padded.bucket, static
         self.made_for = (bucket, padded.bucket, padded.request_slots)
+        self.longest = padded.longest
+        self.spans: torch.Tensor | None = None
         self.plans: dict[str, Any] = {}
+        self.enqueued: set[str] = set()
 
     def array(self, index: int) -> torch.Tensor:
         """On the device, what ``padded.array(index)`` is on the host."""
@@ -57,6 +68,8 @@ class PagedKVCache:
 
     Attributes:
         k, v: one ``[num_pages, page_size, num_kv_heads, head_dim]`` tensor a layer. Their addresses never change.
+        k_scale, v_scale: of an fp8 cache, one ``[num_kv_heads]`` float32 tensor a layer: a stored number times its
+            head's scale is the key or value. Change them in place, ahead of what is stored. None for other dtypes.
 
     Recordings read, beside keys and values, only the slot mapping, which has one storage for each power of two of
     tokens that lives as long as the cache. The rest of the metadata are read by attention, between recordings: where
@@ -73,22 +86,29 @@ class PagedKVCache:
         *,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
     ) -> None:
         """
         Args:
             num_layers: attention layers. num_pages: pages a layer, page 0 included. page_size: tokens a page.
             max_requests: requests that the static buffers hold, beside the padding request.
-            num_kv_heads, head_dim: key heads, and elements of one.
-            dtype, device: of keys and values; torch's defaults where None.
+            num_kv_heads, head_dim: key heads, and elements of one. v_head_dim: elements of a value head, where they
+                are others.
+            dtype, device: of keys and values; torch's defaults where None. ``torch.float8_e4m3fn`` takes half the
+                memory of bfloat16; what does not fit its range of -448 to 448 times the scale is clamped.
+            k_scale, v_scale: scales of an fp8 cache, for all layers: a number, or ``[num_kv_heads]``.
 
         Raises:
-            OptionsError: a size below 1, fewer than 2 pages.
+            OptionsError: a size below 1, fewer than 2 pages, a scale that is not above 0.
         """
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = {
             "num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "max_requests": max_requests,
-            "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+            "num_kv_heads": num_kv_heads, "head_dim": head_dim, "v_head_dim": v_head_dim,
         }  # fmt: skip
         for name, size in sizes.items():
             least = 2 if name == "num_pages" else 1
@@ -99,14 +119,19 @@ class PagedKVCache:
                 )
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.max_requests, self.num_kv_heads, self.head_dim = max_requests, num_kv_heads, head_dim
+        self.v_head_dim = v_head_dim
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()
-        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        pages, slots = (num_pages, page_size, num_kv_heads), (num_pages * page_size, num_kv_heads)
         with torch.inference_mode(False):
-            self.k = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(num_layers)]
-            self.v = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(num_layers)]
-            self.flat_k = [k.view(num_pages * page_size, num_kv_heads, head_dim) for k in self.k]
-            self.flat_v = [v.view(num_pages * page_size, num_kv_heads, head_dim) for v in self.v]
+            self.k = [torch.zeros((*pages, head_dim), dtype=self.dtype, device=device) for _ in range(num_layers)]
+            self.v = [torch.zeros((*pages, v_head_dim), dtype=self.dtype, device=device) for _ in range(num_layers)]
+            # Rows of fp8 are written as bytes: PyTorch has no index_copy for it.
+            stored = torch.uint8 if self.dtype in _FP8 else self.dtype
+            self.flat_k = [k.view(stored).view(*slots, head_dim) for k in self.k]
+            self.flat_v = [v.view(stored).view(*slots, v_head_dim) for v in self.v]
         self.device = self.k[0].device
+        self.k_scale = self._scales("k_scale", k_scale)
+        self.v_scale = self._scales("v_scale", v_scale)
         self.staging = StagingRing(self.device)
         #: Identity of the static memory: what is recorded with one cache serves no other.
         self.key = object()
@@ -124,12 +149,29 @@ class PagedKVCache:
         #: Views of them, by the words of the slots and the number of requests.
         self._arrays: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._overflow: torch.Tensor | None = None
+        self._spans: dict[int, torch.Tensor] = {}
         self._impls: dict[str, AttentionImpl] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
         self.reasons: dict[str, str] = {}
         #: Memory that implementations share on this cache's device, by name.
         self.workspaces: dict[str, Any] = {}
         self._free = list(range(num_pages - 1, 0, -1))
+
+    def _scales(self, name: str, given: float | torch.Tensor) -> list[torch.Tensor] | None:
+        if self.dtype not in _FP8:
+            return None
+        with torch.inference_mode(False):
+            scale = torch.as_tensor(given, dtype=torch.float32).detach()
+            if scale.shape not in ((), (self.num_kv_heads,)) or not bool((scale > 0).all() and scale.isfinite().all()):
+                why = f"It is a number above 0, or {self.num_kv_heads} of them."
+                raise OptionsError(message(f"PagedKVCache({name}={given!r})", why=why))
+            per_head = scale.to(self.device).expand(self.num_kv_heads)
+            return [per_head.clone() for _ in range(self.num_layers)]
+
+    def layer(self, index: int, sinks: torch.Tensor | None, slopes: torch.Tensor | None) -> Layer:
+        """What attention reads of a layer beside its keys and values."""
+        k_scale, v_scale = (None if s is None else s[index] for s in (self.k_scale, self.v_scale))
+        return Layer(sinks, slopes, k_scale, v_scale)
 
     def __repr__(self) -> str:
         return (
@@ -179,12 +221,13 @@ class PagedKVCache:
                     cure=f"Make the cache with PagedKVCache(num_layers={layer + 1}, ...) or more",
                 )
             )
-        theirs = (shape.num_kv_heads, shape.head_dim, shape.dtype, device)
-        ours = (self.num_kv_heads, self.head_dim, self.dtype, self.device)
+        stored = self.dtype if self.dtype in _FP8 else shape.dtype
+        theirs = (shape.num_kv_heads, shape.head_dim, shape.v_dim, stored, device)
+        ours = (self.num_kv_heads, self.head_dim, self.v_head_dim, self.dtype, self.device)
         if theirs == ours:
             return
-        names = ("num_kv_heads", "head_dim", "dtype", "device")
-        wrong = [i for i in range(4) if theirs[i] != ours[i]]
+        names = ("num_kv_heads", "head_dim", "v_head_dim", "dtype", "device")
+        wrong = [i for i in range(len(names)) if theirs[i] != ours[i]]
         raise BatchError(
             message(
                 f"attention layer {layer} and the cache differ: "
@@ -198,7 +241,7 @@ class PagedKVCache:
         impl = self._impls.get(text)
         if impl is None:
             shape = AttentionShape.decode(text)
-            kind, reason = choose_impl(shape, self.device)
+            kind, reason = choose_impl(shape, self.device, self.dtype)
             if reason is not None:
                 self.reasons[text] = f"attention in plain PyTorch: {reason}"
                 _LOG.warning("attention %s runs in plain PyTorch on %s: %s", text, self.device, reason)
@@ -259,8 +302,22 @@ class PagedKVCache:
             arrays = _split(device, padded)
         buffer.sent()
         prepared = Prepared(padded, bucket, self.slot_mapping(bucket), arrays, static)
+        if padded.spans is not None:
+            prepared.spans = self._write_spans(padded, capacity)
         self.current = prepared
         return prepared
+
+    def _write_spans(self, padded: PaddedBatch, capacity: int) -> torch.Tensor:
+        """Spans of all rows, those of the padding request its own positions; at an address that stays."""
+        assert padded.spans is not None
+        area = self._spans.get(capacity)
+        if area is None:
+            with torch.inference_mode(False):
+                area = self._spans[capacity] = torch.zeros((capacity, 2), dtype=torch.int32, device=self.device)
+        rows = padded.bucket
+        own = np.arange(rows - padded.tokens, dtype=np.int32)[:, None].repeat(2, 1)
+        self.staging.send(np.concatenate([padded.spans, own]), area[:rows])
+        return area[:rows]
 
     def _overflow_of(self, words: int) -> torch.Tensor:
         if self._overflow is None or self._overflow.numel() < words:

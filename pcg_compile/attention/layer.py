@@ -15,7 +15,7 @@ __all__ = ["PagedAttention"]
 
 
 class PagedAttention(nn.Module):
-    """Causal attention of one layer over the step's paged cache; it writes the new keys and values there too.
+    """Attention of one layer over the step's paged cache; it writes the new keys and values there too.
 
     It works inside :func:`pcg_compile.step`, compiled or not. The number of key heads may divide that of query heads
     (grouped queries).
@@ -30,22 +30,35 @@ class PagedAttention(nn.Module):
         window: int | None = None,
         softcap: float | None = None,
         scale: float | None = None,
+        *,
+        causal: bool = True,
+        chunk: int | None = None,
+        v_head_dim: int | None = None,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
         """
         Args:
             layer: its place in the cache, from 0 on.
             num_heads, num_kv_heads, head_dim: query heads, key heads, elements a head.
-            window: keys that a token sees, itself included; None for all before it.
+            window: keys that a token sees, itself included; None for all before it. Without ``causal``, as many on each
+                side.
             softcap: scores become ``softcap * tanh(score / softcap)``.
             scale: what scores are multiplied by; None: ``head_dim ** -0.5``.
+            causal: whether a token sees no later ones; without it, all tokens of its request that are in the cache.
+            chunk: a token sees only keys of its own chunk of as many positions.
+            v_head_dim: elements of a value head; None: ``head_dim``.
+            sinks: ``[num_heads]``, a score per head that takes part in the softmax without a value.
+            alibi_slopes: ``[num_heads]``; a score grows by ``slope * (key position - query position)``.
 
         Raises:
-            OptionsError: numbers out of range, or key heads that do not divide the query heads.
+            OptionsError: numbers out of range, key heads that do not divide the query heads, tensors of another size.
         """
         super().__init__()
         whole = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        if window is not None:
-            whole["window"] = window
+        for name, value in (("window", window), ("chunk", chunk), ("v_head_dim", v_head_dim)):
+            if value is not None:
+                whole[name] = value
         for name, value in (("layer", layer), *whole.items()):
             least = 0 if name == "layer" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -61,13 +74,31 @@ class PagedAttention(nn.Module):
             raise OptionsError(f"PagedAttention(softcap={softcap!r}): it is a number above 0, or None")
         if scale is not None and not _is_number(scale):
             raise OptionsError(f"PagedAttention(scale={scale!r}): it is a number, or None")
+        if not isinstance(causal, bool):
+            raise OptionsError(f"PagedAttention(causal={causal!r}): it is True or False")
+        for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+            if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.shape != (num_heads,)):
+                given = list(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+                raise OptionsError(f"PagedAttention({name}={given!r}): it is a tensor [{num_heads}], one number a head")
         self.layer = layer
+        #: Parameters stay what they are; plain tensors become buffers.
+        self.sinks: torch.Tensor | None
+        self.alibi_slopes: torch.Tensor | None
+        for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
         cap, factor = None if softcap is None else float(softcap), head_dim**-0.5 if scale is None else float(scale)
         #: All numbers but the layer's in one text: Dynamo guards what forward reads, at every step, once a layer.
         self._numbers = f"{num_heads},{num_kv_heads},{head_dim},{window},{cap},{factor}"
+        extras = ("" if sinks is None else "s") + ("" if alibi_slopes is None else "a")
+        self._more = f"{causal},{chunk},{None if v_head_dim == head_dim else v_head_dim},auto,{extras}"
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q ``[tokens, num_heads, head_dim]``, k and v ``[tokens, num_kv_heads, head_dim]`` -> like q, contiguous.
+
+        With another ``v_head_dim`` v and the result have heads of that size.
 
         Raises:
             BatchError: no step or no cache, other shapes, another number of tokens than the batch's, or a cache that
@@ -75,8 +106,12 @@ class PagedAttention(nn.Module):
         """
         numbers = self._numbers
         heads, kv_heads, head_dim, _, _, _ = numbers.split(",")
-        check_qkv(q, k, v, int(heads), int(kv_heads), int(head_dim))
-        return torch.ops.pcg.paged_attention(q, k, v, self.layer, f"{numbers},{q.dtype}")
+        v_dim = self._more.split(",")[2]
+        check_qkv(q, k, v, int(heads), int(kv_heads), int(head_dim), int(head_dim if v_dim == "None" else v_dim))
+        shape = f"{numbers},{q.dtype},{self._more}"
+        if self.sinks is None and self.alibi_slopes is None:
+            return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape)
+        return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape, self.sinks, self.alibi_slopes)
 
     @property
     def num_heads(self) -> int:
@@ -110,11 +145,42 @@ class PagedAttention(nn.Module):
         """What scores are multiplied by."""
         return float(self._numbers.split(",")[5])
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees no later ones."""
+        return self._more.split(",")[0] == "True"
+
+    @property
+    def chunk(self) -> int | None:
+        """Positions of a chunk, beyond which a token sees nothing; None for no chunks."""
+        text = self._more.split(",")[1]
+        return None if text == "None" else int(text)
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a value head."""
+        text = self._more.split(",")[2]
+        return self.head_dim if text == "None" else int(text)
+
     def extra_repr(self) -> str:
         """Its numbers, for ``print(model)``."""
-        return (
-            f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}"
+        more = [
+            text
+            for text, here in (
+                ("causal=False", not self.causal),
+                (f"chunk={self.chunk}", self.chunk is not None),
+                (f"v_head_dim={self.v_head_dim}", self.v_head_dim != self.head_dim),
+                ("sinks", self.sinks is not None),
+                ("alibi_slopes", self.alibi_slopes is not None),
+            )
+            if here
+        ]
+        return ", ".join(
+            [
+                f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}",
+                *more,
+            ]
         )
 
 
@@ -129,13 +195,20 @@ def _is_number(value: Any) -> bool:
 
 
 def check_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
 ) -> None:
     """Raises :class:`BatchError` where q, k, v are not packed tokens of one dtype."""
     # Each look at a shape takes Dynamo some 3 ms, in every layer of a model.
     of_q, of_k, of_v = q.shape, k.shape, v.shape
+    v_dim = head_dim if v_head_dim is None else v_head_dim
     if (
-        of_k == of_v
+        (of_k == of_v if v_dim == head_dim else of_v == (of_k[0], num_kv_heads, v_dim))
         and of_q[1:] == (num_heads, head_dim)
         and of_k[1:] == (num_kv_heads, head_dim)
         and of_q[0] == of_k[0]
@@ -146,10 +219,10 @@ def check_qkv(
         raise BatchError("paged attention takes q, k, v of 3 dimensions: [tokens, heads, head_dim], requests packed")
     if q.shape[1] != num_heads or q.shape[2] != head_dim:
         raise BatchError(f"q has {q.shape[1]} heads of {q.shape[2]}, the layer {num_heads} of {head_dim}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape[1] != num_kv_heads or tensor.shape[2] != head_dim:
+    for name, tensor, size in (("k", k, head_dim), ("v", v, v_dim)):
+        if tensor.shape[1] != num_kv_heads or tensor.shape[2] != size:
             raise BatchError(
-                f"{name} has {tensor.shape[1]} heads of {tensor.shape[2]}, the layer {num_kv_heads} of {head_dim}"
+                f"{name} has {tensor.shape[1]} heads of {tensor.shape[2]}, the layer {num_kv_heads} of {size}"
             )
         if tensor.shape[0] != q.shape[0]:
             raise BatchError(f"{name} has {tensor.shape[0]} tokens, q has {q.shape[0]}")

@@ -25,6 +25,7 @@ __all__ = [
     "paged_attention",
     "refuse_gradients",
     "why_plain",
+    "why_uncapturable",
 ]
 
 _WHAT = "paged attention"
@@ -32,10 +33,19 @@ _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 #: Recorded by a compiler's own graphs, they would keep the plan of the first batch.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
-_LIBRARY.define("paged_attention(Tensor q, Tensor k, Tensor v, int layer, str shape) -> Tensor", tags=_TAGS)
-_LIBRARY.define("store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()")
+_LIBRARY.define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, int layer, str shape, Tensor? sinks=None, Tensor? slopes=None) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
+)
 _LIBRARY.define("prepare_batch(SymInt tokens, str shapes) -> ()", tags=_TAGS)
-_LIBRARY.define("attend(Tensor q, Tensor(a!) out, int layer, str shape) -> ()", tags=_TAGS)
+_LIBRARY.define(
+    "attend(Tensor q, Tensor(a!) out, int layer, str shape, Tensor? sinks=None, Tensor? slopes=None) -> ()", tags=_TAGS
+)
 
 
 def join_shapes(shapes: list[str]) -> str:
@@ -43,12 +53,21 @@ def join_shapes(shapes: list[str]) -> str:
     return ";".join(shapes)
 
 
-def paged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str) -> torch.Tensor:
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    shape: str,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Stores k, v and attends, in the running step.
 
     Args:
-        q: ``[tokens, num_heads, head_dim]``. k, v: ``[tokens, num_kv_heads, head_dim]``.
+        q: ``[tokens, num_heads, head_dim]``. k, v: ``[tokens, num_kv_heads, head_dim]`` or ``v_dim``.
         layer: its place in the cache. shape: an encoded :class:`AttentionShape`.
+        sinks, slopes: as :class:`~pcg_compile.attention.base.Layer` has them.
 
     Raises:
         BatchError: no step or no cache, another number of tokens than the batch's, a cache that does not fit.
@@ -58,22 +77,37 @@ def paged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: in
     cache.check(layer, AttentionShape.decode(shape), q.device)
     state.check_tokens(tokens)
     slots = state.prepare(tokens, "slice").slots
-    store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out)(state.plan(shape, tokens))
+    one = cache.layer(layer, sinks, slopes)
+    store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots, one.k_scale, one.v_scale)
+    out = _fake_attention(q, k, v, layer, shape)
+    cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out, one)(state.plan(shape, tokens))
     return out
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Writes the tokens' keys and values ``[tokens, num_kv_heads, head_dim]`` to their slots.
 
     Args:
-        k_cache, v_cache: ``[slots, num_kv_heads, head_dim]``. slot_mapping: ``[tokens]`` int64.
+        k_cache, v_cache: ``[slots, num_kv_heads, head_dim]``; with scales, e4m3 numbers as uint8.
+        slot_mapping: ``[tokens]`` int64. k_scale, v_scale: ``[num_kv_heads]`` float32, for fp8 caches.
     """
-    k_cache.index_copy_(0, slot_mapping, k)
-    v_cache.index_copy_(0, slot_mapping, v)
+    k_cache.index_copy_(0, slot_mapping, k if k_scale is None else _to_fp8(k, k_scale))
+    v_cache.index_copy_(0, slot_mapping, v if v_scale is None else _to_fp8(v, v_scale))
+
+
+def _to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``values / scale`` in e4m3, as bytes; what is beyond its range is clamped, which the conversion makes NaN."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scaled = (values.float() / scale[:, None]).clamp(-largest, largest)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def bind_prepare_batch(
@@ -98,14 +132,21 @@ def bind_prepare_whole(tokens: int, shapes: str) -> Callable[[], Hashable]:
     return lambda: require_step(_WHAT).prepare_whole(tokens, names)
 
 
-def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> Callable[[], None]:
+def bind_attend(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    layer: int,
+    shape: str,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> Callable[[], None]:
     """``pcg::attend`` with its tensors bound, and the cache of the step that is running now.
 
     The callable serves every step with that cache, at ``q.shape[0]`` tokens, padding included.
     """
     cache = require_step(_WHAT).require_cache()
     cache.check(layer, AttentionShape.decode(shape), q.device)
-    run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out)
+    run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out, cache.layer(layer, sinks, slopes))
     rows = q.shape[0]
     # Not the cache itself, which would live as long as its recordings.
     key = cache.key
@@ -122,21 +163,29 @@ def bind_attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> C
     return attend
 
 
-def why_plain(q: object, out: object, layer: int, shape: str) -> str | None:
+def why_plain(q: object, out: object, layer: int, shape: str, *rest: object) -> str | None:
     """Why ``pcg::attend``, bound to the running step's cache, is not what its device is meant to have, or None."""
     return require_step(_WHAT).require_cache().reasons.get(shape)
+
+
+def why_uncapturable(q: object, out: object, layer: int, shape: str, *rest: object) -> str | None:
+    """Why a full CUDA graph cannot hold ``pcg::attend``, bound to the running step's cache, or None."""
+    impl = require_step(_WHAT).require_cache().impl(shape)
+    return None if impl.capturable else f"attention by {type(impl).__name__} is planned on the host for each batch"
 
 
 def _prepare_batch(tokens: int, shapes: str) -> None:
     bind_prepare_batch(tokens, shapes)()
 
 
-def _attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str) -> None:
-    bind_attend(q, out, layer, shape)()
+def _attend(q: torch.Tensor, out: torch.Tensor, layer: int, shape: str, *rest: torch.Tensor | None) -> None:
+    bind_attend(q, out, layer, shape, *rest)()
 
 
-def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _fake_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, shape: str, *rest: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
 
 
 def refuse_gradients(*args: Any) -> None:

@@ -15,15 +15,20 @@ import numpy as np
 import torch
 
 from ..metadata import Ints
-from .base import AttentionImpl, AttentionShape
+from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache, Prepared
 
-__all__ = ["ReferenceAttention"]
+__all__ = ["ReferenceAttention", "why_not"]
 
 #: Most scores that are in memory at once.
 _MOST_SCORES = 1 << 25
+
+
+def why_not(shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
+    """Why plain PyTorch does not compute a shape, None where it does."""
+    return None if shape.dtype.is_floating_point else f"attention computes floating point numbers, not {shape.dtype}"
 
 
 @dataclass
@@ -34,6 +39,7 @@ class _Group:
         rows: ``[g * Q]`` rows of q; rows past a request's end repeat its last.
         slots: ``[g * K]`` slots of its keys; those past its end repeat its last.
         mask: ``[g, 1, 1, Q, K]`` bool, True where a query sees a key; no row is all False.
+        at: ``[g, 1, 1, Q, 1]`` int64, the positions of the queries.
         take: ``[results]`` which of the g * Q results are rows of their own; None for all.
         targets: ``[results]`` the rows of ``out`` that they go to; None where they are all of them in order.
     """
@@ -42,6 +48,7 @@ class _Group:
     rows: torch.Tensor
     slots: torch.Tensor
     mask: torch.Tensor
+    at: torch.Tensor
     take: torch.Tensor | None
     targets: torch.Tensor | None
 
@@ -52,7 +59,7 @@ class ReferenceAttention(AttentionImpl):
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         super().__init__(shape, cache)
         # A replay on the CPU runs it again, with the plan of its step.
-        self.recordable = self.device.type == "cpu"
+        self.capturable = self.device.type == "cpu"
 
     def plan(self, prepared: Prepared) -> list[_Group]:
         padded = prepared.padded
@@ -60,7 +67,8 @@ class ReferenceAttention(AttentionImpl):
         kv_lens = padded.array(3).astype(np.int64)
         pages, first_page = padded.array(4), padded.array(1)[:-1].astype(np.int64)
         lengths = np.diff(qo)
-        # Request slots that are not used have no tokens; what is last of the others is the padding, where there is any.
+        spans = prepared.spans
+        # Entries that are not used have no tokens; what is last of the others is the padding, where there is any.
         lengths = lengths[: int(np.flatnonzero(lengths)[-1]) + 1]
         kv_lens = kv_lens[: len(lengths)]
         order = np.arange(len(lengths))
@@ -77,13 +85,22 @@ class ReferenceAttention(AttentionImpl):
                 some = members[g : g + g_chunk]
                 for q in range(0, longest_q, q_chunk):
                     end = min(q + q_chunk, longest_q)
-                    group = self._group(some, q, end, qo, lengths, kv_lens, pages, first_page)
+                    group = self._group(some, q, end, qo, lengths, kv_lens, pages, first_page, spans)
                     if group is not None:
                         groups.append(group)
         return groups
 
     def _group(
-        self, members: Ints, begin: int, end: int, qo: Ints, lengths: Ints, kv_lens: Ints, pages: Ints, first_page: Ints
+        self,
+        members: Ints,
+        begin: int,
+        end: int,
+        qo: Ints,
+        lengths: Ints,
+        kv_lens: Ints,
+        pages: Ints,
+        first_page: Ints,
+        spans: torch.Tensor | None,
     ) -> _Group | None:
         """The query rows ``begin`` to ``end`` of the members."""
         members = members[lengths[members] > begin]
@@ -99,19 +116,33 @@ class ReferenceAttention(AttentionImpl):
         slots += j % self.page_size
         targets = rows[real]
         in_order = len(targets) == qo[-1] and bool((targets == np.arange(qo[-1])).all())
-        last = self._device(positions)[:, None, None, :, None]
+        at = self._device(positions)[:, None, None, :, None]
+        on_device = self._device(rows.ravel())
         key = torch.arange(slots.shape[1], device=self.device)
-        mask = key <= last
-        if self.shape.window is not None:
-            mask &= key > last - self.shape.window
+        own = None if spans is None else spans.index_select(0, on_device).view(*rows.shape, 2)[:, None, None, :, None]
+        # A row of a request that is shorter than the longest has keys behind its end: they repeat its last.
+        behind = key >= self._device(lens)[:, None, None, None, None]
         return _Group(
             (len(members), end - begin, slots.shape[1]),
-            self._device(rows.ravel()),
+            on_device,
             self._device(slots.ravel()),
-            mask,
+            self._seen(key, at, own) & ~behind,
+            at,
             None if real.all() else self._device(np.flatnonzero(real.ravel())),
             None if in_order else self._device(targets),
         )
+
+    def _seen(self, key: torch.Tensor, at: torch.Tensor, spans: torch.Tensor | None) -> torch.Tensor:
+        """Which keys the tokens at some positions see."""
+        shape = self.shape
+        seen = key <= at if shape.causal else (key >= 0).expand(*at.shape[:-1], len(key))
+        if shape.window is not None:
+            seen = seen & ((key - at).abs() < shape.window)
+        if shape.chunk is not None:
+            seen = seen & (key // shape.chunk == at // shape.chunk)
+        if spans is not None:
+            seen = seen | ((key >= spans[..., 0]) & (key <= spans[..., 1]))
+        return seen
 
     def _device(self, values: Ints) -> torch.Tensor:
         values = np.ascontiguousarray(values)
@@ -122,40 +153,62 @@ class ReferenceAttention(AttentionImpl):
         return target
 
     def bind(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        layer: Layer = PLAIN,
     ) -> Callable[[list[_Group]], None]:
         keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
 
         def run(plan: list[_Group]) -> None:
             with torch.no_grad():
                 for group in plan:
-                    self._attend(group, q, keys, values, out)
+                    self._attend(group, q, keys, values, out, layer)
 
         return run
 
     def _attend(
-        self, group: _Group, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+        self, group: _Group, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, layer: Layer
     ) -> None:
         shape = self.shape
         (g, queries, length), kv_heads, repeat = group.size, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
         dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
-        k = keys.index_select(0, group.slots).to(dtype).view(g, length, kv_heads, shape.head_dim)
-        v = values.index_select(0, group.slots).to(dtype).view(g, length, kv_heads, shape.head_dim)
+        k = _taken(keys, group.slots, layer.k_scale, dtype).view(g, length, kv_heads, shape.head_dim)
+        v = _taken(values, group.slots, layer.v_scale, dtype).view(g, length, kv_heads, shape.v_dim)
         rows = q.index_select(0, group.rows).to(dtype).view(g, queries, kv_heads, repeat, shape.head_dim)
         rows = rows.permute(0, 2, 3, 1, 4).reshape(g, kv_heads, repeat * queries, shape.head_dim)
         scores = torch.matmul(rows, k.permute(0, 2, 3, 1)) * shape.scale
         if shape.softcap is not None:
             scores = torch.tanh(scores / shape.softcap) * shape.softcap
-        scores = scores.view(g, kv_heads, repeat, queries, length).masked_fill(~group.mask, -torch.inf)
-        weights = torch.softmax(scores, -1).view(g, kv_heads, repeat * queries, length)
-        result = torch.matmul(weights, v.transpose(1, 2)).view(g, kv_heads, repeat, queries, shape.head_dim)
-        result = result.permute(0, 3, 1, 2, 4).reshape(g * queries, shape.num_heads, shape.head_dim).to(out.dtype)
+        scores = scores.view(g, kv_heads, repeat, queries, length)
+        if layer.slopes is not None:
+            distance = torch.arange(length, device=self.device) - group.at
+            scores = scores + layer.slopes.to(dtype).view(kv_heads, repeat, 1, 1) * distance
+        scores = scores.masked_fill(~group.mask, -torch.inf)
+        if layer.sinks is not None:
+            # A key without a value.
+            sinks = layer.sinks.to(dtype).view(kv_heads, repeat, 1, 1).expand(g, kv_heads, repeat, queries, 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = torch.softmax(scores, -1)[..., :length].reshape(g, kv_heads, repeat * queries, length)
+        result = torch.matmul(weights, v.transpose(1, 2)).view(g, kv_heads, repeat, queries, shape.v_dim)
+        result = result.permute(0, 3, 1, 2, 4).reshape(g * queries, shape.num_heads, shape.v_dim).to(out.dtype)
         if group.take is not None:
             result = result.index_select(0, group.take)
         if group.targets is None:
             out.copy_(result)
         else:
             out.index_copy_(0, group.targets, result)
+
+
+def _taken(stored: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The keys or values of some slots."""
+    if scale is None:
+        return stored.index_select(0, slots).to(dtype)
+    # PyTorch has no index_select for fp8 on every device: bytes are taken.
+    taken = stored.view(torch.uint8).index_select(0, slots).view(stored.dtype)
+    return taken.to(dtype) * scale.to(dtype)[:, None]
 
 
 def _power(lengths: Ints) -> Ints:

@@ -189,31 +189,32 @@ def _inductor() -> Check:
     return Check("inductor", "ok", f"has what it needs{f', triton {version}' if version else ''}")
 
 
-def _flashinfer() -> Check:
+def _attention() -> Check:
+    """What computes paged attention here, and whether FlashInfer could (``attention_backend="flashinfer"``)."""
     if not torch.cuda.is_available():
-        version = _version("flashinfer-python")
-        there = f"{version}, " if version else ""
-        return Check("flashinfer", "ok", f"{there}not needed without a GPU: attention runs in plain PyTorch")
-    from ..attention import AttentionShape
-    from ..attention.flashinfer import why_not
+        return Check("attention", "ok", "runs in plain PyTorch without a GPU")
+    from ..attention import AttentionShape, choose_impl
+    from ..attention.reference import ReferenceAttention
 
     shape = AttentionShape(32, 8, 128, None, None, 128**-0.5, torch.bfloat16)
-    reason = why_not(shape, torch.device("cuda", torch.cuda.current_device()))
-    if reason is not None:
-        # A GPU that is too old has no cure.
-        cure = "in a checkout of pcg: pip install '.[flashinfer]'" if "import" in reason else None
-        command = re.search(r"\s*\((pip install [^)]+)\)", reason)
-        if command is not None:
-            reason, cure = reason.replace(command[0], ""), command[1]
-        return Check("flashinfer", "warn", f"attention would run in plain PyTorch: {reason}", cure)
+    kind, reason = choose_impl(shape, torch.device("cuda", torch.cuda.current_device()))
+    if kind is ReferenceAttention:
+        command = re.search(r"\(((?:pip|apt) install [^)]+)\)", reason or "")
+        cure = command[1] if command is not None else None
+        return Check("attention", "warn", f"would run in plain PyTorch: {reason}", cure)
+    return Check("attention", "ok", f"by {kind.__name__} (Triton {_version('triton')}); {_flashinfer()}")
+
+
+def _flashinfer() -> str:
+    version = _version("flashinfer-python")
+    if not version:
+        return "FlashInfer, an option, is not installed"
     tools = {"nvcc": _nvcc() is not None, "ninja": _has_ninja()}
     missing = [tool for tool, there in tools.items() if not there]
-    archs = os.environ.get("FLASHINFER_CUDA_ARCH_LIST") or "this GPU's"
-    found = f"{_version('flashinfer-python')}, architectures: {archs}"
     if missing and not importlib.util.find_spec("flashinfer_jit_cache"):
-        return Check("flashinfer", "warn", f"{found}, lacks {' and '.join(missing)} to build its kernels with",
-                     "install the CUDA toolkit and set CUDA_HOME; pip install ninja")  # fmt: skip
-    return Check("flashinfer", "ok", f"{found}, {'kernels ready' if missing else 'nvcc and ninja found'}")
+        return f"FlashInfer {version}, an option, lacks {' and '.join(missing)} to build its kernels with"
+    archs = os.environ.get("FLASHINFER_CUDA_ARCH_LIST") or "this GPU's"
+    return f"FlashInfer {version} is an option, architectures: {archs}"
 
 
 def _nvcc() -> str | None:
@@ -263,6 +264,6 @@ def _version(distribution: str) -> Any:
 
 #: In the order they are printed.
 CHECKS: tuple[Callable[[], Check], ...] = (
-    _python, _torch, _gpu, _backend, _scalar_writes, _inductor, _flashinfer, _depyf, _safetensors, _transformers,
+    _python, _torch, _gpu, _backend, _scalar_writes, _inductor, _attention, _depyf, _safetensors, _transformers,
 )  # fmt: skip
 _ESSENTIAL = (_python, _torch, _backend)

@@ -143,9 +143,15 @@ def _find_whole(b: Building) -> None:
             {node: b.static[node] for node in made},
             {s.index: _whole_piece(b, s) for s in b.plan.sites if isinstance(s, PieceSite)},
             callable_of,
-            True if full else None,
+            True if full or _is_full_by_default(b) else None,
+            not full,
         )
     b.program.whole = wholes[b.program.bucket]
+
+
+def _is_full_by_default(b: Building) -> bool:
+    """Whether "auto" takes one CUDA graph a step without a measurement; on a CPU a replay runs the same calls."""
+    return b.shared.device.type == "cuda" and b.shared.agreement is None
 
 
 def _is_recorded(b: Building, site: PieceSite) -> bool:

@@ -34,9 +34,6 @@ _GAIN_LIMIT = 1.05
 #: Combinations of buckets that a first call captures at most.
 _MOST_AT_FIRST = 64
 
-#: Tokens from which on one recording of a whole step gains nothing, and attention's workspace takes 100 MB and more.
-_LARGEST_AUTO_WHOLE = 1024
-
 
 @dataclass
 class WarmUp:
@@ -210,7 +207,7 @@ def _record_bucket(
         if program.complete:
             if doubtful and not _pays(graph, binding, program, bucket, args, step):
                 return True
-            if program.whole is not None and _may_record_whole(graph, program.whole, step):
+            if program.whole is not None and _may_record_whole(graph, program.whole):
                 program.start(args)
                 program.whole.warm_up(program.run_pieces)
             graph.respect_budget(binding, program)
@@ -253,14 +250,9 @@ def _at_bucket(
     return binding.placed.get((spec.node, shape_at(spec.value, bucket)), args[position])
 
 
-def _may_record_whole(graph: GraphState, whole: WholeStep, step: StepState | None) -> bool:
-    """Whether warm-up tries one recording for a whole step: on a CPU, where a replay runs the same calls, if told.
-
-    Attention's workspace grows with tokens and request slots, so that "auto" leaves large buckets alone.
-    """
-    if whole.wanted is None and (graph.shared.device.type != "cuda" or graph.shared.agreement is not None):
-        return False
-    return whole.wanted is not None or step is None or whole.at_tokens() <= _LARGEST_AUTO_WHOLE
+def _may_record_whole(graph: GraphState, whole: WholeStep) -> bool:
+    """Whether warm-up tries one CUDA graph for a whole step: on a CPU, where a replay runs the same calls, if told."""
+    return whole.wanted is not None or (graph.shared.device.type == "cuda" and graph.shared.agreement is None)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ __all__ = ["WholeStep", "why_not_whole"]
 
 #: A batch that has no recording yet is recorded when it is met; a batch that keeps failing is not tried for ever.
 _MOST_FAILURES = 2
-#: Kept for one bucket: a rung of request slots each, and what a grown workspace leaves behind.
+#: Kept for one bucket: one for each kind of batch that attention has kernels for.
 _MOST_RECORDINGS = 8
 #: Of the largest value: bfloat16 kernels differ by a hundredth, wrong ones by anything.
 _AGREEMENT = 0.1
@@ -47,6 +47,10 @@ def why_not_whole(sites: Sequence[Any], recorded: Callable[[PieceSite], bool]) -
             return f"{site.op.name} does not declare itself recordable"
         if site.mode != "request":
             return f"{site.op.name} gets other rows at each step (padding by slices)"
+        if site.op.uncapturable is not None:
+            reason = site.op.uncapturable(*site.node.args, **site.node.kwargs)
+            if reason is not None:
+                return reason
     for site in sites:
         if isinstance(site, PieceSite) and not recorded(site):
             return f"a piece cannot be recorded (at {site.where})"
@@ -55,12 +59,13 @@ def why_not_whole(sites: Sequence[Any], recorded: Callable[[PieceSite], bool]) -
 
 @dataclass
 class WholeStep:
-    """The recordings of one bucket's whole step, by what they bake in (request slots, attention's workspaces).
+    """The full CUDA graphs of one bucket, by what they bake in (the kind of batch that attention has kernels for).
 
     Attributes:
         shared: of the graph. at: the bucket's sizes. inputs, outputs: static memory by node.
         functions: what runs each piece, by site, its results looking as the next piece expects.
-        wanted: whether steps use it; None until ``warmup`` has measured ("auto").
+        wanted: whether steps use it; None until ``warmup`` has measured.
+        measure: whether ``warmup`` measures, and gives the graphs up where pieces are faster ("auto").
     """
 
     shared: Shared
@@ -71,6 +76,7 @@ class WholeStep:
     functions: Mapping[int, Callable[..., Sequence[torch.Tensor]]]
     call_of: Callable[[CallSite], Callable[..., Any]]
     wanted: bool | None
+    measure: bool = False
     recordings: dict[Hashable, Recording] = field(default_factory=dict)
     _failures: int = 0
 
@@ -159,7 +165,9 @@ class WholeStep:
 
     def _run_all(self) -> Sequence[torch.Tensor]:
         """All pieces and attention at the bucket's size; a value is let go of after its last reader."""
-        plan, env = self.shared.plan, dict(self.inputs)
+        plan, env, step = self.shared.plan, dict(self.inputs), current_step()
+        if step is not None:
+            step.enqueue_again()
         for site in plan.sites:
             if isinstance(site, PieceSite):
                 numbers = [self.at[s] for s in site.piece.symbols]
@@ -202,35 +210,36 @@ class WholeStep:
     # -- warm-up ----------------------------------------------------------------------------------------------
 
     def warm_up(self, between_pieces: Callable[[], Any]) -> None:
-        """Records every rung of request slots, and under "auto" measures first whether that pays.
+        """Captures what batches of short and of long requests need; under "auto" gives the graphs up if they lose.
 
         ``between_pieces`` runs the same step piece by piece.
         """
         step, counters = current_step(), self.shared.counters
-        rungs = step.request_rungs(self.at_tokens()) if step is not None and step.cache is not None else [None]
-        replays, middle = counters.replays, rungs[min(1, len(rungs) - 1)]
-        if not self._agrees(step, middle, between_pieces):
-            self.wanted, rungs = False, []
-        elif self.wanted is None:
-            _set_rung(step, middle)
+        # Of decode requests, and of prompts.
+        lengths = [1, self.at_tokens()] if step is not None and step.cache is not None else [None]
+        replays = counters.replays
+        if not self._agrees(step, lengths[-1], between_pieces):
+            self.wanted, lengths = False, []
+        elif self.wanted is None or self.measure:
+            _set_longest(step, lengths[-1])
             full = seconds_of(step, self.run, self.shared.device)
-            _set_rung(step, None)
+            _set_longest(step, None)
             between = seconds_of(step, between_pieces, self.shared.device)
             self.wanted = full < between
             chosen = "full" if self.wanted else "piecewise"
             times = f"full {1e3 * full:.2f} ms, piecewise {1e3 * between:.2f} ms"
             counters.bucket(self.name).attention = f"{chosen} ({times})"
-        for rung in rungs if self.wanted else ():
-            _set_rung(step, rung)
+        for longest in lengths if self.wanted else ():
+            _set_longest(step, longest)
             self.run()
         if not self.wanted:
             self.recordings.clear()
-        _set_rung(step, None)
+        _set_longest(step, None)
         counters.replays = replays
 
-    def _agrees(self, step: Any, rung: int | None, between_pieces: Callable[[], Any]) -> bool:
+    def _agrees(self, step: Any, longest: int | None, between_pieces: Callable[[], Any]) -> bool:
         """Whether one recording gives what pieces give: an attention may be wrong that declares itself recordable."""
-        _set_rung(step, None)
+        _set_longest(step, None)
         if step is not None and step.cache is not None:
             self._make_tokens_alike()
             self._settle(step.cache, between_pieces)
@@ -240,7 +249,7 @@ class WholeStep:
             runs.append([t.clone() for t in self.outputs.values()])
         want = runs[0]
         noise = max((_distance(a, b) for run in runs[1:] for a, b in zip(want, run, strict=True)), default=0.0)
-        _set_rung(step, rung)
+        _set_longest(step, longest)
         if not self.run():
             return False
         if any(node in self.shared.plan.mutated for node in self.inputs):
@@ -297,7 +306,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _set_rung(step: Any, rung: int | None) -> None:
+def _set_longest(step: Any, longest: int | None) -> None:
     if step is not None:
-        step.rung = rung
+        step.longest = longest
         step.prepared = None

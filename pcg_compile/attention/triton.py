@@ -1,0 +1,203 @@
+"""Paged attention by pcg's Triton kernels: no plan on the host, one capture for every batch that fits a bucket."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .base import PLAIN, AttentionImpl, AttentionShape, Layer
+
+if TYPE_CHECKING:
+    from .cache import PagedKVCache, Prepared
+    from .ragged import Launch, RaggedAttention, Schedule
+
+__all__ = ["TritonAttention", "why_not"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SMALLEST_HEAD, _LARGEST_HEAD = 8, 512
+#: Bytes that decide which kernel Triton compiles for a pointer.
+_ALIGNMENT = 16
+#: Rows of a bucket from which on tiles are large.
+_LARGE = 1024
+
+
+@functools.cache
+def _installed() -> str | None:
+    """Why Triton cannot be used, None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        from . import ragged  # noqa: F401 - whether it imports
+    except Exception as error:  # Whatever a broken installation raises: it is shown, and another one attends.
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def why_not(shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
+    """Why the kernels do not compute a shape on a device, None where they do."""
+    if shape.dtype not in _DTYPES:
+        return f"Triton attention computes float16, bfloat16 and float32, not {shape.dtype}"
+    if not all(_SMALLEST_HEAD <= size <= _LARGEST_HEAD for size in (shape.head_dim, shape.v_dim)):
+        return f"Triton attention has head sizes of {_SMALLEST_HEAD} to {_LARGEST_HEAD}, not {shape.head_dim}"
+    reason = _installed()
+    if reason is not None:
+        return reason
+    from .ragged import is_interpreted
+
+    if is_interpreted():
+        return None
+    if device.type != "cuda":
+        return (
+            f"Triton compiles for GPUs, the cache is on {device.type} (its interpreter runs there: TRITON_INTERPRET=1)"
+        )
+    if torch.version.hip is not None:
+        return None
+    least = (8, 9) if kv_dtype == torch.float8_e4m3fn else (7, 5) if shape.dtype != torch.bfloat16 else (8, 0)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < least:
+        return (
+            f"Triton attention needs compute capability {least[0]}.{least[1]} for {shape.dtype} over {kv_dtype} keys, "
+            f"this GPU has {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+class _Plan(NamedTuple):
+    """What the kernels read in a step; all of it lies on the device.
+
+    Attributes:
+        kernels, schedule: for the batch's kind. requests: entries of the metadata.
+        qo_indptr, kv_indptr, kv_lens, kv_indices: of all requests, the padding and unused entries included.
+        spans: ``[rows, 2]`` positions that tokens see beside those of the mask, or None.
+    """
+
+    kernels: RaggedAttention
+    schedule: Schedule
+    requests: int
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_lens: torch.Tensor
+    kv_indices: torch.Tensor
+    spans: torch.Tensor | None
+
+
+class TritonAttention(AttentionImpl):
+    """One attention shape over one cache.
+
+    The kernels exist for three kinds of batches, which differ in the sizes of blocks alone: each is right for every
+    batch, so that the kind is chosen by what is likely to be fast.
+    """
+
+    capturable = True
+
+    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+        super().__init__(shape, cache)
+        self._kv_dtype = cache.dtype
+        self._group = shape.num_heads // shape.num_kv_heads
+        self._workspaces = cache.workspaces
+        self._kernels: dict[Hashable, RaggedAttention] = {}
+        self._schedules: dict[Hashable, Schedule] = {}
+
+    def capture_key(self, prepared: Prepared) -> Hashable:
+        return self._kind(prepared), prepared.spans is not None
+
+    def _kind(self, prepared: Prepared) -> str:
+        if prepared.longest * self._group <= max(16, self._group):
+            return "decode"
+        return "mixed" if prepared.rows < _LARGE else "prefill"
+
+    def plan(self, prepared: Prepared) -> _Plan:
+        qo_indptr, kv_indptr, _, kv_lens, kv_indices = prepared.arrays
+        kind, rows, requests, spans = self._kind(prepared), prepared.rows, prepared.padded.requests, prepared.spans
+        kernels = self._kernels_of(kind, rows, spans is not None)
+        # At exact sizes each step has others: memory for powers of two.
+        most = kernels.most_items(rows, requests)
+        key = (kernels, 1 << (most - 1).bit_length())
+        schedule = self._schedules.get(key)
+        if schedule is None:
+            with torch.inference_mode(False):
+                schedule = self._schedules[key] = kernels.new_schedule(key[1])
+        schedule = schedule._replace(most=most)
+        return _Plan(kernels, schedule, requests, qo_indptr, kv_indptr, kv_lens, kv_indices, spans)
+
+    def enqueue(self, plan: _Plan) -> None:
+        with torch.cuda.device(self.device) if self._elsewhere() else nullcontext():
+            plan.kernels.schedule(plan.schedule, plan.qo_indptr, plan.kv_indptr, plan.kv_lens, plan.requests)
+
+    def bind(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        layer: Layer = PLAIN,
+    ) -> Callable[[_Plan], None]:
+        sinks, slopes, k_scale, v_scale = layer
+        strided = q.stride(-1) != 1
+        launches: dict[Hashable, Launch] = {}
+
+        def run(plan: _Plan) -> None:
+            if self._elsewhere():
+                with torch.cuda.device(self.device):
+                    attend(plan)
+            else:
+                attend(plan)
+
+        def attend(plan: _Plan) -> None:
+            # All else that a launch takes is the layer's, or follows from the kernels.
+            spans = None if plan.spans is None else plan.spans.data_ptr()
+            key = (id(plan.kernels), plan.schedule.items.data_ptr(), plan.kv_indices.data_ptr() % _ALIGNMENT, spans)
+            launch = launches.get(key)
+            if launch is not None:
+                launch(plan.schedule.most, plan.kv_indices)
+                return
+            launch = plan.kernels.attend(
+                plan.schedule, q.contiguous() if strided else q, k_cache, v_cache, out, plan.kv_indices,
+                self._workspace(plan.kernels), spans=plan.spans, sinks=sinks, slopes=slopes, k_scales=k_scale,
+                v_scales=v_scale,
+            )  # fmt: skip
+            if launch is not None and not strided:
+                launches[key] = launch
+
+        return run
+
+    def _elsewhere(self) -> bool:
+        """Whether the current device is another one: Triton launches there."""
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+
+    def _kernels_of(self, kind: str, rows: int, spans: bool) -> RaggedAttention:
+        from .ragged import RaggedAttention, tiling_for
+
+        shape = self.shape
+        tiling = tiling_for(
+            kind, max(shape.head_dim, shape.v_dim), self._group, self.page_size, rows * shape.num_kv_heads,
+            shape.dtype.itemsize, self._kv_dtype == torch.float8_e4m3fn, self.device,
+        )  # fmt: skip
+        kernels = self._kernels.get((tiling, spans))
+        if kernels is None:
+            kernels = self._kernels[tiling, spans] = RaggedAttention(
+                num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+                v_head_dim=shape.v_dim, page_size=self.page_size, tiling=tiling, device=self.device, scale=shape.scale,
+                causal=shape.causal, window=shape.window, chunk=shape.chunk, spans=spans, softcap=shape.softcap,
+                precise=shape.dtype == torch.float32,
+            )  # fmt: skip
+            self._workspace(kernels)
+        return kernels
+
+    def _workspace(self, kernels: RaggedAttention) -> torch.Tensor:
+        """Memory for partial results; kernels that follow each other on a stream share it.
+
+        Captured graphs hold its address: one that is too small for other kernels stays with those that it was made for.
+        """
+        made: dict[int, torch.Tensor] = self._workspaces.setdefault("triton", {})
+        size = 1 << (kernels.workspace_floats - 1).bit_length()
+        space = made.get(size)
+        if space is None:
+            with torch.inference_mode(False):
+                space = made[size] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return space
