@@ -226,6 +226,14 @@ def _by_numbers(runs: _Runs, name: str) -> str | None:
     """Why requests that are packed get other numbers, or None."""
     packed, far, poisoned = Trial(), Trial(), Trial(poison=(slice(0, 3), slice(6, 8)))
     expected = runs.run(packed, runs.packed)
+    spoilt = runs.run(poisoned, runs.packed, other=True)
+    alike = all(
+        _close(a[:, :, _LOOKED_AT], b[:, :, _LOOKED_AT])
+        for a, b in zip(packed.calls[0].tensors, poisoned.calls[0].tensors, strict=True)
+    )
+    results = [*(tensor[:, :, _LOOKED_AT] for call in poisoned.calls for tensor in call.tensors), spoilt[:, _LOOKED_AT]]
+    if not alike or (bool(expected.isfinite().all()) and not all(bool(t.isfinite().all()) for t in results)):
+        return f"{name} mixes tokens outside of attention: a convolution, a state, or attention of its own."
     if _differ(packed, packed, slice(0, 3), _LOOKED_AT):
         return f"{name} counts positions by itself, through the packed requests."
     latest = getattr(runs.model.config.get_text_config(), "max_position_embeddings", None)
@@ -238,14 +246,6 @@ def _by_numbers(runs: _Runs, name: str) -> str | None:
                 f"the positional embedding of {name} follows the longest request of a step, so that a request would "
                 "get other numbers in other company."
             )
-    spoilt = runs.run(poisoned, runs.packed, other=True)
-    alike = all(
-        _close(a[:, :, _LOOKED_AT], b[:, :, _LOOKED_AT])
-        for a, b in zip(packed.calls[0].tensors, poisoned.calls[0].tensors, strict=True)
-    )
-    results = [*(tensor[:, :, _LOOKED_AT] for call in poisoned.calls for tensor in call.tensors), spoilt[:, _LOOKED_AT]]
-    if not alike or (bool(expected.isfinite().all()) and not all(bool(t.isfinite().all()) for t in results)):
-        return f"{name} mixes tokens outside of attention: a convolution, a state, or attention of its own."
     return None
 
 
