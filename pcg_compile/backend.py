@@ -15,7 +15,7 @@ from torch import fx
 from .attention.ops import refuse_gradients
 from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
 from .distributed import agreement_of, collective_outside_recordings, first_collective, has_subclasses, lowered
-from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
+from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.attributes import attributes_as_inputs
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
@@ -88,11 +88,15 @@ def watched(wrapper: Any) -> tuple[object, Options] | None:
     It is asked ahead of each trace: what compiling will wait for begins here.
 
     Raises:
-        OptionsError: the options are bad.
+        OptionsError: a mode was given, which is none of pcg's.
     """
     backend = wrapper.compiler_fn
     if backend is pcg:
-        options = Options.parse(wrapper.kwargs.get("options"), wrapper.kwargs.get("mode"))
+        Options.parse(None, wrapper.kwargs.get("mode"))
+        try:
+            options = Options.parse(wrapper.kwargs.get("options"))
+        except OptionsError:
+            return None  # raised again where a graph is compiled
     elif getattr(backend, "watched", False):
         options = backend.options
     else:

@@ -173,6 +173,8 @@ class Watch:
         if error is call.error_before:
             error = None
         _CALL.reset(call.token)
+        if error is None and call.graphs and not call.traces and not self.left_out:
+            return  # the usual call
         call.settings_end()
         if error is not None:
             if self.whole and dynamo_refused(error):

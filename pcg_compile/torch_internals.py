@@ -973,7 +973,6 @@ class compile_for_all_sizes:
         self.mark = mark
 
     def __enter__(self) -> None:
-        watch_traces()
         self.token = _MARK.set(self.mark)
 
     def __exit__(self, *error: object) -> None:

@@ -265,12 +265,6 @@ def test_a_mode_is_an_error_that_says_what_to_write(mode):
     assert ("max_autotune" in str(caught.value)) == mode.startswith("max-autotune")
 
 
-def test_bad_options_reach_the_caller_as_they_are():
-    run = torch.compile(nn.Linear(4, 4), backend="pcg", options={"bucket": [4]})
-    with pytest.raises(OptionsError, match="Did you mean 'buckets'"):
-        run(torch.ones(3, 4))
-
-
 def test_a_decorated_function_is_inlined_in_another_one_that_is_compiled():
     inner = pcg.piecewise(**OPTIONS)(lambda x: x * 2)
     outer = torch.compile(lambda x: inner(x) + 1, backend="pcg", options=OPTIONS, fullgraph=True)
