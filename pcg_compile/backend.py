@@ -58,6 +58,7 @@ from .torch_internals import (
     fake_inputs,
     fake_mode_of,
     graph_break_of,
+    is_asked_for,
     layouts_apart,
     prepare_inductor,
     shape_guards,
@@ -221,7 +222,7 @@ def _compile(
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
     function = runtime.__call__
-    if broken is not None:
+    if broken is not None and not is_asked_for(broken[0]):
         reason = f"Dynamo breaks the graph, and what follows runs eagerly: {broken[0].strip().partition(chr(10))[0]}"
         function = Counted(function, counters, reason, str(place_of_stack(broken[1]))).__call__
     return function if region is None else region()(function)

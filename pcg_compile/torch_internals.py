@@ -838,6 +838,11 @@ def is_static_input(node: fx.Node) -> bool:
     )
 
 
+def is_asked_for(reason: str) -> bool:
+    """Whether the code itself asked for a break of the graph, where nothing else runs (2.11 to 2.13)."""
+    return reason.startswith("Call to `torch._dynamo.graph_break()`")
+
+
 def graph_break_of(gm: fx.GraphModule) -> tuple[str, Any] | None:
     """Why Dynamo broke the frame after this graph, and the user's frames; None where it did not (2.11 to 2.13)."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
