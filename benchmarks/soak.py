@@ -186,7 +186,7 @@ class Soak:
         found = [(r, bucket) for r in runtimes(self.compiled) for b in r.bindings for bucket in sorted(b.buckets)]
         if found:
             runtime, bucket = self.draw.choice(found)
-            runtime.drop(bucket, _DROPPED)
+            runtime.drop(None, bucket, _DROPPED)
             self.dropped += 1
 
     # -- what is watched --------------------------------------------------------------------------------------------

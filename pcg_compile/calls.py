@@ -241,7 +241,8 @@ class Watch:
 
     def _trace_ended(self, call: Call) -> None:
         trace, call.trace = call.trace, None
-        if trace is None or call.handed:
+        # Functions of pcg's own around a model, such as its hooks, hold nothing to compile.
+        if trace is None or call.handed or trace.code.co_filename.startswith(_OWN):
             return
         breaks = breaks_since(call.breaks)
         if not breaks and call.traces > 1:

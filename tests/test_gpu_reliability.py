@@ -41,7 +41,6 @@ def difference(got, want):
 
 
 def make_llama(dtype=torch.bfloat16):
-    # float32 is attended by plain PyTorch, bfloat16 by FlashInfer.
     return make_model(SHAPE, torch.device("cuda")).to(dtype)
 
 
@@ -189,10 +188,7 @@ def test_every_default_bucket_at_its_edges(dtype, compiler):
     assert not wrong, wrong
     print(f"{dtype}, {compiler}: worst difference over {len(sizes)} sizes {max(map(max, worst.values())):.2g}")
     stats = pcg.stats(compiled)
-    # What FlashInfer does not compute is counted at every step, and nothing else is.
-    plain = [f.reason for f in stats.fallbacks if "attention in plain PyTorch" in f.reason]
-    assert len(stats.fallbacks) == len(plain) == (dtype == torch.float32), stats.fallbacks
-    assert all(f.count == len(sizes) for f in stats.fallbacks)
+    assert not stats.fallbacks, stats.fallbacks
     assert all(stats.buckets[b].hits > 0 for b in table if b > 2)
 
 
