@@ -177,7 +177,8 @@ def test_groups_of_tokens_see_each_other(backend, mode):
         scores = torch.einsum("qhd,kd->hqk", x, x[:, 0]) * 16**-0.5
         weights = torch.softmax(scores.masked_fill(~seen.to(DEVICE), -torch.inf), -1)
         torch.testing.assert_close(got, torch.einsum("hqk,kd->qhd", weights, x[:, 1]), rtol=1e-4, atol=1e-4)
-    assert not pcg.stats(compiled).fallbacks
+    # On a GPU plain PyTorch plans on the host.
+    assert backend == "reference" or not pcg.stats(compiled).fallbacks
 
 
 def test_groups_that_make_no_sense():
