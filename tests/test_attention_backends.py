@@ -278,3 +278,15 @@ def test_sinks_and_slopes_are_state_of_the_module():
     assert [n for n, _ in attention.named_buffers()] == ["alibi_slopes"]
     assert attention.sinks is sinks and (attention.chunk, attention.causal, attention.v_head_dim) == (8, False, 16)
     assert "chunk=8" in repr(attention) and "causal=False" in repr(attention) and "sinks" in repr(attention)
+
+
+def test_explain_says_what_computes_attention():
+    cache = PagedKVCache(1, 8, 4, num_kv_heads=2, head_dim=16)
+    attention = PagedAttention(0, 4, 2, 16)
+
+    def forward(x):
+        return attention(x, x[:, :2] * 1, x[:, 2:] * 1) * 1
+
+    compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[8])(forward)
+    with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
+        assert "by ReferenceAttention" in str(pcg.explain(compiled, torch.randn(3, 4, 16)))
