@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 OF_MODULES = {name: options for name, options in FEATURES.items() if "tiling" not in options and "spans" not in options}
 #: Where the interpreter is slow: what passes tensors of its own to the kernels.
 IN_SHORT = ("causal", "sinks and a window", "alibi", "fp8, softcap, window", "values of another size")
-SMALL_LENGTHS = {} if CUDA else {"longest": 40, "prompt": 20}
+SMALL_LENGTHS = {} if CUDA else {"longest": 30, "prompt": 12}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _fresh():
 @pytest.mark.skipif(CUDA or INTERPRETED or sys.platform != "linux", reason="the kernels run as they are")
 def test_this_file_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
