@@ -123,8 +123,8 @@ class Batch:
     def advance(self) -> Batch:
         """The decode step that follows: the same requests on the same pages, each with one more token.
 
-        Nothing is read from lists. A request whose pages are full is a
-        ``BatchError`` when the step is entered: give every request pages to spare, or make a new batch then.
+        Nothing is read from lists. A request whose pages are full is a ``BatchError`` when the step is entered: give
+        every request pages to spare, or make a new batch then.
 
         Raises:
             BatchError: adapters given as a tensor of slots, where a request has several tokens.
