@@ -16,8 +16,8 @@ from pcg_compile.attention.ragged import Tiling, tiling_for
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-#: Batches of each feature. A GPU computes many more.
-SEEDS = range(int(os.environ.get("PCG_ATTENTION_BATCHES", "500" if CUDA else "1")))
+#: Batches of each feature; 500 for a large run on a GPU.
+SEEDS = range(int(os.environ.get("PCG_ATTENTION_BATCHES", "20" if CUDA else "1")))
 #: The interpreter takes some 10 ms for a work item.
 SMALL_LENGTHS = {} if CUDA else {"longest": 30, "prompt": 12}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
