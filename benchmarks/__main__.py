@@ -23,7 +23,7 @@ _COMMANDS = {
     "lora_kernels": "the LoRA kernels against the floor (needs a GPU)",
     "lora": "a step with many adapters: pcg with and without, PEFT's mixed batches",
     "encoder": "embeddings of real sentences: eager, torch.compile, reduce-overhead, pcg",
-    "continuous": "continuous batching: the example, transformers' generate_batch",
+    "throughput": "new tokens a second: generate_batch, transformers' own, generate with a static cache",
 }
 
 

@@ -203,9 +203,7 @@ def _compile(task: tuple[Workload, Any]) -> str:
     """Compiles one kernel, into Triton's cache, by running it on a tiny batch of the same shape."""
     work, tiling = task
     try:
-        small = Workload(
-            work.name, (1, 3), (9, 40), work.head_dim, work.page_size, work.fp8, work.heads, work.kv_heads
-        )
+        small = Workload(work.name, (1, 3), (9, 40), work.head_dim, work.page_size, work.fp8, work.heads, work.kv_heads)
         batch = Batch(small, torch.device("cuda"))
         for call in triton_call(batch, tiling, torch.empty_like(batch.q)):
             call()

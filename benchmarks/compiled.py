@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 
 import pcg_compile as pcg
 from pcg_compile.step import StepState, require_step
-from pcg_compile.torch_internals import compile_for_all_sizes, mark_dynamic
 
 from .models import ATTEND, PAGE_SIZE, Attend, Lists, share
 from .variants import Call, NotHere, Variant, World, attention_of, bucket_of
@@ -67,7 +67,7 @@ class Compiled(Variant):
     def start(self) -> None:
         """What is called; nothing is compiled yet."""
         model = share(self.world.model, self.world.shape, self.world.cache)
-        self.model = torch.compile(model, **self.options())
+        self.model, self.compiled = torch.compile(model, **self.options()), False
 
     def options(self) -> dict[str, Any]:
         return dict(self.mode)
@@ -100,12 +100,14 @@ class Compiled(Variant):
                 yield lambda: self._call(ids, positions, bound.slots[:rows])[:n]
 
     def _call(self, *tensors: torch.Tensor) -> torch.Tensor:
-        def mark() -> None:
-            for tensor in tensors:
-                mark_dynamic(tensor, [0])
-
-        with compile_for_all_sizes(mark):
+        if self.compiled:
+            return self.model(*tensors)  # type: ignore[no-any-return]
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        # A graph for all sizes, 1 included, as @pcg.piecewise has it.
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
             result: torch.Tensor = self.model(*tensors)
+        self.compiled = True
         return result
 
 

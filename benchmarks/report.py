@@ -213,9 +213,8 @@ def _encoder(rows: Sequence[Row]) -> list[Panel]:
     return [("lines", speeds, ("tokens a batch", "sentences / s", "embeddings"))]
 
 
-def _continuous(rows: Sequence[Row]) -> list[Panel]:
-    named = [{**row, "at": f"{row['requests']} requests"} for row in rows]
-    return [("bars", series(named, "at", "tokens_per_s", "variant"), ("", "new tokens / s", "continuous batching"))]
+def _throughput(rows: Sequence[Row]) -> list[Panel]:
+    return [("bars", series(rows, "workload", "tokens_per_s", "variant"), ("", "new tokens / s", "generate_batch"))]
 
 
 def _tensor_parallel(rows: Sequence[Row]) -> list[Panel]:
@@ -254,7 +253,7 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "padding": _padding,
     "crossover": _crossover,
     "encoder": _encoder,
-    "continuous": _continuous,
+    "throughput": _throughput,
     "tensor_parallel": _tensor_parallel,
     "soak": lambda rows: [],
     "attention": lambda rows: [],

@@ -8,17 +8,23 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from pcg_compile.graph.facts import NodeFacts, trace_facts
+from pcg_compile.graph.facts import DataDecide, NodeFacts, trace_facts
 
 __all__ = ["bodies_of"]
 
+#: What ops raise of operands in another order than the body's: other shapes, types, or no tensors at all.
+_MISTRACED = (
+    ArithmeticError, AssertionError, AttributeError, DataDecide, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
 
 def bodies_of(
-    gm: fx.GraphModule, node: fx.Node, facts: Mapping[fx.Node, NodeFacts]
+    gm: fx.GraphModule, node: fx.Node, facts: Mapping[fx.Node, NodeFacts], notes: list[str]
 ) -> Iterator[tuple[fx.GraphModule, dict[fx.Node, NodeFacts]]]:
     """The bodies of a node and their facts; none for a node that has no body, or whose body cannot be traced alone.
 
-    A body's inputs are the last operands of the op: before them stand names, conditions and further bodies.
+    A body's inputs are the last operands of the op: before them stand names, conditions and further bodies. What
+    cannot be traced is added to ``notes``, which explain() shows.
     """
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
@@ -36,7 +42,9 @@ def bodies_of(
         if count > len(operands):
             continue
         try:
-            yield body, trace_facts(body, operands[len(operands) - count :])
-        except Exception:
-            # A body that uses its operands in another order: the op is judged as a whole.
+            inner = trace_facts(body, operands[len(operands) - count :])
+        except _MISTRACED as error:
+            first = str(error).splitlines()[0] if str(error) else ""
+            notes.append(f"{node.name} is judged as a whole: its body cannot be traced alone ({first})")
             continue
+        yield body, inner

@@ -28,6 +28,9 @@ from .op_rules import finding_of, reads_host_scalars
 
 __all__ = ["capture_hazards", "node_finding"]
 
+_DROPOUT = Finding(
+    "rng", "attention drops weights at random: the model is in training mode", "call model.eval() for inference"
+)
 _MOVES = ("to", "cuda", "type")
 _BRANCHES = ("cond", "while_loop")
 #: Ops of pcg's own that a later pass takes apart.
@@ -50,6 +53,11 @@ def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
         context.splits[node] = f"{op}: {finding.reason}"
         if finding.kind != "unsafe op":
             context.counted.add(node)
+    for node in gm.graph.nodes:
+        if _drops_in_attention(node, context):
+            place, op = place_of(node), _op_name(node, context.facts)
+            context.hazards.append(hazard_at(place, _DROPOUT, op))
+            context.remarks.append((f"{op}: {_DROPOUT.reason}; {_DROPOUT.cure}", str(place)))
     context.hazards += [hazard for hazard, _ in found]
     if found and context.options.strict and not context.collect:
         raise CaptureHazard(_strict_message(found))
@@ -235,11 +243,25 @@ def _scattered_constants(gm: fx.GraphModule, context: PassContext) -> list[fx.No
 
 def _finding_in_body(gm: fx.GraphModule, node: fx.Node, context: PassContext) -> Finding | None:
     """The first finding inside an op of a higher order, which is isolated as a whole."""
-    for body, facts in bodies_of(gm, node, context.facts):
+    for body, facts in bodies_of(gm, node, context.facts, context.notes):
         inner = PassContext(context.options, context.device, facts)
         for _, finding in _findings(body, inner):
             return Finding(finding.kind, f"in its body, {finding.reason}", finding.cure)
     return None
+
+
+def _drops_in_attention(node: fx.Node, context: PassContext) -> bool:
+    """Whether a split op, which runs between pieces and is not looked into, has dropout."""
+    if node not in context.facts or not op_names(node, context.facts[node]) & registered_split_ops().keys():
+        return False
+    for call in context.facts[node].ops:
+        arguments = call.op._schema.arguments
+        given = {**dict(zip((a.name for a in arguments), call.args, strict=False)), **call.kwargs}
+        # A kernel of attention that has it, or attention that was taken apart on its way to one that has not.
+        share = given.get("p", 0.0) if "dropout" in str(call.op) else given.get("dropout_p", 0.0)
+        if isinstance(share, float) and share > 0 and given.get("train") is not False:
+            return True
+    return False
 
 
 def _op_name(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> str:

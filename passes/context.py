@@ -56,11 +56,17 @@ class PassContext:
     counted: set[fx.Node] = field(default_factory=set)
     #: All findings, for explain() and check().
     hazards: list[Hazard] = field(default_factory=list)
+    #: (reason, where) of what is captured and yet not as it should be; counted once, when the graph is compiled.
+    remarks: list[tuple[str, str]] = field(default_factory=list)
     #: What rewriting passes did, one line each, for explain() and dump().
     notes: list[str] = field(default_factory=list)
     #: For each pass that ran, its name and what it added to ``notes`` and ``hazards``.
     outcomes: list[tuple[str, list[str], list[Hazard]]] = field(default_factory=list)
     #: Dynamo's graph before the passes, for dump().
     source: fx.GraphModule | None = None
+    #: Whether Dynamo broke the frame behind this graph: its results are inputs of another one.
+    continued: bool = False
+    #: Why rows of this graph's inputs, and then of its results, are not the step's tokens in order; "" where they are.
+    moved: str = ""
     #: True for pcg.check(): collect hazards, never raise.
     collect: bool = False

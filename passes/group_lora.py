@@ -26,11 +26,11 @@ _MOST_MOVED = 4
 
 @dataclass(frozen=True)
 class LoRACall:
-    """One ``pcg::lora``: arguments by name, pool and number of tokens, slices, and what else calls of a group share."""
+    """One ``pcg::lora``: arguments by name, pool and routing, slices, and what else calls of a group share."""
 
     node: fx.Node
     given: Mapping[str, Any]
-    routing: tuple[int, str]
+    routing: tuple[int, tuple[Hashable, ...]]
     slices: int
     shared: tuple[Hashable, ...]
 

@@ -15,11 +15,12 @@ import torch
 from torch import fx
 from torch.nn.functional import pad as pad_tensor
 
-from pcg_compile.errors import OptionsError, message
+from pcg_compile.errors import BatchError, OptionsError, message
 from pcg_compile.graph.split import op_names
 from pcg_compile.ops import SplitOp, add_split_op, registered_split_ops
 
 from .context import PassContext
+from .request_mode import Unproven, prove_request
 
 __all__ = ["pad_metadata"]
 
@@ -52,7 +53,25 @@ def pad_slots(slots: torch.Tensor, bucket: int, tokens: int, page_size: int, scr
     return torch.cat([slots, slots.new_full(shape, scratch_page * page_size)])
 
 
+def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
+    """:func:`pad_indptr` of a cumulative sum of tokens.
+
+    Raises:
+        BatchError: it does not end at the number of tokens, so that the padding would be somebody else's.
+    """
+    if bucket != tokens and indptr.device.type == "cpu" and int(indptr[-1]) != tokens:
+        raise BatchError(
+            message(
+                f"a split op has {tokens} rows, and a cumulative sum of them that it gets ends at {int(indptr[-1])}",
+                why="The padding request begins behind the last row of the last request.",
+                cure='For an op that takes more rows than its requests have, write: options={"padding": "slice"}',
+            )
+        )
+    return pad_indptr(indptr, bucket, tokens, page_size)
+
+
 _PADDERS: dict[str, Callable[..., torch.Tensor]] = {
+    "pad_tokens": pad_tokens,
     "pad_indptr": pad_indptr,
     "pad_indices": pad_indices,
     "pad_last_page_len": pad_last_page_len,
@@ -61,7 +80,7 @@ _PADDERS: dict[str, Callable[..., torch.Tensor]] = {
 #: Those that are told the scratch page.
 _SCRATCH = ("pad_indices", "pad_slots")
 _ROLES = {
-    "qo_indptr": "pad_indptr",
+    "qo_indptr": "pad_tokens",
     "kv_indptr": "pad_indptr",
     "kv_indices": "pad_indices",
     "last_page_len": "pad_last_page_len",
@@ -86,7 +105,7 @@ for _name, _function in _PADDERS.items():
 def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     """Inserts the padding nodes ahead of the first reader, and points each split op at them.
 
-    A split op that cannot be padded by a request is marked "slice" in ``node.meta["pcg_padding"]``, others "request".
+    A split op that is padded by a request has what is left to check of each step in ``node.meta["pcg_request"]``.
 
     Raises:
         OptionsError: ``padding="request"`` for an op that declares pages but no scratch page.
@@ -97,13 +116,13 @@ def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
         if op is None:
             continue
         arguments = _arguments(node, context)
-        reason = _why_not(node, op, arguments, context)
-        if reason is not None:
-            node.meta["pcg_padding"] = "slice"
+        try:
+            _check_options(op, arguments, context)
+            tokens, request = prove_request(node, op, arguments, context)
+        except Unproven as reason:
             context.notes.append(f"{op.name}: real rows only ({reason})")
             continue
-        node.meta["pcg_padding"] = "request"
-        tokens = _tokens(node, op, arguments, context)
+        node.meta["pcg_request"] = request
         for role, argument in op.metadata.items():
             source = arguments.get(argument)
             if role in _MAXIMA:
@@ -114,7 +133,7 @@ def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
             if role == "slot_mapping" and isinstance(source, fx.Node) and source.op == "placeholder":
                 # A piece may read it too.
                 source.meta["pcg_pad_value"] = (op.scratch_page or 0) * op.page_size
-            padder = _ROLES.get(role)
+            padder = "pad_tokens" if role == "kv_indptr" and not op.paged else _ROLES.get(role)
             if padder is None or not isinstance(source, fx.Node):
                 continue
             if (source, role) not in padded:
@@ -147,17 +166,19 @@ def _declared(node: fx.Node, context: PassContext) -> SplitOp | None:
 
 def _arguments(node: fx.Node, context: PassContext) -> dict[str, Any]:
     """The node's arguments by the names of the op's schema."""
-    for call in context.facts[node].ops:
-        schema = getattr(call.op, "_schema", None)
-        if schema is not None:
-            names = [argument.name for argument in schema.arguments]
-            return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return dict(node.kwargs)
+    schemas = (_schema(node), *(getattr(call.op, "_schema", None) for call in context.facts[node].ops))
+    schema = next((s for s in schemas if s is not None), None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _why_not(node: fx.Node, op: SplitOp, arguments: dict[str, Any], context: PassContext) -> str | None:
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
+
+
+def _check_options(op: SplitOp, arguments: dict[str, Any], context: PassContext) -> None:
     if context.options.padding == "slice":
-        return 'padding="slice"'
+        raise Unproven('padding="slice"')
     if op.paged and op.scratch_page is None:
         if context.options.padding == "request":
             raise OptionsError(
@@ -167,46 +188,10 @@ def _why_not(node: fx.Node, op: SplitOp, arguments: dict[str, Any], context: Pas
                     cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0), a page you never give out',
                 )
             )
-        return "it declares no scratch page"
+        raise Unproven("it declares no scratch page")
     given = [name for name in op.needs_none if arguments.get(name) is not None]
     if given:
-        return f"its argument {given[0]} is given"
-    if _tokens(node, op, arguments, context) is None:
-        return "its tokens have no dynamic size"
-    sizes = {
-        str(context.facts[a].value.shape[0])
-        for a in _token_arguments(op, arguments)
-        if isinstance(context.facts[a].value, torch.Tensor) and context.facts[a].value.dim() > 1
-    }
-    if not op.paged and len(sizes) > 1:
-        return "its queries and keys have sizes of their own"
-    return None
-
-
-def _token_arguments(op: SplitOp, arguments: dict[str, Any]) -> list[fx.Node]:
-    metadata = set(op.metadata.values())
-    return [a for name, a in arguments.items() if isinstance(a, fx.Node) and name not in metadata]
-
-
-def _tokens(node: fx.Node, op: SplitOp, arguments: dict[str, Any], context: PassContext) -> Any:
-    """The node of the token count: the first size of the op's result, its slots, or else its first such argument.
-
-    A cache has a dynamic first size as well, where the caller compiled with ``dynamic=True``.
-    """
-    graph_sizes = {
-        str(f.value): n for n, f in context.facts.items() if n.op == "placeholder" and isinstance(f.value, torch.SymInt)
-    }
-    result = context.facts[node].value
-    values = [result[0] if isinstance(result, (tuple, list)) and result else result]
-    slots = arguments.get(op.metadata.get("slot_mapping", ""))
-    for argument in (slots, *arguments.values()):
-        value = context.facts[argument].value if isinstance(argument, fx.Node) else None
-        if isinstance(value, torch.Tensor) and (value.dim() > 1 or argument is slots):
-            values.append(value)
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
-            return graph_sizes.get(str(value.shape[0]))
-    return None
+        raise Unproven(f"its argument {given[0]} is given")
 
 
 def _later(gm: fx.GraphModule, first: fx.Node, second: Any) -> fx.Node:
@@ -218,7 +203,7 @@ def _place(node: fx.Node, name: str, value: Any) -> str | int:
     """Where a node holds an argument: the name of a keyword, or a position."""
     if name in node.kwargs:
         return name
-    schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
+    schema = _schema(node)
     positions = [a.name for a in schema.arguments] if schema is not None else []
     return positions.index(name) if name in positions else list(node.args).index(value)
 

@@ -15,14 +15,16 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from pcg_compile.attention.ops import store_kv
 from pcg_compile.graph.functional import functional_form
 from pcg_compile.graph.where import place_of
-from pcg_compile.lora.ops import row_wise_form, row_wise_form_of_many
+from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
 from . import safety_indexing, safety_shapes, safety_sums  # noqa: F401 - they enter their rules
 from .safety_dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
+from .safety_masks import OTHER, REPEATED, WILD, Known, finiteness, known_after
 from .safety_reach import Counts, Reach
 from .safety_rules import Call, Tracked, no_size_as_number, register_row_rule, rule_for
 
@@ -30,10 +32,11 @@ __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
 Kind = Literal["row-wise", "prefix", "mixing", "unknown"]
 #: What pcg's own ops do with rows, in ops that the analysis has rules for.
-_ROW_FORMS: dict[object, Callable[..., None]] = {
+_ROW_FORMS: dict[object, Callable[..., Any]] = {
     torch.ops.pcg.store_kv.default: store_kv,
     torch.ops.pcg.lora_apply.default: row_wise_form,
     torch.ops.pcg.lora_apply_many.default: row_wise_form_of_many,
+    torch.ops.pcg.lora_route_rows.default: route_form,
 }
 _ORDER: tuple[Kind, ...] = ("row-wise", "prefix", "unknown", "mixing")
 
@@ -46,6 +49,8 @@ class NodeVerdict:
     op: str
     reason: str
     where: str
+    #: Whether a rule, or the tracer, raised what it should not: that is counted.
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class PieceSafety:
     kind: Kind
     nodes: tuple[NodeVerdict, ...] = ()
     row_indices: tuple[tuple[int, Any], ...] = ()
-    #: (size, size): at a bucket too, the first must not exceed the second.
-    orders: tuple[tuple[Any, Any], ...] = ()
     #: (size, size): a step where they differ is not recorded.
     equals: tuple[tuple[Any, Any], ...] = ()
     #: Indices that must stay within what they look up at a bucket too.
     reaches: tuple[Reach, ...] = ()
+    #: (input, size): masks that must be padded with zeros along a size.
+    zeroed: tuple[tuple[str, Any], ...] = ()
+    #: Of the padding of its results, see :mod:`.safety_masks`; and of what it writes.
+    finiteness: tuple[int, ...] = ()
 
     def renamed(self, names: Mapping[sympy.Symbol, sympy.Symbol]) -> PieceSafety:
         """The verdict on a piece of the same structure, whose sizes have other names."""
@@ -77,10 +84,16 @@ class PieceSafety:
         return replace(
             self,
             row_indices=tuple((position, other(symbol)) for position, symbol in self.row_indices),
-            orders=tuple((other(one), other(two)) for one, two in self.orders),
             equals=tuple((other(one), other(two)) for one, two in self.equals),
             reaches=tuple(reach.renamed(names) for reach in self.reaches),
+            zeroed=tuple((name, other(symbol)) for name, symbol in self.zeroed),
         )
+
+    def finiteness_of(self, result: int) -> int:
+        """Of the padding of a result."""
+        if result < len(self.finiteness):
+            return self.finiteness[result]
+        return REPEATED if self.kind == "row-wise" else WILD
 
     @property
     def reason(self) -> str:
@@ -93,12 +106,20 @@ class PieceSafety:
         return self.nodes[0].where if self.nodes else ""
 
 
-def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collection[int] = ()) -> PieceSafety:
+def analyze_piece(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    scratch: Collection[int] = (),
+    masks: Mapping[int, str] | None = None,
+    finiteness: Mapping[int, int] | None = None,
+) -> PieceSafety:
     """The verdict on a piece.
 
     Args:
         gm: the piece, torch-level; its output is a tuple. inputs: its fake inputs (tensors, SymInts).
         scratch: positions of index inputs whose padding points to memory that nobody reads.
+        masks: names of inputs that only mask, by position. finiteness: of inputs whose padding is no real row's.
     """
     if not any(isinstance(x, torch.SymInt) for x in inputs) and not any(
         has_tokens(d) for x in inputs if isinstance(x, torch.Tensor) for d in dims_of(x.shape)
@@ -109,21 +130,28 @@ def analyze_piece(gm: fx.GraphModule, inputs: Sequence[Any], *, scratch: Collect
         return PieceSafety("unknown", (NodeVerdict("unknown", "piece", "it holds a function transform", ""),))
     try:
         traced = functional_form(gm, inputs, _ROW_FORMS)
-    except Exception as error:
+    except Exception as error:  # what ops raise is anyone's: the piece is probed, and this is counted
         reason = (
             f"it cannot be traced to aten: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
-        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, ""),))
-    return _Analysis(traced, scratch).run()
+        return PieceSafety("unknown", (NodeVerdict("unknown", "piece", reason, "", failed=True),))
+    return _Analysis(traced, scratch, masks, finiteness).run()
 
 
 class _Analysis:
-    def __init__(self, gm: fx.GraphModule, scratch: Collection[int]) -> None:
-        self.gm, self.scratch = gm, scratch
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        scratch: Collection[int],
+        masks: Mapping[int, str] | None = None,
+        finiteness: Mapping[int, int] | None = None,
+    ) -> None:
+        self.gm, self.scratch, self.masks, self.finiteness = gm, scratch, masks or {}, finiteness or {}
+        self.zeroed: set[tuple[str, Any]] = set()
+        self.results: list[int] = []
         self.values: dict[fx.Node, Any] = {}
         self.verdicts: list[NodeVerdict] = []
         self.row_indices: list[tuple[int, Any]] = []
-        self.orders: list[tuple[Any, Any]] = []
         self.equals: list[tuple[Any, Any]] = []
         self.counts = Counts()
         self.placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
@@ -147,22 +175,31 @@ class _Analysis:
             worst,
             tuple(nodes),
             tuple(dict.fromkeys(self.row_indices)),
-            tuple(dict.fromkeys(self.orders)),
             tuple(dict.fromkeys(self.equals)),
             tuple(self.counts.reaches),
+            tuple(sorted(self.zeroed, key=str)),
+            tuple(self.results),
         )
 
     def _placeholder(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         position = self.placeholders.index(node)
         if isinstance(value, torch.Tensor):
-            self.values[node] = _one_tracked(Tracked(dims_of(value.shape), position in self.scratch, position), value)
+            dims = dims_of(value.shape)
+            known: frozenset[Known] = frozenset()
+            level = self.finiteness.get(position, REPEATED)
+            if position in self.masks:
+                sizes = [d[0] for d in dims if len(d) == 1 and isinstance(d[0], sympy.Symbol)]
+                known = frozenset(Known(s, 0, self.masks[position], s) for s in sizes if sizes.count(s) == 1)
+                level = max(level, OTHER)
+            tracked = Tracked(dims, position in self.scratch, position, known=known, finiteness=level)
+            self.values[node] = _one_tracked(tracked, value)
             self._sizes(node, [tuple(value.shape)])
         else:
             self.values[node] = value
 
-    def _note(self, kind: Kind, node: fx.Node, reason: str) -> None:
-        self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node))))
+    def _note(self, kind: Kind, node: fx.Node, reason: str, failed: bool = False) -> None:
+        self.verdicts.append(NodeVerdict(kind, str(node.target), reason, str(place_of(node)), failed))
 
     def _sizes(self, node: fx.Node, shapes: Sequence[tuple[Any, ...]]) -> None:
         """At a bucket there must be at least as many entries as at the real size."""
@@ -200,19 +237,40 @@ class _Analysis:
         except Mixing as reason:
             self._note("mixing", node, str(reason))
             result = [dims_of(shape) for shape in call.shapes]
-        except Exception as error:
-            self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}")
+        except Exception as error:  # a rule may be anyone's: the op is probed instead, and this is counted
+            self._note("unknown", node, f"its rule failed: {type(error).__name__}: {error}", failed=True)
             result = [dims_of(shape) for shape in call.shapes]
         self.counts.note(node, call)
         if call.kind == "prefix":
             self._note("prefix", node, "rows depend on rows before them, never on padding behind them")
         self._sizes(node, call.shapes)
         self.row_indices += call.row_indices
-        self.orders += call.orders
         self.equals += call.equals
-        self.values[node] = _tracked(result, value)
+        self.zeroed |= call.zeroed
+        self.values[node] = self._padding_of(node, call, _tracked(result, value), known=rule is not None)
+
+    def _padding_of(self, node: fx.Node, call: Call, result: Any, known: bool) -> Any:
+        """Enters what is known of the padding of a result."""
+        packet = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
+        packet = packet if packet == "_to_copy" else packet.removesuffix("_copy")
+        starts = call.kind == "prefix" or (packet == "arange" and any(map(has_tokens, dims_of(call.shapes[0]))))
+        level = finiteness(packet, call, starts) if known or not call.tensors() else WILD
+        if isinstance(result, list):
+            return [replace(r, finiteness=level) if isinstance(r, Tracked) else r for r in result]
+        if not isinstance(result, Tracked):
+            return result
+        uniform = None
+        if packet in ("full", "scalar_tensor", "zeros", "full_like", "zeros_like"):
+            number = call.arguments.get("fill_value", call.arguments.get("s", 0))
+            if isinstance(number, (int, float)):
+                uniform = torch.tensor(number, device="cpu").to(node.meta["val"].dtype).item()
+        elif packet in ("expand", "view", "unsqueeze", "clone", "alias", "detach"):
+            uniform = call.tensors()[0].uniform
+        return replace(result, known=known_after(packet, node, call, result.dims), finiteness=level, uniform=uniform)
 
     def _output(self, node: fx.Node) -> None:
+        values = [self.values[n] if isinstance(n, fx.Node) else None for n in tree_leaves(node.args)]
+        self.results = [v.finiteness if isinstance(v, Tracked) else WILD for v in values]
         for leaf in node.all_input_nodes:
             tracked = self.values[leaf]
             for one in tracked if isinstance(tracked, (list, tuple)) else [tracked]:

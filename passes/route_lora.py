@@ -8,22 +8,39 @@ becomes
     pcg::lora_apply(y, x, factors, permutation, seg_indptr, layout)    routing comes from the step
 
 and layers that read the same x share one ``pcg::lora_apply_many`` (:mod:`.group_lora`).
+
+Note [rows of a layer]
+Which token each row of x is comes from the graph (:mod:`.lora_rows`), never from their number. There are three cases:
+
+- Row i is token i: the routing is the step's.
+- The rows are tokens in another order (sorted, picked, reversed, cut): the slots of the step's tokens are static memory
+  too, the graph brings them into that order as it does the rows (:mod:`.lora_emit`), and ``pcg::lora_route_rows`` makes
+  the routing of them, inside the piece.
+- It cannot be told: the layer serves a batch of one adapter or of none, since then all rows have it. A batch that mixes
+  adapters is refused by ``pcg::prepare_one_lora``, ahead of everything, with the layer's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from pcg_compile.graph.facts import tensors_in
 from pcg_compile.graph.scalars import expr_of, symbols_of
 from pcg_compile.lora.packed import decode
-from pcg_compile.lora.routing import RoutingMemory, router_by_id
+from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router, router_by_id
 
 from .context import PassContext, StepInput
 from .group_lora import LoRACall, group_calls
+from .lora_emit import SlotsOfRows
+from .lora_orders import Dim, Rows
+from .lora_rows import LayerRows, follow_rows
 from .rewriting import Rewriter
 
 __all__ = ["route_lora"]
@@ -32,89 +49,225 @@ _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 _NAMES = ("y", "x", "factors", "layout")
 
 
+@dataclass
+class _Pool:
+    """What the layers of one pool share in a graph."""
+
+    memory: RoutingMemory
+    #: Sizes that tokens are routed for, by their expression: the size, its number, and a layer.
+    sizes: dict[str, tuple[Any, int, fx.Node]] = field(default_factory=dict)
+    #: Layers whose rows are unknown, with the reason.
+    unknown: dict[str, str] = field(default_factory=dict)
+    #: Whether one of them cannot have adapters at all.
+    never: bool = False
+    one: OneAdapterMemory | None = None
+    like: fx.Node | None = None
+
+
 def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
-    """Rewrites every ``pcg::lora``; a graph without one stays as it is.
+    """Rewrites every ``pcg::lora``; a graph without one stays as it is. See Note [rows of a layer].
 
     A layer whose tokens lie in two dimensions, the inner one dynamic, stays as it is and runs between pieces: the
     padding of such tokens lies between them, where a routing of the step's tokens does not reach.
     """
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
-    rewriter = Rewriter(gm, context)
-    opened: dict[tuple[int, str], tuple[Any, fx.Node, str]] = {}
-    memories: dict[int, RoutingMemory] = {}
-    calls = []
-    for node in found:
-        given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-        y, layout = context.facts[given["y"]].value, decode(given["layout"])
-        rows = _rows(y)
-        if rows is None:
-            context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
-            continue
-        routing = (layout.pool, str(expr_of(rows)))
-        if layout.pool not in memories:
-            memories[layout.pool] = router_by_id(layout.pool).new_memory()
-        opened.setdefault(routing, (rows, node, str(len(opened))))
+    regions = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in gm.graph.nodes)
+    if found or ((context.continued or regions) and any_router()):
+        layers, context.moved = follow_rows(gm, context.facts, context.notes, context.moved)
+        if layers:
+            return _Opening(gm, context, found, layers).done()
+    return gm
+
+
+class _Opening:
+    def __init__(
+        self, gm: fx.GraphModule, context: PassContext, found: Sequence[fx.Node], layers: Mapping[fx.Node, LayerRows]
+    ) -> None:
+        self.context = context
+        self.rewriter = Rewriter(gm, context)
+        self.values = {id(t): n for n, fact in reversed(context.facts.items()) for t in tensors_in(fact.value)}
+        self.layers = layers
+        self.pools: dict[int, _Pool] = {}
+        self.slots: dict[tuple[int, str], SlotsOfRows] = {}
+        self.routed: dict[Any, tuple[Any, Any]] = {}
+        calls = [call for node in found if (call := self._call(node)) is not None]
+        for node, layer in layers.items():
+            if node.graph is not gm.graph and not layer.in_order:
+                # Inside a region of its own, where the step's routing is looked up by its rows' number.
+                reason = layer.reason or "its rows are in another order, in a region that is a graph of its own"
+                self._refuse(layer.name, reason, node, self._pool(decode(str(node.args[3])).pool))
+        groups = group_calls(gm.graph, calls, context.facts, context.splits)
+        for group, moved in groups:
+            for node in moved:
+                group[0].node.prepend(node)
+            self._open(group)
+        for pool in self.pools.values():
+            self._prepare(pool)
+        if calls:
+            context.notes.append(
+                f"pcg::prepare_lora ahead of {len(calls)} LoRA layers in {len(groups)} calls: "
+                f"{len(self.routed)} routings a step"
+            )
+
+    def done(self) -> fx.GraphModule:
+        return self.rewriter.done()
+
+    def _call(self, node: fx.Node) -> LoRACall | None:
+        given: Mapping[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+        y, layout, layer = self.context.facts[given["y"]].value, decode(given["layout"]), self.layers[node]
+        pool = self._pool(layout.pool)
+        routing = self._routing(node, y, layer, pool)
+        if routing is None:
+            return None
         shared = (given["x"], y.dtype, y.device, layout.adapters, layout.rank, layout.dtype)
-        calls.append(LoRACall(node, given, routing, len(layout.slices), shared))
-    groups = group_calls(gm.graph, calls, context.facts, context.splits)
-    for group, moved in groups:
-        for node in moved:
-            group[0].node.prepend(node)
-        rows, _, name = opened[group[0].routing]
-        _open(rewriter, group, rows, name, memories[group[0].routing[0]])
-    for (pool, _), (rows, node, _) in opened.items():
-        rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool, memories[pool].id)
-    if opened:
-        context.notes.append(
-            f"pcg::prepare_lora ahead of {len(calls)} LoRA layers in {len(groups)} calls: {len(opened)} routings a step"
-        )
-    return rewriter.done() if found else gm
+        return LoRACall(node, given, (layout.pool, routing), len(layout.slices), shared)
 
+    def _pool(self, number: int) -> _Pool:
+        if number not in self.pools:
+            self.pools[number] = _Pool(router_by_id(number).new_memory())
+        return self.pools[number]
 
-def _rows(y: torch.Tensor) -> Any:
-    """The number of tokens, where padding can only lie behind them; else None."""
-    leading = [size for size in y.shape[:-1] if expr_of(size) != 1]
-    if any(symbols_of(size) for size in leading[1:]):
-        return None
-    rows: Any = 1
-    for size in leading:
-        rows = rows * size
-    return rows
+    def _routing(self, node: fx.Node, y: torch.Tensor, layer: LayerRows, pool: _Pool) -> Any:
+        """What names the routing of a layer; None where it has none in the graph."""
+        if layer.in_order:
+            if any(symbols_of(size) for size in layer.tokens[1:]):
+                self.context.splits[node] = "a LoRA layer whose tokens lie in two dynamic dimensions"
+                return None
+            return ("tokens", *self._tokens(node, layer, pool))
+        if layer.rows is not None and not any(symbols_of(size) for size in layer.tokens[1:]):
+            number = self._tokens(node, layer, pool)
+            leading: Dim = tuple(factor for dim in layer.rows.dims[:-1] for factor in dim)
+            self.context.notes.append(f"{layer.name} gets the adapters of its rows, which are not in the tokens' order")
+            return ("rows", *number, layer.rows.order, leading)
+        reason = layer.reason or "its tokens lie in two dynamic dimensions, in another order"
+        self._refuse(layer.name, reason, node, pool)
+        if not self._is_known(_product(y.shape[:-1])):
+            # So many rows as only the data tell: no memory can be made for them ahead.
+            pool.never = True
+            self.rewriter.graph.erase_node(node)
+            return None
+        return ("one", str(expr_of(_product(y.shape[:-1]))))
 
+    def _is_known(self, rows: Any) -> bool:
+        """Whether a number follows from the sizes of the graph's inputs."""
+        expr = expr_of(rows)
+        given = [self.context.facts[node].value for node in self.rewriter.placeholders]
+        known = {expr_of(value) for value in given if isinstance(value, torch.SymInt)}
+        return not isinstance(expr, sympy.Basic) or bool(expr.free_symbols <= known)
 
-def _open(rewriter: Rewriter, group: Sequence[LoRACall], rows: Any, name: str, memory: RoutingMemory) -> None:
-    first, given = group[0].node, group[0].given
-    device = rewriter.facts[given["y"]].value.device
-    adapters = memory.max_adapters
+    def _tokens(self, node: fx.Node, layer: LayerRows, pool: _Pool) -> tuple[str, int]:
+        rows = _product(layer.tokens)
+        text = str(expr_of(rows))
+        if text not in pool.sizes:
+            pool.sizes[text] = rows, len(pool.sizes), node
+        return text, pool.sizes[text][1]
 
-    def part(which: int) -> Callable[[Any, int], torch.Tensor]:
-        return lambda state, size: memory.routing(size)[which]
+    def _refuse(self, name: str, reason: str, node: fx.Node, pool: _Pool) -> None:
+        pool.unknown.setdefault(name, reason)
+        pool.like = pool.like or node
+        self.context.notes.append(f"{name} serves batches of one adapter only: {reason}")
 
-    permutation = rewriter.step_input(
-        StepInput(
+    def _open(self, group: Sequence[LoRACall]) -> None:
+        first, given = group[0].node, group[0].given
+        routing = self._routing_nodes(group[0])
+        with self.rewriter.graph.inserting_before(first):
+            if len(group) == 1:
+                arguments = (given["y"], given["x"], given["factors"], *routing, given["layout"])
+                self.rewriter.call(first, torch.ops.pcg.lora_apply.default, arguments)
+            else:
+                y, factors, layouts = ([one.given[key] for one in group] for key in ("y", "factors", "layout"))
+                arguments = (y, given["x"], factors, *routing, ";".join(layouts))
+                self.rewriter.call(first, torch.ops.pcg.lora_apply_many.default, arguments)
+        for one in group:
+            self.rewriter.graph.erase_node(one.node)
+
+    # -- routings -----------------------------------------------------------------------------------------------
+
+    def _routing_nodes(self, call: LoRACall) -> tuple[Any, Any]:
+        if call.routing not in self.routed:
+            pool = self.pools[call.routing[0]]
+            kind, text = call.routing[1][0], str(call.routing[1][1])
+            y = self.context.facts[call.given["y"]].value
+            if kind == "tokens":
+                made = self._of_tokens(pool, text, y.device)
+            elif kind == "rows":
+                made = self._of_rows(call, pool, text, y.device)
+            else:
+                made = self._of_one(pool, _product(y.shape[:-1]), y.device)
+            self.routed[call.routing] = made
+        return self.routed[call.routing]
+
+    def _of_tokens(self, pool: _Pool, text: str, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        memory, (rows, number, _) = pool.memory, pool.sizes[text]
+        name = f"{self._number(pool)}_{number}"
+        return self._inputs(memory, name, rows, device)
+
+    def _of_one(self, pool: _Pool, rows: Any, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        if pool.one is None:
+            pool.one = self._router(pool).new_memory_of_one(pool.unknown)
+        name = f"{self._number(pool)}_one_{len(self.routed)}"
+        return self._inputs(pool.one, name, rows, device)
+
+    def _inputs(
+        self, memory: RoutingMemory | OneAdapterMemory, name: str, rows: Any, device: torch.device
+    ) -> tuple[fx.Node, fx.Node]:
+        adapters = memory.max_adapters
+        permutation = StepInput(
             f"lora_permutation_{name}",
             lambda size: torch.empty(size, dtype=torch.int32, device=device),
-            part(0),
+            lambda state, size: memory.routing(size).permutation,
             rows,
             scratch=True,
         )
-    )
-    seg_indptr = rewriter.step_input(
-        StepInput(
+        seg_indptr = StepInput(
             f"lora_seg_indptr_{name}",
             lambda size: torch.empty(adapters + 1, dtype=torch.int32, device=device),
-            part(1),
+            lambda state, size: memory.routing(size).seg_indptr,
             rows,
         )
-    )
-    routing = (permutation, seg_indptr)
-    with rewriter.graph.inserting_before(first):
-        if len(group) == 1:
-            arguments = (given["y"], given["x"], given["factors"], *routing, given["layout"])
-            rewriter.call(first, torch.ops.pcg.lora_apply.default, arguments)
-        else:
-            y, factors, layouts = ([one.given[key] for one in group] for key in ("y", "factors", "layout"))
-            arguments = (y, given["x"], factors, *routing, ";".join(layouts))
-            rewriter.call(first, torch.ops.pcg.lora_apply_many.default, arguments)
-    for one in group:
-        rewriter.graph.erase_node(one.node)
+        return self.rewriter.step_input(permutation), self.rewriter.step_input(seg_indptr)
+
+    def _of_rows(self, call: LoRACall, pool: _Pool, text: str, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        memory, (size, number, _) = pool.memory, pool.sizes[text]
+        key = (call.routing[0], text)
+        if key not in self.slots:
+            slots = StepInput(
+                f"lora_slots_{self._number(pool)}_{number}",
+                lambda size: torch.empty(size, dtype=torch.int32, device=device),
+                lambda state, size: memory.slots(size),
+                size,
+            )
+            self.slots[key] = SlotsOfRows(self.rewriter, self.rewriter.step_input(slots), self.values, call.node)
+        emitted = self.slots[key]
+        rows = self.layers[call.node].rows
+        assert rows is not None
+        slots_of_rows = emitted.of(Rows(rows.order, rows.dims[:-1]))
+        routed = emitted.call(torch.ops.pcg.lora_route_rows.default, slots_of_rows, memory.max_adapters)
+        return emitted.call(operator.getitem, routed, 0), emitted.call(operator.getitem, routed, 1)
+
+    def _prepare(self, pool: _Pool) -> None:
+        for rows, _, node in pool.sizes.values():
+            self.rewriter.ahead_of_all(
+                node, torch.ops.pcg.prepare_lora.default, rows, self._number(pool), pool.memory.id
+            )  # fmt: skip
+        if pool.unknown and pool.like is not None:
+            if pool.one is None:
+                pool.one = self._router(pool).new_memory_of_one(pool.unknown)
+            pool.one.layers, pool.one.never = dict(pool.unknown), pool.never
+            like, arguments = pool.like, (self._number(pool), pool.one.id)
+            prepare = self.rewriter.ahead_of_all(like, torch.ops.pcg.prepare_one_lora.default, 0, *arguments)
+            # The graph keeps its memory, also where no layer outside of a region reads it.
+            prepare.meta["pcg_lora_memory"] = pool.one
+
+    def _number(self, pool: _Pool) -> int:
+        return next(number for number, one in self.pools.items() if one is pool)
+
+    def _router(self, pool: _Pool) -> Any:
+        return router_by_id(self._number(pool))
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total

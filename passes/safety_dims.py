@@ -25,6 +25,7 @@ __all__ = [
     "dims_of",
     "grows",
     "has_tokens",
+    "is_dynamic",
     "is_prefix",
     "regroup",
     "size_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from .safety_dims import Dims, Mixing, broadcast, counts_alike, has_tokens, is_prefix, size_of
+from .safety_dims import Dims, Mixing, broadcast, counts_alike, has_tokens, size_of
 from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_static, rule
 
 
@@ -73,16 +73,14 @@ def take(call: Call) -> Dims:
     return call.tensor("index").dims
 
 
-def _gathered(call: Call, source: Tracked, index: Tracked, axis: int) -> None:
+def _gathered(call: Call, source: Tracked, index: Tracked, axis: int, place: int) -> None:
     """Rows picked by index: right where the index tensor's values are the caller's own, counted from the real size."""
     if not has_tokens(source.dims[axis]):
         if index.source is not None:
             call.row_indices.append((index.source, None))
         return
-    if index.below is not None and is_prefix(source.dims[axis]):
-        # 0, 1, 2, ...: in eager these lie within the real entries, or it raises.
-        if index.below != size_of(source.dims[axis]):
-            call.orders.append((index.below, size_of(source.dims[axis])))
+    if place in call.sized:
+        # In eager these lie within the real entries, or it raises.
         return
     factors = [f for f in source.dims[axis] if f != 1]
     if len(factors) != 1 or not isinstance(factors[0], sympy.Symbol) or index.source is None:
@@ -95,7 +93,7 @@ def index(call: Call) -> Dims:
     source, indices = call.tensor("self"), call.arguments["indices"]
     used = [(i, t) for i, t in enumerate(indices) if isinstance(t, Tracked)]
     for i, tensor in used:
-        _gathered(call, source, tensor, i)
+        _gathered(call, source, tensor, i, i)
     merged = broadcast([tensor.dims for _, tensor in used])
     places = [i for i, _ in used]
     rest = [d for i, d in enumerate(source.dims) if i not in places]
@@ -108,7 +106,7 @@ def index(call: Call) -> Dims:
 def index_select(call: Call) -> Dims:
     source, chosen = call.tensor("self"), call.tensor("index")
     axis = axis_of(source.dims, call.arguments["dim"])
-    _gathered(call, source, chosen, axis)
+    _gathered(call, source, chosen, axis, 0)
     return (*source.dims[:axis], *(chosen.dims or ((1,),)), *source.dims[axis + 1 :])
 
 

@@ -1,12 +1,11 @@
 """Whether an index stays within what it looks up at a bucket's size too: on a GPU, one that leaves it is fatal.
 
-Padding of an argument is what earlier steps left there, as good an index as theirs. What counts instead (an arange, a
-cumulative sum) goes on counting through the padding.
+Padding repeats row 0, and so is as good an index as row 0. What counts instead (an arange, a cumulative sum) goes on
+counting through the padding.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pcg_compile.graph.scalars import SymType, expr_of
 from pcg_compile.torch_internals import expression_nodes
 
-from .safety_dims import Mixing, as_expr, has_tokens
-from .safety_rules import Call, Tracked, axis_of
+from .safety_dims import Mixing, as_expr, has_tokens, is_prefix, size_of
+from .safety_rules import Call, axis_of
 
 __all__ = ["Counts", "Reach"]
 
@@ -41,31 +42,43 @@ _BOUNDED = frozenset(
 )
 #: Of their two results the second is places.
 _PLACES_SECOND = frozenset(f"aten::{name}" for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median"))
+#: Their results hold the values that they read.
+_SAME_VALUES = frozenset(
+    f"aten::{name}" for name in ("expand", "view", "unsqueeze", "squeeze", "permute", "transpose", "clone", "alias")
+)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """An index that follows from sizes alone, as a graph of the sizes ``symbols``; it looks up ``rows`` entries."""
+    """An index that follows from sizes alone, as a graph of the sizes ``symbols``; it looks up ``rows`` entries.
+
+    Where these are dynamic, a negative one would count from the bucket.
+    """
 
     graph: fx.GraphModule
     symbols: tuple[sympy.Symbol, ...]
     entries: Any
-    rows: int
+    rows: Any
 
     def renamed(self, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Reach:
         """The same of other sizes."""
-        entries = self.entries.xreplace(names) if isinstance(self.entries, sympy.Basic) else self.entries
-        return replace(self, symbols=tuple(names.get(s, s) for s in self.symbols), entries=entries)
+        entries, rows = (
+            size.xreplace(names) if isinstance(size, sympy.Basic) else size for size in (self.entries, self.rows)
+        )
+        return replace(self, symbols=tuple(names.get(s, s) for s in self.symbols), entries=entries, rows=rows)
 
     def leaves(self, sizes: Mapping[sympy.Symbol, int]) -> str | None:
         """Why the index cannot be used at these sizes, or None."""
         values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
-        entries = self.entries.xreplace(values) if isinstance(self.entries, sympy.Basic) else self.entries
+        entries, rows = (
+            int(size.xreplace(values)) if isinstance(size, sympy.Basic) else size for size in (self.entries, self.rows)
+        )
         if entries > _MOST_ENTRIES:
             return f"an index of {entries} entries is too large to see how far it reaches"
         with torch.inference_mode(False), torch.no_grad():
             index = self.graph(*(sizes[s] for s in self.symbols))
-        if index.numel() and not (-self.rows <= int(index.min()) and int(index.max()) < self.rows):
+        least = 0 if isinstance(self.rows, sympy.Basic) else -self.rows
+        if index.numel() and not (least <= int(index.min()) and int(index.max()) < rows):
             return f"an index that counts through the padding would leave what it looks up, {self.rows} entries"
         return None
 
@@ -109,21 +122,18 @@ class Counts:
         source, given = call.tensor(looked_up), _argument(node, where)
         for place, index in enumerate(given if isinstance(given, (list, tuple)) else [given]):
             axis = axis_of(source.dims, call.arguments["dim"]) if by_dim else place
-            if isinstance(index, fx.Node) and index in self.counting and not has_tokens(source.dims[axis]):
-                self._check(node, call, index, _product(source.dims[axis]), place)
-
-    def _check(self, node: fx.Node, call: Call, index: fx.Node, rows: Any, place: int) -> None:
-        argument = call.arguments[_LOOKUPS[_packet(node)][1]]
-        tracked = argument[place] if isinstance(argument, list) else argument
-        if isinstance(tracked, Tracked) and tracked.below is not None:
-            call.orders.append((tracked.below, rows))
-        elif index in self.sized and isinstance(rows, int):
-            self.reaches.append(_reach(index, rows))
-        else:
-            raise Mixing("its index counts on through the padding, and may leave what it looks up")
+            if not isinstance(index, fx.Node) or index not in self.counting:
+                continue
+            if index in self.sized and is_prefix(source.dims[axis]):
+                self.reaches.append(_reach(index, size_of(source.dims[axis])))
+                call.sized.add(place)
+            elif not has_tokens(source.dims[axis]):
+                raise Mixing("its index counts on through the padding, and may leave what it looks up")
 
 
-def _reach(index: fx.Node, rows: int) -> Reach:
+def _reach(index: fx.Node, rows: Any) -> Reach:
+    while _packet(index) in _SAME_VALUES:
+        index = index.all_input_nodes[0]
     graph = fx.Graph()
     needed: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -138,19 +148,25 @@ def _reach(index: fx.Node, rows: int) -> Reach:
         needed.append(node)
 
     visit(index)
-    numbers = {n: as_expr(n.meta["val"]) for node in needed for n in node.all_input_nodes if n not in seen}
+    leaves = [leaf for node in needed for leaf in tree_leaves((node.args, node.kwargs))]
+    numbers = {n: expr_of(n.meta["val"]) for n in leaves if isinstance(n, fx.Node) and n not in seen}
+    # torch's tracer leaves some symbolic numbers as they are, no nodes.
+    numbers.update({n: n for n in (rows,) if isinstance(n, sympy.Basic)})
+    numbers.update({n.node.expr: n.node.expr for n in leaves if isinstance(n, SymType)})
     symbols = sorted({s for e in numbers.values() if isinstance(e, sympy.Basic) for s in e.free_symbols}, key=str)
     sizes = {symbol: graph.placeholder(str(symbol)) for symbol in symbols}
-    copies: dict[fx.Node, Any] = {}
+    copies: dict[Any, Any] = {}
 
-    def copied(node: fx.Node) -> Any:
-        if node not in copies:
-            expr = numbers[node]
-            copies[node] = expression_nodes(graph, expr, sizes) if isinstance(expr, sympy.Basic) else expr
-        return copies[node]
+    def copied(leaf: Any) -> Any:
+        key = leaf.node.expr if isinstance(leaf, SymType) else leaf
+        if key not in copies:
+            expr = numbers[key]
+            copies[key] = expression_nodes(graph, expr, sizes) if isinstance(expr, sympy.Basic) else expr
+        return copies[key]
 
     for node in needed:
-        copies[node] = graph.node_copy(node, copied)
+        args, kwargs = tree_map_only((fx.Node, *SymType), copied, (node.args, node.kwargs))
+        copies[node] = graph.create_node(node.op, node.target, tuple(args), kwargs)
     graph.output(copies[index])
     entries: Any = 1
     for size in index.meta["val"].shape:
@@ -177,10 +193,3 @@ def _is_mask(node: fx.Node) -> bool:
 
 def _dynamic(call: Call) -> bool:
     return any(isinstance(as_expr(size), sympy.Basic) for shape in call.shapes for size in shape)
-
-
-def _product(dim: Any) -> Any:
-    total: Any = 1
-    for factor in dim:
-        total = operator.mul(total, factor)
-    return total

@@ -13,7 +13,8 @@ from typing import Any
 import sympy
 import torch
 
-from .safety_dims import Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens
+from .safety_dims import Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_dynamic
+from .safety_masks import REPEATED, Known
 
 __all__ = [
     "Call",
@@ -41,10 +42,14 @@ class Tracked:
     scratch: bool = False
     #: The placeholder whose values these are, unchanged, or None.
     source: Any = None
-    #: A dynamic size that the values count up to (an arange): they pick real rows of a dimension of that size.
-    below: Any = None
     #: Whether it is boolean: as an index it selects.
     is_mask: bool = False
+    #: Values that its padding is known to hold.
+    known: frozenset[Known] = frozenset()
+    #: Of its padding, see :mod:`.safety_masks`.
+    finiteness: int = REPEATED
+    #: The one value that all its entries have, or None.
+    uniform: Any = None
 
 
 @dataclass
@@ -58,10 +63,28 @@ class Call:
     kind: str = "row-wise"
     #: (placeholder, symbol): row indices that count from the real size.
     row_indices: list[tuple[Any, Any]] = field(default_factory=list)
-    #: (size, size): the first must not exceed the second at a bucket either, or an index would leave its tensor.
-    orders: list[tuple[Any, Any]] = field(default_factory=list)
+    #: Which of its indices follow from sizes alone.
+    sized: set[int] = field(default_factory=set)
     #: (size, size): equal in a step, or the padding of one would meet real rows of the other.
     equals: list[tuple[Any, Any]] = field(default_factory=list)
+    #: (input, size): masks that must be padded with zeros along a size.
+    zeroed: set[tuple[str, Any]] = field(default_factory=set)
+
+    def reads_over(self, tensor: Tracked, axis: int, what: str, neutral: float | None) -> None:
+        """Reads all entries along a dimension, of which ``neutral`` ones make no difference.
+
+        Raises:
+            Mixing: its padding is not known to be neutral.
+        """
+        used = set()
+        for factor in tensor.dims[axis]:
+            if not is_dynamic(factor):
+                continue
+            known = [k for k in tensor.known if k.symbol == factor and k.value == neutral]
+            if not known:
+                raise Mixing(f"it {what} a dimension that holds padding")
+            used |= {(k.source, k.along) for k in known}
+        self.zeroed |= used
 
     def tensor(self, name: str) -> Tracked:
         value = self.arguments[name]
@@ -148,17 +171,10 @@ def need_static(dim: Dim, what: str) -> None:
 
 
 # Plain copies and elementwise functions keep every index where it is.
-def pointwise(call: Call) -> Dims | Tracked:
+def pointwise(call: Call) -> Dims | list[Dims]:
     numbers_are_static(call)
-    tensors = call.tensors()
-    if len(tensors) == 1 and tensors[0].below is not None and _adds_nothing(call):
-        return tensors[0]
-    dims = broadcast([t.dims for t in tensors])
-    return dims if len(call.shapes) <= 1 else [dims] * len(call.shapes)  # type: ignore[return-value]
-
-
-def _adds_nothing(call: Call) -> bool:
-    return str(call.op).split(".")[1:2] in (["add"], ["sub"]) and as_expr(call.arguments.get("other")) == 0
+    dims = broadcast([t.dims for t in call.tensors()])
+    return dims if len(call.shapes) <= 1 else [dims] * len(call.shapes)
 
 
 rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "_conj", "fill", "logical_not",
@@ -170,13 +186,16 @@ rule("where", "masked_fill", "copy", "contiguous", "lift_fresh", "nan_to_num", "
 def same(call: Call) -> Tracked:
     numbers_are_static(call)
     source = call.tensors()[0]
-    return Tracked(source.dims, source.scratch, source.source, source.below)
+    return Tracked(source.dims, source.scratch, source.source)
 
 
 def random(call: Call) -> Any:
     """As many numbers are drawn as there are entries, padding included: the real ones would not be eager's."""
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
-        raise Mixing("it draws random numbers for padding too, so that the real rows get others")
+        # Of dropout there is nothing left in inference.
+        drops = any(name in str(call.op) for name in ("dropout", "bernoulli")) or call.arguments.get("dropout_p")
+        cure = "; if this is dropout, the model is in training mode: call model.eval()" if drops else ""
+        raise Mixing(f"it draws random numbers for padding too, so that the real rows get others{cure}")
     numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]

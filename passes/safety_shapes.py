@@ -13,13 +13,13 @@ from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_stati
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def view(call: Call) -> Tracked:
     source = call.tensors()[0]
-    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch, below=source.below)
+    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch)
 
 
 @rule("unsqueeze", "squeeze")
 def squeeze(call: Call) -> Tracked:
     source = call.tensors()[0]
-    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch, below=source.below)
+    return Tracked(regroup(source.dims, call.shapes[0]), source.scratch)
 
 
 @rule("permute")
@@ -39,12 +39,12 @@ def transpose(call: Call) -> Dims:
 
 
 @rule("expand", "broadcast_to")
-def expand(call: Call) -> Tracked:
+def expand(call: Call) -> Dims:
     dims, shape = call.tensor("self").dims, call.shapes[0]
     new = dims_of(shape)
     offset = len(new) - len(dims)
     expanded = [new[i] if i < offset or size_of(dims[i - offset]) == 1 else dims[i - offset] for i in range(len(new))]
-    return Tracked(tuple(expanded), below=call.tensor("self").below)
+    return tuple(expanded)
 
 
 @rule("view_as_real")
@@ -100,15 +100,14 @@ def like(call: Call) -> Dims:
 
 
 @rule("arange")
-def arange(call: Call) -> Dims | Tracked:
+def arange(call: Call) -> Dims:
     for name in ("start", "step"):
         if name in call.arguments:
             static_number(call.arguments[name], name)
     dims = dims_of(call.shapes[0])
     if has_tokens(dims[0]) and len([f for f in dims[0] if f != 1]) > 1:
         dims = ((size_of(dims[0]),),)
-    counts = as_expr(call.arguments.get("start") or 0) == 0 and as_expr(call.arguments.get("step", 1)) == 1
-    return Tracked(dims, below=size_of(dims[0])) if counts and has_tokens(dims[0]) else dims
+    return dims
 
 
 @rule("select")

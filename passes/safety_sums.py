@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from .safety_dims import Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_prefix, size_of
+from .safety_masks import WILD
 from .safety_rules import Call, Tracked, axis_of, need_static, numbers_are_static, random, register_row_rule, rule, same
+
+_NEUTRAL: dict[str, float] = {
+    "sum": 0, "nansum": 0, "any": 0, "count_nonzero": 0, "prod": 1, "all": 1, "amax": -math.inf, "max": -math.inf,
+    "argmax": -math.inf, "logsumexp": -math.inf, "amin": math.inf, "min": math.inf, "argmin": math.inf,
+}  # fmt: skip
 
 
 @rule("mm", "_int_mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "dot", "linear", "addmv")
@@ -26,12 +33,31 @@ def matmul(call: Call) -> Dims:
         return (*a.dims[:-1], b.dims[0]) if len(b.dims) > 1 else a.dims[:-1]
     if not isinstance(a, Tracked) or not isinstance(b, Tracked):
         raise Mixing("its operands are not known")
-    need_static(a.dims[-1], "sums over")
-    need_static(b.dims[-2] if len(b.dims) > 1 else b.dims[0], "sums over")
+    _contracted(call, a, b)
     batch = broadcast([a.dims[:-2], b.dims[:-2]])
     result = (*batch, *(a.dims[-2:-1]), *(b.dims[-1:] if len(b.dims) > 1 else ()))
     bias = call.arguments.get("self") if "mat1" in call.arguments or "batch1" in call.arguments else None
     return broadcast([result, bias.dims]) if isinstance(bias, Tracked) else result
+
+
+def _contracted(call: Call, a: Tracked, b: Tracked) -> None:
+    """Sums over the last dimension of ``a`` and the last but one of ``b``: zeros in one mask the other's padding."""
+    inner = -2 if len(b.dims) > 1 else 0
+    for one, axis, other in ((a, -1, b), (b, inner, a)):
+        if has_tokens(one.dims[axis]) and one.known and other.finiteness < WILD:
+            call.reads_over(one, axis, "sums over", 0)
+            return
+    need_static(a.dims[-1], "sums over")
+    need_static(b.dims[inner], "sums over")
+
+
+def _neutral(call: Call) -> float | None:
+    """The value that makes no difference to a reduction."""
+    name = str(call.op).split(".")[1]
+    if name in ("norm", "linalg_vector_norm"):
+        order = call.arguments.get("ord", call.arguments.get("p", 2))
+        return 0 if isinstance(order, (int, float)) and order >= 0 else None
+    return _NEUTRAL.get(name)
 
 
 def _reduced(call: Call) -> Dims:
@@ -43,7 +69,7 @@ def _reduced(call: Call) -> Dims:
     chosen = range(rank) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
     chosen = {axis_of(source.dims, i) for i in chosen}
     for i in chosen:
-        need_static(source.dims[i], "reduces")
+        call.reads_over(source, i, "reduces", _neutral(call))
     return tuple((1,) if i in chosen else d for i, d in enumerate(source.dims) if keep or i not in chosen)
 
 
@@ -55,16 +81,22 @@ def reduction(call: Call) -> Any:
     return [dims] * len(call.shapes)
 
 
-def _along(call: Call, what: str) -> Any:
+def _along(call: Call, what: str, neutral: float | None = None) -> Any:
     source = call.tensors()[0]
     numbers_are_static(call)
     axis = call.arguments.get("dim", -1)
     if source.dims:
-        need_static(source.dims[axis_of(source.dims, axis)], what)
+        call.reads_over(source, axis_of(source.dims, axis), what, neutral)
     return source
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "sort", "argsort")
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(call: Call) -> Any:
+    source = _along(call, "works along", -math.inf)
+    return [source.dims] * len(call.shapes)
+
+
+@rule("sort", "argsort")
 def along_static(call: Call) -> Any:
     source = _along(call, "works along")
     return [source.dims] * len(call.shapes)

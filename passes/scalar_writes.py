@@ -71,7 +71,7 @@ def _visit(gm: fx.GraphModule, context: PassContext, facts: Mapping[fx.Node, Nod
     for node in list(gm.graph.nodes):
         if node not in facts or node.op not in ("call_function", "call_method"):
             continue
-        for body, inner in bodies_of(gm, node, facts):
+        for body, inner in bodies_of(gm, node, facts, context.notes):
             if _visit(body, context, inner):
                 body.graph.lint()
                 body.recompile()

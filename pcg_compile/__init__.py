@@ -6,7 +6,6 @@ from . import builtin_ops as builtin_ops  # registers the split ops that need no
 from . import errors, lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
-from .backend import start_early as _start_early
 from .batch import Batch, step
 from .capture_guard import capture_guard
 from .decorator import piecewise
@@ -16,8 +15,8 @@ from .registry import expect, reset, stats
 from .report.dump import dump
 from .report.explain import Report, check, explain
 from .report.stats import BucketStats, Fallback, Stats
-from .torch_internals import ahead_of_traces as _ahead_of_traces
 from .torch_internals import ensure_backend as _ensure_backend
+from .version import __version__
 from .warmup import warmup
 
 __all__ = [
@@ -28,6 +27,7 @@ __all__ = [
     "PagedKVCache",
     "Report",
     "Stats",
+    "__version__",
     "capture_guard",
     "check",
     "dump",
@@ -47,4 +47,3 @@ __all__ = [
 
 # An installed package is found by its entry point; this serves a checkout on the path.
 _ensure_backend("pcg", _backend)
-_ahead_of_traces(_start_early)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,22 +13,37 @@ import torch
 from torch import fx
 
 from .attention.ops import refuse_gradients
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
 from .distributed import agreement_of, collective_outside_recordings, first_collective, has_subclasses, lowered
-from .errors import Hazard, PCGError, SplitOpNotFound, UnsafePadding
+from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
+from .graph.attributes import attributes_as_inputs
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .graph.inplace_shapes import shape_by_views
 from .graph.inside import one_inside_another
+from .graph.numbers import REASON as CHANGES
+from .graph.numbers import isolate_numbers
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
+from .graph.plain import strange_tensor
 from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import symbol_values, symbols_of
+from .graph.scalars import expr_of, sizes_of, symbol_values
 from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
 from .graph.storages import told_apart
-from .graph.where import place_of, place_parts
+from .graph.where import name_of_input, place_of, place_of_stack, place_parts
+from .ops import check_registration
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .passes.padding_safety import PieceSafety, analyze_piece
-from .registry import add_runtime, owners_graphs, owners_runtimes, release_collectives, reset
+from .passes.safety_masks import OTHER, WILD, mask_inputs
+from .registry import (
+    add_runtime,
+    graphs_of_caller,
+    present_caller,
+    release_collectives,
+    reset,
+    runtimes_of_caller,
+)
 from .report.stats import Counters
 from .runtime.agreement import release_channels
 from .runtime.binding import Shared
@@ -38,24 +51,23 @@ from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.graph import GraphRuntime
 from .torch_internals import (
-    ahead_of_traces,
     before_groups_end,
     calling_wrapper,
+    changing_floats,
     compile_whole_with_inductor,
-    ends_in_graph_break,
     fake_inputs,
     fake_mode_of,
+    graph_break_of,
+    is_asked_for,
+    layouts_apart,
     prepare_inductor,
     shape_guards,
-    spare_profiler_calls,
-    specialize_floats,
     start_inductor_workers,
-    trace_again,
-    trace_floats_as_constants,
-    trace_weights_as_inputs,
+    traced_function,
+    watch_traces,
 )
 
-__all__ = ["compile_graph", "pcg", "start_early"]
+__all__ = ["compile_graph", "pcg", "watched"]
 
 _LOG = logging.getLogger("pcg_compile")
 
@@ -68,34 +80,53 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
         SplitOpNotFound: a split op named in the options that the graph does not have.
         GraphBreakingScalarWrite, CaptureHazard: what no recording can hold, and cannot be isolated.
     """
-    return compile_graph(gm, example_inputs, Options.parse(options), calling_wrapper() or pcg)
+    return compile_graph(gm, example_inputs, Options.parse(options, mode), calling_wrapper() or pcg)
 
 
-def start_early(backend: Any, keywords: Mapping[str, Any], first: bool) -> None:
-    """Begins, ahead of a trace, what compiling will wait for, if the backend is pcg's; ``first``: of this code."""
-    with suppress(Exception):
-        # What is wrong with the options is raised where a graph is compiled.
-        options = Options.parse(keywords.get("options")) if backend is pcg else getattr(backend, "options", None)
-        if not isinstance(options, Options):
-            return
-        if first:
-            trace_floats_as_constants()
-        if options.compiler == "inductor" and torch.cuda.is_initialized():
-            start_inductor_workers()
+def watched(wrapper: Any) -> tuple[object, Options] | None:
+    """The owner and the options of what ``torch.compile`` made of a backend, None where the backend is not pcg's.
+
+    It is asked ahead of each trace: what compiling will wait for begins here.
+
+    Raises:
+        OptionsError: a mode was given, which is none of pcg's.
+    """
+    backend = wrapper.compiler_fn
+    if backend is pcg:
+        Options.parse(None, wrapper.kwargs.get("mode"))
+        try:
+            options = Options.parse(wrapper.kwargs.get("options"))
+        except OptionsError:
+            return None  # raised again where a graph is compiled
+    elif getattr(backend, "watched", False):
+        options = backend.options
+    else:
+        return None
+    if options.compiler == "inductor" and torch.cuda.is_initialized():
+        start_inductor_workers()
+    return (wrapper if backend is pcg else backend), options
 
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
-    """Compiles one Dynamo graph; ``owner`` is what stats(compiled) finds it by."""
-    if trace_weights_as_inputs():
-        _LOG.warning("torch._inductor.config.freezing is left out: it would hold a second copy of the weights")
-        raise trace_again()
-    specialize_floats(gm)
-    spare_profiler_calls()
-    ahead_of_traces(start_early)
-    if has_subclasses(real_inputs) and not torch.is_grad_enabled():
-        ends_step = not ends_in_graph_break(gm)
-        return lowered(gm, real_inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, ends_step))
-    return _compile(gm, real_inputs, options, owner, not ends_in_graph_break(gm))
+    """Compiles one Dynamo graph; ``owner`` is the backend that it is compiled by, or what torch.compile made of it."""
+    watch_traces()
+    floats = {node.name: value for node, value in changing_floats(gm, traced_code()).items()}
+    graph_handed()
+    broken = graph_break_of(gm)
+    lifted, weights = attributes_as_inputs(gm)
+    inputs = [*real_inputs, *weights]
+    strange = strange_tensor(lifted, inputs)
+    if strange is not None and _requires_grad(lifted, inputs) is None:
+        function = _uncaptured(lifted.forward, owner, Counters(strict=options.strict, graphs=1), *strange)
+    elif has_subclasses(inputs) and not torch.is_grad_enabled():
+        function = lowered(lifted, inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, broken, floats))
+    else:
+        function = _compile(lifted, inputs, options, owner, broken, floats)
+    return partial(_with_weights, function, weights) if weights else function
+
+
+def _with_weights(function: Callable[..., Any], weights: Sequence[torch.Tensor], *args: Any) -> Any:
+    return function(*args, *weights)
 
 
 def _release_groups() -> None:
@@ -103,7 +134,15 @@ def _release_groups() -> None:
     release_channels()
 
 
-def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, ends_step: bool) -> Any:
+def _compile(
+    gm: fx.GraphModule,
+    real_inputs: Sequence[Any],
+    options: Options,
+    owner: object,
+    broken: tuple[str, Any] | None,
+    floats: Mapping[str, float],
+) -> Any:
+    ends_step = broken is None
     example_inputs = fake_inputs(real_inputs)
     device = recording_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)
@@ -112,39 +151,43 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     trainable = _requires_grad(gm, example_inputs) if region is None else None
     if trainable is not None and any("pcg::paged_attention" in op_names(node, None) for node in gm.graph.nodes):
         # When the model runs, not now: an error of a backend would be wrapped in one of Dynamo's.
+        check_shown_sizes(fake_mode_of(example_inputs))
         add_runtime(owner, counters, None)
         return refuse_gradients
     if trainable is not None:
-        counters.fall_back(
+        reason = (
             f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '
             "for inference, call the model under torch.inference_mode()"
         )
-        add_runtime(owner, counters, None)
-        return compile_whole_with_inductor(gm, real_inputs)
+        return _uncaptured(compile_whole_with_inductor(gm, real_inputs), owner, counters, reason)
     if not torch.is_grad_enabled() and switches_gradients_on(gm):
-        counters.fall_back("a part of the graph switches gradients on: it runs eagerly")
-        add_runtime(owner, counters, None)
-        return gm.forward
+        return _uncaptured(gm.forward, owner, counters, "a part of the graph switches gradients on: it runs eagerly")
     ready = prepare_inductor(device) if options.compiler == "inductor" else lambda: None
     # Dynamo goes on using its own graph.
     rewritable = copy_graph(gm)
+    numbers = isolate_numbers(rewritable, floats) if floats else []
+    if numbers is None:
+        return _uncaptured(gm.forward, owner, counters, "the graph returns a float that changes: it runs eagerly")
     with torch.no_grad():
         try:
             facts = trace_facts(rewritable, example_inputs)
         except DataDecide as error:
             reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
-            counters.fall_back(reason, str(place_of(error.node)))
-            add_runtime(owner, counters, None)
-            return gm.forward
+            return _uncaptured(gm.forward, owner, counters, reason, str(place_of(error.node)))
         context = PassContext(options, device, facts, _token_symint(example_inputs))
-        context.source = gm
+        context.source, context.continued, context.moved = gm, broken is not None, _moved_before(gm, owner)
+        layouts = layouts_apart(fake_mode_of(example_inputs))
         # Comparing makes guards, so that another graph serves the sizes where a squeeze does something.
         if any(bool(size <= 1) for size in squeezed_sizes(context.facts)):
-            counters.fall_back("a dynamic size is squeezed, and is 1: the graph runs eagerly")
-            add_runtime(owner, counters, None)
-            return gm.forward
+            reason = "a dynamic size is squeezed, and is 1: the graph runs eagerly"
+            return _uncaptured(gm.forward, owner, counters, reason)
+        check_shown_sizes(fake_mode_of(example_inputs))
+        context.splits.update(dict.fromkeys(numbers, CHANGES))
+        context.counted.update(numbers)
         gm = run_passes(rewritable, example_inputs, context)
-        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not owners_graphs(owner), ready)
+        for reason, where in context.remarks:
+            counters.fall_back(reason, where)
+        plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not graphs_of_caller(owner), ready)
         _judge(plan, counters)
     for call in plan.sites:
         if isinstance(call, CallSite):
@@ -154,21 +197,46 @@ def _compile(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, o
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
     judged = [site.safety for site in pieces if site.safety is not None]
-    orders = tuple(dict.fromkeys(order for safety in judged for order in safety.orders))
     equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
     reaches = tuple(reach for safety in judged for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
     assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
-    chooser = BucketChooser(options, conditions, _products(plan), orders, equals, tuple(assumed), reaches)
+    chooser = BucketChooser(
+        options,
+        [*conditions, *layouts],
+        _products(plan),
+        equals,
+        tuple(assumed),
+        reaches,
+        rows=_rows(plan),
+        layouts=plan.layouts,
+    )
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
         before_groups_end(_release_groups)
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
-    runtime = GraphRuntime(plan, shared, ends_step, context, partial(owners_runtimes, weakref.ref(owner)))
+    # Compiling has made further conditions.
+    check_shown_sizes(fake_mode_of(example_inputs))
+    runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     # A method, unlike the object, has code to look at, which depyf asks for.
-    return runtime.__call__ if region is None else region()(runtime.__call__)
+    function = runtime.__call__
+    if broken is not None and not is_asked_for(broken[0]):
+        reason = f"Dynamo breaks the graph, and what follows runs eagerly: {broken[0].strip().partition(chr(10))[0]}"
+        function = Counted(function, counters, reason, str(place_of_stack(broken[1]))).__call__
+    return function if region is None else region()(function)
+
+
+def _uncaptured(
+    function: Callable[..., Any], owner: object, counters: Counters, reason: str, where: str = ""
+) -> Callable[..., Any]:
+    """A graph that runs as ``function``, counted at each call; under ``strict`` an error at once."""
+    check_shown_sizes(fake_mode_of([]))
+    if counters.strict:
+        counters.fall_back(reason, where)
+    add_runtime(owner, counters, None)
+    return Counted(function, counters, reason, where).__call__
 
 
 def recording_device(example_inputs: Sequence[Any]) -> torch.device:
@@ -188,12 +256,20 @@ def recording_device(example_inputs: Sequence[Any]) -> torch.device:
     return next(iter(devices), torch.device("cpu"))
 
 
+def _moved_before(gm: fx.GraphModule, owner: object) -> str:
+    """Why rows that an earlier graph of the model gave out are not tokens in order, if so; not for its own function."""
+    contexts = [runtime.context for runtime in runtimes_of_caller(present_caller(owner))]
+    mine = traced_function(gm)
+    others = (c for c in contexts if c.continued and c.moved and (mine is None or traced_function(c.source) != mine))
+    return next((context.moved for context in others), "")
+
+
 def _requires_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
     if not torch.is_grad_enabled():
         return None
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            return str((getattr(node, "_dynamo_source", None) and node._dynamo_source.name) or node.name)  # type: ignore[attr-defined]
+            return name_of_input(node)
     return None
 
 
@@ -206,6 +282,9 @@ def _token_symint(example_inputs: Sequence[Any]) -> Any:
 
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
     """All graph passes in order; facts are made anew after each that rewrites the graph."""
+    check_registration(dict.fromkeys(name for node in gm.graph.nodes for name in op_names(node, None)))
+    if shape_by_views(gm, context.facts):
+        context.facts = trace_facts(gm, example_inputs)
     for rewrites, one_pass in (*safety_passes(), *metadata_passes()):
         notes, hazards = len(context.notes), len(context.hazards)
         before = calls_of(gm)
@@ -261,18 +340,27 @@ def plan_pieces(
     sites = [site for site in plan.sites if isinstance(site, PieceSite)]
     keys = {site.index: structure_of(site.piece) for site in sites}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
+    masks = mask_inputs(plan)
+    finiteness = {spec.node: OTHER for spec in plan.inputs if spec.step is not None}
+    finiteness |= {node: OTHER for site in plan.sites if isinstance(site, CallSite) and site.mode == "request"
+                   for node in (*site.outputs, *site.writes)}  # fmt: skip
     safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
     for site in sites:
         if site.split_reason is not None:
             continue
-        offset = len(site.piece.symbols)
-        marked = tuple(i + offset for i, node in enumerate(site.piece.inputs) if node in scratch)
-        key = (keys[site.index], marked)
+        numbered = list(enumerate(site.piece.inputs, len(site.piece.symbols)))
+        marked = tuple(i for i, node in numbered if node in scratch)
+        masking = {i: masks[node] for i, node in numbered if node in masks}
+        levels = {i: finiteness[node] for i, node in numbered if node in finiteness}
+        key = (keys[site.index], marked, tuple(masking.items()), tuple(levels.items()))
         if key not in safety:
-            found = analyze_piece(site.piece.gm, told_apart(site.piece.example), scratch=marked)
+            example = told_apart(site.piece.example)
+            found = analyze_piece(site.piece.gm, example, scratch=marked, masks=masking, finiteness=levels)
             safety[key] = (site.piece.symbols, found)
         symbols, found = safety[key]
         site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
+        finiteness |= {node: found.finiteness_of(i) for i, node in enumerate(site.piece.outputs)}
+        finiteness |= {site.piece.inputs[i]: WILD for i in site.piece.writes}
     ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
     distinct: dict[Any, PieceSite] = {}
@@ -299,6 +387,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
             site.refusal = _refusal(site, plan, counters.strict)
         if site.refusal is not None and site.is_piece and counters.strict:
             counters.fall_back(site.refusal, site.where, UnsafePadding)
+    judged = {id(site.safety): site.safety for site in plan.sites if isinstance(site, PieceSite) and site.safety}
+    for verdict in (v for safety in judged.values() for v in safety.nodes if v.failed):
+        counters.fall_back(f"{verdict.op}: {verdict.reason}; the piece is probed", verdict.where)
     rows: dict[fx.Node, set[sympy.Symbol]] = {}
     for site in plan.sites:
         if isinstance(site, PieceSite):
@@ -313,6 +404,9 @@ def _judge(plan: Plan, counters: Counters) -> None:
         for site in plan.sites:
             if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
                 site.refusal = f"mixing: {reason}"
+    for name, symbol in {z for site in plan.sites if isinstance(site, PieceSite) and site.refusal is None
+                         and site.safety is not None for z in site.safety.zeroed}:  # fmt: skip
+        plan.zeroed.setdefault(name, set()).add(symbol)
     for site in plan.sites:
         if isinstance(site, PieceSite) and site.shares_written and (site.refusal or site.needs_probe):
             plan.refusal = plan.refusal or (
@@ -323,11 +417,21 @@ def _judge(plan: Plan, counters: Counters) -> None:
 
 def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
     foreign = [n for n in site.reads if plan.value(n).device != plan.device]
-    numbers = [s for s in site.piece.symbols if s not in plan.dims]
+    numbers = [
+        s
+        for s in site.piece.symbols
+        if s not in plan.dims and (s in site.piece.numbers or s not in plan.layouts.symbols)
+    ]
     if numbers:
-        return f"a piece depends on the number {numbers[0]}, which is no tensor's size"
+        return (
+            f"a piece depends on {_name_of_number(numbers[0], plan)}, a number that changes and is no tensor's size; "
+            "pass it as a tensor, torch.tensor(value, device=x.device), or keep it constant"
+        )
     if foreign:
-        return f"a piece reads a tensor on {plan.value(foreign[0]).device}, which a recording would bake in"
+        name, there = name_of_input(foreign[0]), plan.value(foreign[0]).device
+        return f"a piece reads {name}, which is on {there}, while the graph is captured on {plan.device}; " + (
+            f'move it: {name}.to("{plan.device}")' if there.type != "meta" else f"{name} has no data: load it first"
+        )
     if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
         site.where = site.safety.where or site.where
         if site.safety.kind == "mixing":
@@ -336,6 +440,13 @@ def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
             return f"opaque: {site.safety.reason}"
         site.needs_probe = True
     return None
+
+
+def _name_of_number(symbol: sympy.Symbol, plan: Plan) -> str:
+    for spec in plan.inputs:
+        if not isinstance(spec.value, torch.Tensor) and expr_of(spec.value) == symbol:
+            return name_of_input(spec.node)
+    return str(symbol)
 
 
 def _row_indices(site: PieceSite) -> list[tuple[fx.Node, sympy.Symbol]]:
@@ -381,11 +492,14 @@ def hazards_of(
 
 
 def _products(plan: Plan) -> list[tuple[sympy.Symbol, ...]]:
-    return [
-        tuple(sorted(symbols_of(spec.value) & plan.dims, key=str))
-        for spec in plan.inputs
-        if isinstance(spec.value, torch.Tensor) and symbols_of(spec.value)
-    ]
+    carried = (sizes_of(spec.value) for spec in plan.inputs)
+    return [tuple(sorted(symbols, key=str)) for symbols in carried if symbols]
+
+
+def _rows(plan: Plan) -> tuple[sympy.Expr, ...]:
+    """The sizes of inputs that are computed from symbols."""
+    sizes = [expr_of(n) for spec in plan.inputs if isinstance(spec.value, torch.Tensor) for n in spec.value.shape]
+    return tuple(dict.fromkeys(n for n in sizes if isinstance(n, sympy.Basic) and not isinstance(n, sympy.Symbol)))
 
 
 def _reset() -> None:
@@ -393,3 +507,6 @@ def _reset() -> None:
 
 
 pcg.reset = _reset  # type: ignore[attr-defined]
+#: What torch.compile makes of it is known as pcg's before it has compiled anything.
+pcg.__pcg_backend__ = True  # type: ignore[attr-defined]
+watch_all(watched)

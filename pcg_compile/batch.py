@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import BatchError, message
@@ -46,8 +47,8 @@ class Batch:
 
     def __init__(
         self,
-        qo_lens: Sequence[int],
-        kv_lens: Sequence[int] | None = None,
+        qo_lens: Sequence[int] | npt.NDArray[Any],
+        kv_lens: Sequence[int] | npt.NDArray[Any] | None = None,
         page_table: Sequence[Sequence[int]] | Any = None,
         adapters: Sequence[str | None] | torch.Tensor | None = None,
         *,
@@ -247,11 +248,10 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
                 )
             )
         batch.tables(cache.page_size).check_limit(cache.num_pages)
-        if cache.in_step:
+        if not cache.step_lock.acquire(blocking=False):
             raise BatchError(
                 message("the cache is in a step of another thread", why="A cache serves one step at a time.")
             )
-        cache.in_step = True
     state = StepState(batch, cache, None)
     token = RUNNING.set(state)
     try:
@@ -273,7 +273,7 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
         with suppress(ValueError):
             RUNNING.reset(token)
         if cache is not None:
-            cache.in_step = False
+            cache.step_lock.release()
         state.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_whole, why_plain, why_uncapturable
-from .lora.ops import bind_prepare_lora
+from .lora.ops import bind_prepare_lora, bind_prepare_one_lora
 from .ops import SplitOp, add_split_op
 
 __all__: list[str] = []
@@ -57,6 +57,15 @@ add_split_op(
         bind=bind_prepare_lora,
         bind_whole=bind_prepare_lora,
         bucket_args=(0,),
+        own_metadata=True,
+        optional_step=True,
+    )
+)
+add_split_op(
+    SplitOp(
+        "pcg::prepare_one_lora",
+        bind=bind_prepare_one_lora,
+        bind_whole=bind_prepare_one_lora,
         own_metadata=True,
         optional_step=True,
     )

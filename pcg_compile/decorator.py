@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
@@ -11,10 +13,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .backend import compile_graph
+from .calls import Watch
 from .errors import OptionsError, message
 from .options import Options
-from .registry import reset_owner
-from .torch_internals import compile_for_all_sizes, inputs_only, mark_dynamic
+from .registry import called_on, reset_backend
+from .torch_internals import Marks, compile_for_all_sizes, inline_when_traced, inputs_only
 
 __all__ = ["piecewise"]
 
@@ -25,8 +28,12 @@ Dynamic = Mapping[str, int | tuple[int, ...]]
 class _Backend:
     """One backend object for each decorated function: stats and reset find its graphs by it."""
 
-    def __init__(self, options: Options) -> None:
+    watched = True
+
+    def __init__(self, options: Options, module: torch.nn.Module | None = None) -> None:
         self.options = options
+        #: Whose bound method was decorated, weakly.
+        self.module: Callable[[], torch.nn.Module | None] = weakref.ref(module) if module is not None else lambda: None
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, self.options, self)
@@ -36,7 +43,7 @@ class _Backend:
 
     def reset(self) -> None:
         """Reached by ``torch._dynamo.reset()``."""
-        reset_owner(self)
+        reset_backend(self)
 
 
 @overload
@@ -92,11 +99,14 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
             )  # fmt: skip
-    backend = _Backend(options)
+    on = getattr(function, "__self__", None)
+    backend = _Backend(options, on if isinstance(on, torch.nn.Module) else None)
     extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if guards == "inputs" else {}
-    compiled = torch.compile(function, backend=backend, **extra)
+    compiled = torch.compile(_with_own_code(function), backend=backend, fullgraph=options.strict, **extra)
+    watch = Watch(backend, options, whole=True)
+    generator = _why_generator(function)
 
-    def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Marks:
         arguments = signature.bind(*args, **kwargs).arguments
         if dynamic is None:
             tensors = [value for value in _tensors(arguments) if value.dim() > 0]
@@ -112,23 +122,60 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 for value in _tensors(given):
                     # A container may hold scalars beside what has the dimension.
                     wanted.append((value, tuple(d for d in several_dims if -value.dim() <= d < value.dim())))
-        for value, dims in wanted:
-            # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
-            mark_dynamic(value, [dim % value.dim() for dim in dims], strict=dynamic is not None)
+        # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
+        return [(value, [dim % value.dim() for dim in dims], dynamic is not None) for value, dims in wanted]
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any], show_rows: bool) -> Any:
+        running = watch.begin(show_rows)
+        try:
+            if generator:
+                running.counted = True
+                watch.fall_back(*generator)
+            with compile_for_all_sizes(lambda: mark(args, kwargs)):
+                return compiled(*args, **kwargs)
+        except Exception:
+            # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
+            if running.shown is None or running.traces > 1 or running.graphs:
+                raise
+            running.forget()
+        finally:
+            watch.end(running)
+        return call(args, kwargs, False)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with compile_for_all_sizes(lambda: mark(args, kwargs)):
-                return compiled(*args, **kwargs)
-        except Exception as error:
-            # Raised while marking, it is no fault within Dynamo, which wraps it as one.
-            if type(error).__name__ == "InternalTorchDynamoError" and isinstance(error.__context__, OptionsError):
-                raise error.__context__ from None
-            raise
+        # The module that a method is called on; a plain function's first argument may be one just as well.
+        module = args[0] if args and isinstance(args[0], torch.nn.Module) else backend
+        with called_on(backend, module):
+            return call(args, kwargs, True)
 
     wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
+    inline_when_traced(wrapper, function)
     return wrapper
+
+
+def _with_own_code(function: Any) -> Any:
+    """The same function with code of its own: Dynamo keeps graphs, and counts them, by code.
+
+    Forwards of several models of one class would share one limit on recompilations.
+    """
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, types.FunctionType) or hasattr(plain, "_torchdynamo_inline"):
+        return function
+    code = plain.__code__.replace()
+    own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    own.__kwdefaults__, own.__qualname__, own.__module__ = plain.__kwdefaults__, plain.__qualname__, plain.__module__
+    own.__dict__.update(plain.__dict__)
+    return types.MethodType(own, function.__self__) if inspect.ismethod(function) else own
+
+
+def _why_generator(function: Any) -> tuple[str, str] | None:
+    """Why Dynamo does not look at a function at all, and its place."""
+    if not (inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)):
+        return None
+    code = inspect.unwrap(function).__code__
+    kind = "generator" if inspect.isgeneratorfunction(function) else "coroutine"
+    return f"Dynamo does not trace a {kind}: it runs eagerly", f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _check_dims(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:

@@ -7,11 +7,13 @@ cure as code. :func:`message` lays them out so that all errors read alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "AdapterError",
     "BatchError",
     "CaptureHazard",
+    "GenerationError",
     "GraphBreakingScalarWrite",
     "Hazard",
     "OptionsError",
@@ -59,6 +61,19 @@ class AdapterError(PCGError, ValueError):
     """A LoRA adapter that cannot be loaded or used, or a layer that none can be added to."""
 
 
+class GenerationError(PCGError):
+    """Requests of ``generate_batch`` that failed while the others finished.
+
+    ``outputs`` holds the results of all requests, as ``generate_batch`` would have returned them.
+    """
+
+    outputs: dict[str, Any]
+
+    def __init__(self, text: str, outputs: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.outputs = outputs if outputs is not None else {}
+
+
 @dataclass(frozen=True)
 class Hazard:
     """One finding of a safety pass: what a recording cannot hold, where, why, and what to write instead.
@@ -73,6 +88,11 @@ class Hazard:
     line: int
     reason: str
     cure: str
+
+    def __str__(self) -> str:
+        """One line ``file:line: kind: what``, then cause and cure."""
+        place = f"{self.file}:{self.line}" if self.file is not None else "unknown file"
+        return f"{place}: {self.kind}: {self.op}\n  {self.reason}\n  {self.cure}"
 
 
 def message(what: str, where: str | None = None, why: str | None = None, cure: str | None = None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import OptionsError, message
+from .torch_internals import types_of_arguments
 
 __all__ = ["SplitOp", "register_split_op", "registered_split_ops", "split_op"]
 
@@ -69,6 +72,9 @@ class SplitOp:
         return any(role in self.metadata for role in ("kv_indices", "last_page_len", "slot_mapping"))
 
 
+#: What an argument of a role is.
+_NUMBERS = ("max_qo_len", "max_kv_len")
+
 _REGISTRY: dict[str, SplitOp] = {}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -106,7 +112,8 @@ def register_split_op(
             wrong.
 
     Raises:
-        OptionsError: ``name`` is not of the form "library::op".
+        OptionsError: ``name`` is not of the form "library::op"; a role names no argument of the op, or one of another
+            type (of an op that is not defined yet: when the first graph with it is compiled).
     """
     roles = dict(
         zip(
@@ -115,34 +122,120 @@ def register_split_op(
             strict=True,
         )
     )
-    add_split_op(
-        SplitOp(
-            name,
-            MappingProxyType({role: arg for role, arg in roles.items() if arg is not None}),
-            scratch_page=scratch_page,
-            page_size=page_size,
-            any_strides=any_strides,
-            recordable=recordable,
-        )
+    described = SplitOp(
+        name,
+        MappingProxyType({role: arg for role, arg in roles.items() if arg is not None}),
+        scratch_page=scratch_page,
+        page_size=page_size,
+        any_strides=any_strides,
+        recordable=recordable,
     )
+    _check_name(name)
+    for overload in _overloads(name):
+        _check_roles(described, types_of_arguments(overload._schema))
+    add_split_op(described)
 
 
 def add_split_op(op: SplitOp) -> None:
     """Registers a fully described split op."""
-    if op.name.count("::") != 1 or not all(op.name.split("::")):
+    _check_name(op.name)
+    _REGISTRY[op.name] = op
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or name.count("::") != 1 or not all(name.split("::")):
         raise OptionsError(
             message(
-                f"{op.name!r} is not the name of an op",
+                f"{name!r} is not the name of an op",
                 why="A split op is named by its library and its name.",
                 cure='Write: pcg.register_split_op("mylib::attention")',
             )
         )
-    _REGISTRY[op.name] = op
+
+
+def check_registration(names: Iterable[str]) -> None:
+    """Raises where a split op of these names was registered before it was defined, with roles that it does not have."""
+    for name in names:
+        described = _REGISTRY.get(name)
+        if described is not None and described.metadata:
+            for overload in _overloads(name):
+                _check_roles(described, types_of_arguments(overload._schema))
+
+
+def _overloads(name: str) -> list[torch._ops.OpOverload]:
+    """Those of an op that are defined by now."""
+    library, op = name.split("::")
+    packet = getattr(getattr(torch.ops, library), op.partition(".")[0], None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return []
+    overload = op.partition(".")[2]
+    return [getattr(packet, one) for one in packet.overloads() if one == overload or not overload]
+
+
+def _check_roles(op: SplitOp, types: Mapping[str, str]) -> None:
+    """Raises where a role names no argument of the op, or one that cannot have the role.
+
+    Args:
+        types: the schema's type of each argument, by name.
+    """
+    for role, argument in op.metadata.items():
+        wanted = ("int", "SymInt") if role in _NUMBERS else ("Tensor",)
+        fitting = [name for name, kind in types.items() if kind.rstrip("?") in wanted]
+        if argument not in types:
+            close = difflib.get_close_matches(str(argument), fitting, n=1, cutoff=0.1) or fitting[-1:]
+            such_as = f', such as: {role}="{close[0]}"' if close else f", or leave {role} out."
+            raise OptionsError(
+                message(
+                    f"split op {op.name!r}: {role}={argument!r} names no argument of the op",
+                    why=f"It takes: {', '.join(types) or 'none'}.",
+                    cure=f"Write the name of the argument that holds it{such_as}",
+                )
+            )
+        if argument not in fitting:
+            raise OptionsError(
+                message(
+                    f"split op {op.name!r}: {role}={argument!r} names an argument of the type {types[argument]}",
+                    why=f"It is {'an int' if role in _NUMBERS else 'a tensor of ints'}.",
+                    cure=f"Name the argument that holds it, or leave {role} out.",
+                )
+            )
 
 
 def registered_split_ops() -> Mapping[str, SplitOp]:
     """All registered split ops by name."""
     return MappingProxyType(_REGISTRY)
+
+
+@dataclass
+class _Definition:
+    """An op that :func:`split_op` defined: what is called, which a later definition may replace."""
+
+    function: Callable[..., Any]
+    shape_of: Callable[..., Any]
+    schema: str
+    described: SplitOp
+    #: Undoes the registrations when it dies.
+    library: Any = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        return self.shape_of(*args, **kwargs)
+
+    def replaced(self, *args: Any, **kwargs: Any) -> Any:
+        """What a graph calls that was compiled with a definition of another form."""
+        raise OptionsError(
+            message(
+                f"split op {self.described.name!r} was defined again with other arguments or roles",
+                why="The model was compiled with the definition before.",
+                cure="Have it compiled again: torch._dynamo.reset()",
+            )
+        )
+
+
+#: Registry of the ops that split_op defined.
+_DEFINED: dict[str, _Definition] = {}
 
 
 def split_op(
@@ -154,12 +247,27 @@ def split_op(
     one that returns tensors takes it as ``fake``, and without it its results are taken to be shaped like
     its first tensor argument. ``metadata`` is passed on to :func:`register_split_op`.
 
-    The function itself is what a program calls, without the dispatcher.
+    What the decorator returns calls the op, as ``torch.ops.library.op`` does, so that a model that calls it by its
+    Python name is split there. A program calls the function itself, without the dispatcher. Defining an op again, as a
+    notebook's cell does that is run twice, replaces it.
 
     Raises:
-        OptionsError: a bad name, an argument in ``mutates_args`` that the function does not have.
+        OptionsError: a bad name; an argument in ``mutates_args``, or in a role, that the function does not have.
         ValueError: an annotation that has no schema type (from ``torch.library``).
     """
+    _check_name(name)
+    known = inspect.signature(register_split_op).parameters
+    for key in metadata:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise OptionsError(
+                message(
+                    f"split_op {name!r} has no option {key!r}.{hint}",
+                    why=f"It takes: mutates_args, fake, {', '.join(known)}.",
+                    cure=f'Write, for example: @pcg.split_op("{name}", qo_indptr="cu_seqlens")',
+                )
+            )
 
     def define(function: _F) -> _F:
         mutated = tuple(mutates_args)
@@ -173,24 +281,50 @@ def split_op(
                         cure=f'Write: @pcg.split_op("{name}", mutates_args=("{next(iter(parameters), "out")}",))',
                     )
                 )
-        register_split_op(name, **metadata)
         schema = torch.library.infer_schema(function, mutates_args=mutated)
-        library, op = name.split("::")
-        fragment = torch.library.Library(library, "FRAGMENT")
-        fragment.define(op + schema)
-        fragment.impl(op, function, "CompositeExplicitAutograd")
+        described = _describe(name, schema, metadata)
         if schema.rstrip().endswith("-> ()"):
             shape_of: Callable[..., Any] = _nothing
         else:
             shape_of = fake if fake is not None else _like_first_tensor
-        torch.library.register_fake(name, shape_of, lib=fragment)
-        # The library object undoes its registrations when it dies: it lives as long as the function.
-        function._pcg_library = fragment  # type: ignore[attr-defined]
-        registered = _REGISTRY[name]
-        add_split_op(replace(registered, function=function))
-        return function
+        _define(_Definition(function, shape_of, schema, described))
+        library, op = name.split("::")
+
+        @functools.wraps(function)
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            return getattr(getattr(torch.ops, library), op)(*args, **kwargs)
+
+        return dispatch  # type: ignore[return-value]
 
     return define
+
+
+def _describe(name: str, schema: str, metadata: Mapping[str, Any]) -> SplitOp:
+    """The registration that ``metadata`` ask for, its roles checked."""
+    roles = {role: metadata[role] for role in _METADATA if metadata.get(role) is not None}
+    rest = {key: value for key, value in metadata.items() if key not in _METADATA}
+    described = SplitOp(name, MappingProxyType(roles), **rest)
+    _check_roles(described, types_of_arguments(name.split("::")[1] + schema))
+    return described
+
+
+def _define(new: _Definition) -> None:
+    name = new.described.name
+    before = _DEFINED.get(name)
+    if before is not None and (before.schema, before.described) == (new.schema, new.described):
+        # Graphs that were compiled with it go on, with what it does now.
+        before.function, before.shape_of = new.function, new.shape_of
+        return
+    if before is not None:
+        before.function = before.replaced
+        before.library = None
+    library, op = name.split("::")
+    new.library = torch.library.Library(library, "FRAGMENT")
+    new.library.define(op + new.schema)
+    new.library.impl(op, new.call, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, new.fake, lib=new.library)
+    _DEFINED[name] = new
+    add_split_op(replace(new.described, function=new.call))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

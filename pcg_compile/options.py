@@ -90,12 +90,20 @@ class Options:
             raise _bad("strict", self.strict, "True or False")
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None) -> Options:
-        """The options of a mapping, as ``torch.compile(options=...)`` hands it over.
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """The options of a mapping, as ``torch.compile(options=...)`` hands it over; it hands ``mode`` over likewise.
 
         Raises:
             OptionsError: see the class.
         """
+        if mode not in (None, "default"):
+            raise OptionsError(
+                message(
+                    f"torch.compile(mode={mode!r}) is Inductor's, and pcg has no modes",
+                    why="pcg captures CUDA graphs by itself, and an ignored mode would promise what is not done.",
+                    cure=_INSTEAD_OF_MODE.get(str(mode), 'Write: torch.compile(model, backend="pcg")'),
+                )
+            )
         if options is None:
             return cls()
         if isinstance(options, Options):
@@ -131,6 +139,11 @@ def _unknown(name: Any, value: Any, names: Sequence[str]) -> OptionsError:
             cure=f'Write: torch.compile(model, backend="pcg", options={{{example}}})',
         )
     )
+
+
+_TUNED = """Write: torch._inductor.config.max_autotune = True
+         torch.compile(model, backend="pcg")"""
+_INSTEAD_OF_MODE: Mapping[str, str] = {"max-autotune": _TUNED, "max-autotune-no-cudagraphs": _TUNED}
 
 
 def _is_int(value: Any) -> bool:

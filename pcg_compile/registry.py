@@ -1,22 +1,35 @@
-"""Live compiled graphs, found by what compiled them; nothing here keeps them alive."""
+"""Live compiled graphs, and whose calls they served; nothing here keeps them alive."""
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
+
 from .report.stats import Counters, Stats, expect_increase
-from .torch_internals import wrapper_of
+from .torch_internals import calling_wrapper, wrapper_of
 
 __all__ = [
     "add_runtime",
+    "called_on",
     "expect",
-    "owners_graphs",
-    "owners_runtimes",
+    "find_owners",
+    "forget",
+    "graphs_of_caller",
+    "is_compiled",
+    "present_caller",
     "release_collectives",
     "reset",
-    "reset_owner",
+    "reset_backend",
     "runtimes",
+    "runtimes_of_caller",
     "stats",
 ]
 
@@ -24,71 +37,196 @@ __all__ = [
 class _Entry:
     """One graph: its figures, and the runtime that Dynamo's cache holds (None for a graph left to Inductor)."""
 
-    def __init__(self, owner: object, counters: Counters, runtime: Any) -> None:
-        self.owner = weakref.ref(owner)
+    def __init__(self, backend: object, counters: Counters, runtime: Any) -> None:
+        self.backend = weakref.ref(backend)
         self.counters = counters
-        self.runtime: weakref.ref[Any] = weakref.ref(runtime if runtime is not None else owner)
-        self.records = runtime is not None
+        self.runtime: Callable[[], Any] = weakref.ref(runtime) if runtime is not None else lambda: None
+        self.captures = runtime is not None
 
     def alive(self) -> bool:
         """Whether anyone can still call the graph or ask for its figures."""
-        return self.owner() is not None or self.runtime() is not None
+        return self.backend() is not None or self.runtime() is not None or self.counters.called_by_living()
 
 
-#: Registry of graphs; it keeps their figures, not the graphs.
+@dataclass(frozen=True)
+class Owner:
+    """Whose figures are meant: what was called, and for a decorated function the backend that is its own.
+
+    Attributes:
+        caller: what ``torch.compile`` made of the backend for one compiled model; or the module whose decorated
+            method was called; None: whatever called.
+        backend: of a decorated function; None: any.
+    """
+
+    caller: object | None
+    backend: object | None = None
+
+    def owns(self, entry: _Entry) -> bool:
+        """Whether it has used a graph."""
+        if self.backend is not None and entry.backend() is not self.backend:
+            return False
+        return self.caller is None or entry.counters.served(self.caller)
+
+
+#: Registry of graphs; it keeps their figures, not the graphs. Replaced as a whole, under the lock.
 _GRAPHS: list[_Entry] = []
+_LOCK = threading.Lock()
+
+#: While a decorated method runs: its backend, and the module that it was called on.
+_CALLED_ON: ContextVar[tuple[object, object] | None] = ContextVar("pcg_called_on", default=None)
 
 
-def add_runtime(owner: object, counters: Counters, runtime: Any) -> None:
-    """Enters one graph under its owner."""
-    _GRAPHS.append(_Entry(owner, counters, runtime))
+@contextmanager
+def called_on(backend: object, module: object) -> Iterator[None]:
+    """Inside, calls of the graphs that ``backend`` compiled are the module's."""
+    token = _CALLED_ON.set((backend, module))
+    try:
+        yield
+    finally:
+        _CALLED_ON.reset(token)
 
 
-def _of(owner: object) -> list[_Entry]:
-    # By identity: torch's own wrappers are equal where their backend and options are.
-    return [entry for entry in list(_GRAPHS) if entry.owner() is owner]
+def present_caller(backend: object | None) -> object | None:
+    """Whose call of a graph, that ``backend`` had compiled, is running: figures are booked on it."""
+    wrapper = calling_wrapper()
+    if wrapper is None:
+        return backend
+    if getattr(wrapper, "compiler_fn", None) is not backend:
+        return wrapper
+    called = _CALLED_ON.get()
+    return called[1] if called is not None and called[0] is backend else backend
 
 
-def owners_runtimes(owner: weakref.ref[Any]) -> list[Any]:
-    """The live runtimes of an owner."""
-    alive = owner()
-    found = [entry.runtime() for entry in _of(alive) if entry.records] if alive is not None else []
-    return [runtime for runtime in found if runtime is not None]
+def add_runtime(backend: object, counters: Counters, runtime: Any) -> None:
+    """Enters one graph, for whoever had it compiled."""
+    compiled_by = weakref.ref(backend)
+    caller = present_caller(backend)
+    logged = next((e.counters.logged for e in list(_GRAPHS) if e.counters.served(caller)), set())
+    counters.enter(lambda: present_caller(compiled_by()), logged)
+    with _LOCK:
+        _GRAPHS.append(_Entry(backend, counters, runtime))
 
 
-def owners_graphs(owner: object) -> int:
-    """How many graphs an owner has so far."""
-    return len(_of(owner))
+def forget(backend: object) -> None:
+    """Drops the graphs of a backend, figures included."""
+    with _LOCK:
+        _GRAPHS[:] = [entry for entry in _GRAPHS if entry.backend() is not backend]
 
 
-def _entries(compiled: Any) -> list[_Entry]:
+def graphs_of_caller(backend: object) -> int:
+    """How many graphs the present caller has used so far."""
+    caller = present_caller(backend)
+    return sum(entry.counters.served(caller) for entry in list(_GRAPHS))
+
+
+def runtimes_of_caller(caller: object) -> list[Any]:
+    """The live runtimes that a caller has used."""
+    return _runtimes([entry for entry in list(_GRAPHS) if entry.counters.served(caller)])
+
+
+def find_owners(compiled: Any) -> list[Owner]:
+    """Whose figures belong to an object: what a decorator or torch.compile returned, or a module with such parts."""
+    backend = getattr(compiled, "__pcg_owner__", None)
+    if backend is not None:
+        on = getattr(compiled, "__self__", None)
+        return [Owner(on if isinstance(on, torch.nn.Module) else None, backend)]
+    wrapper = wrapper_of(compiled)
+    if wrapper is not None:
+        return [Owner(wrapper)]
+    if not isinstance(compiled, torch.nn.Module):
+        return []
+    owners: dict[tuple[int, int], Owner] = {}
+    for module in compiled.modules():
+        for owner in _owners_at(module):
+            owners[id(owner.caller), id(owner.backend)] = owner
+    return list(owners.values())
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a model, or a part of it, was compiled by pcg."""
+    owners = find_owners(model)
+    return any(owner.backend is not None or _is_ours(owner.caller) for owner in owners)
+
+
+def _is_ours(wrapper: Any) -> bool:
+    ours = getattr(getattr(wrapper, "compiler_fn", None), "__pcg_backend__", False)
+    return ours or any(entry.counters.served(wrapper) for entry in list(_GRAPHS))
+
+
+def _owners_at(module: torch.nn.Module) -> Iterator[Owner]:
+    """Of one module: itself compiled, its decorated methods, and functions that decorating one of its methods gave."""
+    wrapper = wrapper_of(module)
+    if wrapper is not None and _is_ours(wrapper):
+        yield Owner(wrapper)
+    own = [value for value in vars(module).values() if isinstance(value, (FunctionType, MethodType))]
+    for value in own:
+        if getattr(value, "__pcg_owner__", None) is not None:
+            yield Owner(None, value.__pcg_owner__)  # type: ignore[union-attr]
+    for cls in type(module).__mro__:
+        for value in vars(cls).values():
+            if isinstance(value, FunctionType) and getattr(value, "__pcg_owner__", None) is not None:
+                yield Owner(module, value.__pcg_owner__)  # type: ignore[attr-defined]
+    for entry in list(_GRAPHS):
+        backend = entry.backend()
+        if getattr(backend, "module", lambda: None)() is module:
+            yield Owner(None, backend)
+
+
+def _entries(compiled: Any) -> list[tuple[_Entry, list[object] | None]]:
+    """Graphs, and the callers of each that are meant; None: all of them."""
+    graphs = list(_GRAPHS)
     if compiled is None:
-        return list(_GRAPHS)
-    owner = getattr(compiled, "__pcg_owner__", None) or wrapper_of(compiled)
-    if owner is None:
+        return [(entry, None) for entry in graphs]
+    owners = find_owners(compiled)
+    if not owners:
         raise TypeError(
-            f'{compiled!r} was not compiled by pcg: pass what torch.compile(..., backend="pcg") or @pcg.piecewise gave'
+            f"{_short(compiled)} was not compiled by pcg, nor is any part of it: pass what torch.compile(..., "
+            'backend="pcg") or @pcg.piecewise gave, or a module that has it as its forward or among its children'
         )
-    return _of(owner)
+    found: list[tuple[_Entry, list[object] | None]] = []
+    for entry in graphs:
+        callers = [owner.caller for owner in owners if owner.owns(entry)]
+        if callers:
+            found.append((entry, None if None in callers else callers))
+    return found
+
+
+def _short(value: Any) -> str:
+    """A model may be hundreds of lines long."""
+    text = repr(value).splitlines()
+    return text[0] + (" ...)" if len(text) > 1 else "")
+
+
+def _runtimes(entries: list[_Entry]) -> list[Any]:
+    found = [entry.runtime() for entry in entries]
+    return [runtime for runtime in found if runtime is not None]
 
 
 def runtimes(compiled: Any = None) -> list[Any]:
     """The live runtimes of one compiled model, or of all."""
-    found = [entry.runtime() for entry in _entries(compiled) if entry.records]
-    return [runtime for runtime in found if runtime is not None]
+    return _runtimes([entry for entry, _ in _entries(compiled)])
 
 
 def stats(compiled: Any = None) -> Stats:
-    """What one compiled model did, or all of them: a frozen snapshot.
+    """What one compiled model did, or all of them: a frozen snapshot. May be called from any thread.
+
+    Args:
+        compiled: what ``torch.compile(..., backend="pcg")`` or ``@pcg.piecewise`` gave; or a module that has it as its
+            forward or among its children, whose figures are added up. A decorated method of a class counts for all
+            instances, a bound one for its own.
 
     Raises:
-        TypeError: ``compiled`` was not compiled by pcg.
+        TypeError: ``compiled`` was not compiled by pcg, nor is any part of it.
     """
-    return Stats.total([entry.counters.snapshot() for entry in _entries(compiled)])
+    return Stats.total([entry.counters.snapshot(callers) for entry, callers in _entries(compiled)])
 
 
-def expect(compiled: Any = None, **increase: int) -> Any:
-    """``with pcg.expect(pieces=3, captured=6): ...`` checks by how much counters rise inside the block.
+def expect(compiled: Any = None, /, **increase: int) -> Any:
+    """``with pcg.expect(compiled, pieces=3, captured=6): ...`` checks by how much counters rise inside the block.
+
+    Args:
+        compiled: as for :func:`stats`; left out: all models.
+        increase: figures of :class:`Stats`, and by how much each must rise.
 
     Raises:
         AssertionError: with both figures.
@@ -98,10 +236,15 @@ def expect(compiled: Any = None, **increase: int) -> Any:
 
 
 def reset(compiled: Any = None) -> None:
-    """Drops recordings and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``."""
-    _reset(_entries(compiled))
-    # Until here also the figures of graphs that are gone belong to the totals.
-    _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
+    """Drops recordings and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``.
+
+    Models that share a graph keep their own.
+    """
+    for entry, callers in _entries(compiled):
+        _reset(entry, callers)
+    with _LOCK:
+        # Until here also the figures of graphs that are gone belong to the totals.
+        _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
 
 
 def release_collectives() -> None:
@@ -111,15 +254,16 @@ def release_collectives() -> None:
             runtime.release()
 
 
-def reset_owner(owner: object) -> None:
-    """The same for the graphs of one owner."""
-    _reset(_of(owner))
+def reset_backend(backend: object) -> None:
+    """The same for the graphs of one backend."""
+    for entry in list(_GRAPHS):
+        if entry.backend() is backend:
+            _reset(entry, None)
 
 
-def _reset(entries: list[_Entry]) -> None:
-    for entry in entries:
-        runtime = entry.runtime() if entry.records else None
-        if runtime is not None:
-            runtime.reset()
-        else:
-            entry.counters.reset()
+def _reset(entry: _Entry, callers: list[object] | None) -> None:
+    runtime = entry.runtime()
+    if runtime is not None:
+        runtime.reset(callers)
+    else:
+        entry.counters.reset(callers)

@@ -21,6 +21,7 @@ __all__ = ["RUNNING", "DoesNotFit", "StepState", "current_step", "require_step"]
 
 T = TypeVar("T")
 
+
 class DoesNotFit(Exception):
     """Why no full CUDA graph can serve a batch; it then runs piecewise."""
 

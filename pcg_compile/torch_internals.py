@@ -9,22 +9,27 @@ import operator
 import sys
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial, wraps
 from threading import Thread
+from types import CodeType
 from typing import Any
 
 import sympy
 import torch
-import torch._dynamo.callback
+import torch._dynamo.convert_frame
+import torch._dynamo.eval_frame
 import torch._functorch.config
 import torch._inductor.config
 import torch.fx.experimental._config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.cache_size import exceeds_recompile_limit
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import (
@@ -34,6 +39,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -68,6 +74,11 @@ def fake_inputs(inputs: Sequence[Any]) -> list[Any]:
             source = getattr(symbolic, "tensor_source", None)
             fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
     return fakes
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values, unlike those of a trace (2.11 to 2.13)."""
+    return not isinstance(tensor, FakeTensor) and not torch._is_functional_tensor(tensor)
 
 
 def fake_twin(tensor: FakeTensor) -> FakeTensor:
@@ -158,6 +169,22 @@ def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.S
     return result.node if isinstance(result, fx.Proxy) else result
 
 
+def evaluate_expression(expr: sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression at values of its symbols, floats among them, by Python's arithmetic (2.11 to 2.13)."""
+    try:
+        return sympy_interp(_NodeAnalysis, dict(values), expr)
+    except (KeyError, AttributeError, NotImplementedError):
+        # A function that torch has no Python form of.
+        symbols = tuple(sorted(expr.free_symbols, key=str))
+        return _Expression(expr, symbols)(*(values[s] for s in symbols))
+
+
+def number_of_symbol(symbol: sympy.Symbol, like: Any) -> Any:
+    """A SymInt or SymFloat of a symbol that only the data give a value, beside another number (2.11 to 2.13)."""
+    env = like.node.shape_env
+    return (env.create_symintnode if symbol.is_integer else env.create_symfloatnode)(symbol, hint=None)
+
+
 class _Expression:
     """An expression of sizes as a function of them."""
 
@@ -165,8 +192,8 @@ class _Expression:
         self.expr, self.symbols = expr, symbols
         self.__name__ = self.__qualname__ = "expression"
 
-    def __call__(self, *sizes: int) -> Any:
-        value = self.expr.xreplace({s: sympy.Integer(n) for s, n in zip(self.symbols, sizes, strict=True)})
+    def __call__(self, *sizes: int | float) -> Any:
+        value = self.expr.xreplace({s: sympy.sympify(n) for s, n in zip(self.symbols, sizes, strict=True)})
         if isinstance(value, sympy.logic.boolalg.BooleanAtom):
             return bool(value)
         return int(value) if value.is_integer and not value.is_Float else float(value)
@@ -632,6 +659,33 @@ def shape_guards(fake_mode: FakeTensorMode) -> list[Any]:
     return [*(env.replace(condition) for condition in conditions), *fixed]
 
 
+def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
+    """Takes out of Dynamo's guards that a size is not 1 where only an op's layout asked; returns them (2.11 to 2.13).
+
+    torch asks whether a size is 1 where it lays out a view, and Dynamo would trace again for that size. The graph is
+    the same; its pieces are captured at larger sizes. Branches of the code itself, and whatever else Dynamo asks,
+    stay guards.
+    """
+    env = fake_mode.shape_env
+    if env is None:
+        return []
+    taken = [
+        guard
+        for guard in env.guards
+        if isinstance(guard.expr, sympy.Ne)
+        and isinstance(guard.expr.lhs, sympy.Symbol)
+        and guard.expr.rhs == 1
+        and getattr(getattr(guard.sloc, "framework_loc", None), "name", "") == "run_node"
+    ]
+    if taken:
+        env.guards[:] = [guard for guard in env.guards if all(guard is not one for one in taken)]
+        for guard in taken:
+            for implied, _ in env.get_implications(env.simplify(guard.expr)):
+                env.axioms.pop(implied, None)
+        env._update_version_counter()
+    return [guard.expr for guard in taken]
+
+
 @contextmanager
 def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
     """What a compiler assumes of sizes inside becomes no guard of Dynamo's, but is listed afterwards (2.11 to 2.13).
@@ -784,29 +838,63 @@ def is_static_input(node: fx.Node) -> bool:
     )
 
 
-def ends_in_graph_break(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo broke the frame after this graph (2.11 to 2.13)."""
-    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+def is_asked_for(reason: str) -> bool:
+    """Whether the code itself asked for a break of the graph, where nothing else runs (2.11 to 2.13)."""
+    return reason.startswith("Call to `torch._dynamo.graph_break()`")
 
 
-def calling_wrapper(depth: int = 2) -> object | None:
-    """The object that ``torch.compile(backend="name")`` made and that calls the backend (2.11 to 2.13)."""
-    caller = sys._getframe(depth).f_locals.get("self")
-    return caller if isinstance(caller, torch._TorchCompileWrapper) else None
+def graph_break_of(gm: fx.GraphModule) -> tuple[str, Any] | None:
+    """Why Dynamo broke the frame after this graph, and the user's frames; None where it did not (2.11 to 2.13)."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    return (reason.reason, reason.user_stack) if getattr(reason, "graph_break", False) else None
+
+
+#: Where the code around a compiled call lies: what torch.compile returns, and what runs a backend's callable.
+_EVAL_FRAME = torch._dynamo.eval_frame.DisableContext.__call__.__code__.co_filename
+
+
+def calling_wrapper() -> object | None:
+    """The object that ``torch.compile`` made of a backend, whose graph is being compiled or called (2.11 to 2.13).
+
+    Equal compiled functions share what Dynamo compiled for the first of them; only the call itself tells them apart.
+    Dynamo runs a backend's callable in a function that holds the callback of the present call, for putting it back;
+    farther out is the function that torch.compile returned. None where neither is found.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        # 1 us of a step, most of it for the attributes that lead to the wrapper.
+        if frame.f_code.co_filename == _EVAL_FRAME:
+            name = "callback" if "callback" in frame.f_code.co_freevars else "prior"
+            found = _innermost_backend(frame.f_locals.get(name))
+            if found is not None:
+                return found
+        frame = frame.f_back
+    return None
+
+
+def types_of_arguments(schema: Any) -> dict[str, str]:
+    """The type of each argument by name, of an op's schema or of its text ``name(Tensor x) -> ()`` (2.11 to 2.13)."""
+    parsed = torch._C.parse_schema(schema) if isinstance(schema, str) else schema
+    return {argument.name: str(argument.type) for argument in parsed.arguments}
+
+
+def inline_when_traced(wrapper: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Has Dynamo trace ``function`` where traced code calls ``wrapper``, as for torch.compile's own (2.11 to 2.13)."""
+    wrapper._torchdynamo_inline = function  # type: ignore[attr-defined]
 
 
 def wrapper_of(compiled: Any) -> object | None:
-    """The same object, from what ``torch.compile`` returned (2.11 to 2.13)."""
-    context = getattr(compiled, "dynamo_ctx", None)
-    if context is None:
-        function = compiled
-        while function is not None and not hasattr(function, "_torchdynamo_inline"):
-            function = getattr(function, "__wrapped__", None)
-        for cell in getattr(compiled, "__closure__", None) or ():
-            candidate = cell.cell_contents
-            if hasattr(candidate, "callback"):
-                context = candidate
-    return _innermost_backend(getattr(context, "callback", None))
+    """The same object, from what ``torch.compile`` returned, or a module after ``module.compile()`` (2.11 to 2.13)."""
+    if isinstance(compiled, torch.nn.Module):
+        compiled = vars(compiled).get("dynamo_ctx") or vars(compiled).get("_compiled_call_impl")
+    if hasattr(compiled, "callback"):
+        return _innermost_backend(compiled.callback)
+    for cell in getattr(compiled, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            found = _innermost_backend(getattr(cell.cell_contents, "callback", None))
+            if found is not None:
+                return found
+    return None
 
 
 def _innermost_backend(seen: Any) -> Any:
@@ -853,12 +941,12 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device
 
 
 #: Up to so many, single copies take less of the host: 5 us each on an H200's, against 18 for a call with a list.
-_FEW_COPIES = 3
+FEW_COPIES = 3
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies a list of tensors, many in one call, one kernel where types and layouts agree (2.11 to 2.13)."""
-    if len(targets) > _FEW_COPIES:
+    if len(targets) > FEW_COPIES:
         torch._foreach_copy_(targets, sources, non_blocking=True)
         return
     for target, source in zip(targets, sources, strict=True):
@@ -872,167 +960,273 @@ def compile_whole_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Ca
     return compile_fx(gm, list(inputs))
 
 
-_MARK: ContextVar[Callable[[], None] | None] = ContextVar("pcg_mark", default=None)
-_MARKED: ContextVar[list[tuple[torch.Tensor, dict[str, Any]]] | None] = ContextVar("pcg_marked", default=None)
-_WAS_OBLIVIOUS: ContextVar[bool | None] = ContextVar("pcg_was_oblivious", default=None)
-_WAS_RECORDING: ContextVar[bool | None] = ContextVar("pcg_was_recording", default=None)
-_WAS_SYMBOLIC: ContextVar[bool] = ContextVar("pcg_was_symbolic", default=False)
-_WAS_FREEZING: ContextVar[bool] = ContextVar("pcg_was_freezing", default=False)
-#: Frames between a callback of Dynamo's and the function that knows the backend, and more.
-_FRAMES = 24
-
-
-def spare_profiler_calls() -> None:
-    """Leaves two calls out of the code that Dynamo is about to write around the graph at hand (2.11 to 2.13).
-
-    They mark that code for a profiler, through ``torch._dynamo.disable``, and cost some 10 us at every step.
-    """
-    if getattr(torch._dynamo.config, "record_runtime_overhead", False) and _WAS_RECORDING.get() is None:
-        _register_callbacks()
-        _WAS_RECORDING.set(True)
-        torch._dynamo.config.record_runtime_overhead = False
-
-
-def ahead_of_traces(call: Callable[[Any, Mapping[str, Any], bool], None]) -> None:
-    """Has ``call(backend, keywords, first)`` called ahead of each of Dynamo's traces (2.11 to 2.13).
-
-    With the backend of ``torch.compile``, and whether the code was never compiled before. Until
-    ``torch._dynamo.reset()``: nothing may be wrong where a call is missed.
-    """
-    handler, at_start = torch._dynamo.callback.callback_handler, _at_start(call)
-    if at_start not in handler.start_callbacks:
-        handler.register_start_callback(at_start)
-
-
-@functools.cache
-def _at_start(call: Callable[[Any, Mapping[str, Any], bool], None]) -> Callable[[Any], None]:
-    def at_start(args: Any) -> None:
-        frame: Any = sys._getframe(1)
-        for _ in range(_FRAMES):
-            frame = frame.f_back
-            if frame is None:
-                return
-            if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
-                wrapper = _innermost_backend(frame.f_locals["compiler_fn"])
-                if wrapper is not None:
-                    call(wrapper.compiler_fn, wrapper.kwargs, str(args.compile_id).rpartition("/")[2] == "0")
-                return
-
-    return at_start
-
-
-def trace_floats_as_constants() -> None:
-    """Spares the trace at hand :func:`specialize_floats`, which has Dynamo trace all of it again (2.11 to 2.13).
-
-    For a first trace only: a float that turns out to change from call to call, and that code merely branches on, stays
-    a symbol in those that follow.
-    """
-    if not torch._dynamo.config.specialize_float and not _WAS_SYMBOLIC.get():
-        _register_callbacks()
-        _WAS_SYMBOLIC.set(True)
-        torch._dynamo.config.specialize_float = True
-
-
-def trace_weights_as_inputs() -> bool:
-    """Whether Inductor's freezing made constants of weights; then it is off until the compile ends (2.11 to 2.13).
-
-    Dynamo must then trace again, for which the caller raises :func:`trace_again`.
-    """
-    if not torch._inductor.config.freezing or torch.is_grad_enabled():
-        return False
-    _register_callbacks()
-    _WAS_FREEZING.set(True)
-    torch._inductor.config.freezing = False
-    return True
-
-
-def trace_again() -> Exception:
-    """What a backend raises to have Dynamo trace the code once more (2.11 to 2.13)."""
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
-    return TensorifyScalarRestartAnalysis()
-
-
-def _register_callbacks() -> None:
-    handler = torch._dynamo.callback.callback_handler
-    # torch._dynamo.reset() clears them.
-    if _on_compile_start not in handler.start_callbacks:
-        handler.register_start_callback(_on_compile_start)
-    if _on_compile_end not in handler.end_callbacks:
-        handler.register_end_callback(_on_compile_end)
-
-
-def _on_compile_start(args: Any) -> None:
-    mark = _MARK.get()
-    if mark is not None:
-        mark()
-        _WAS_OBLIVIOUS.set(torch.fx.experimental._config.backed_size_oblivious)
-        torch.fx.experimental._config.backed_size_oblivious = True
-
-
-def _on_compile_end(args: Any) -> None:
-    before = _WAS_OBLIVIOUS.get()
-    if before is not None:
-        torch.fx.experimental._config.backed_size_oblivious = before
-        _WAS_OBLIVIOUS.set(None)
-    if _WAS_RECORDING.get() is not None:
-        torch._dynamo.config.record_runtime_overhead = True
-        _WAS_RECORDING.set(None)
-    if _WAS_SYMBOLIC.get():
-        torch._dynamo.config.specialize_float = False
-        _WAS_SYMBOLIC.set(False)
-    if _WAS_FREEZING.get():
-        torch._inductor.config.freezing = True
-        _WAS_FREEZING.set(False)
+#: What marks a call's dynamic dimensions, for traces of this thread or task: (tensor, dimensions, strict) of each.
+_MARK: ContextVar[Callable[[], Marks] | None] = ContextVar("pcg_mark", default=None)
+Marks = list[tuple[torch.Tensor, list[int], bool]]
 
 
 class compile_for_all_sizes:
     """If Dynamo compiles inside, marked sizes cover 0 and 1 too, and branches on them become guards (2.11 to 2.13).
 
-    ``mark`` marks the arguments' dynamic dimensions; it is called only then, so that a call that compiles nothing
-    costs two assignments.
+    ``mark`` returns the dynamic dimensions of the arguments, as :func:`dynamic_dims` has them; it is called only then,
+    so a call that compiles nothing costs an assignment.
     """
 
-    __slots__ = ("mark", "tokens")
+    __slots__ = ("mark", "token")
 
-    def __init__(self, mark: Callable[[], None]) -> None:
+    def __init__(self, mark: Callable[[], Marks]) -> None:
         self.mark = mark
 
     def __enter__(self) -> None:
-        _register_callbacks()
-        self.tokens = _MARK.set(self.mark), _MARKED.set([])
+        self.token = _MARK.set(self.mark)
 
     def __exit__(self, *error: object) -> None:
-        # Other compiled models must not find the marks.
-        for tensor, before in reversed(_MARKED.get() or ()):
-            for name in [name for name in vars(tensor) if "_dynamo_" in name and name not in before]:
-                delattr(tensor, name)
-            vars(tensor).update(before)
-        mark, marked = self.tokens
-        _MARKED.reset(marked)
-        _MARK.reset(mark)
+        _MARK.reset(self.token)
+
+
+def requested_marks() -> Marks | None:
+    """The dynamic dimensions that the caller asks traces of this call for, for all sizes; None where it does not."""
+    mark = _MARK.get()
+    return mark() if mark is not None else None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One trace of Dynamo's that is about to begin.
+
+    Attributes:
+        wrapper: what ``torch.compile`` made of the backend.
+        code: the code that is traced. arguments: its local variables, which the trace is shown; may be replaced.
+        first: whether the code was never compiled before.
+        limit: the name of the limit on compilations that the code has reached, so that it will run eagerly; or "".
+        why: the guard that failed, where Dynamo knows.
+        context: the object behind the compiled callable. at_end: what is called when the running call of it ends.
+    """
+
+    wrapper: Any
+    code: CodeType
+    arguments: dict[str, Any]
+    first: bool
+    limit: str
+    why: str
+    context: Any
+    at_end: list[Callable[[], None]] | None
+
+
+#: Who is told of each trace, in the thread that traces: registered once, at import.
+_TOLD_OF_TRACES: list[Callable[[Trace], None]] = []
+
+
+def watch_traces(before: Callable[[Trace], None] | None = None, after: Callable[[], None] | None = None) -> None:
+    """Has ``before(trace)`` called ahead of each of Dynamo's traces, or keeps it so (2.11 to 2.13).
+
+    What it raises reaches the caller of the compiled function as it is, and nothing has run. Dynamo calls its hooks
+    for the context of recompilations in the tracing thread, holding its compile lock, ahead of every trace and of the
+    limit on recompilations. ``after()`` is called once code has been compiled, before it runs.
+    """
+    if before is not None:
+        _TOLD_OF_TRACES.append(before)
+    if after is not None:
+        torch._dynamo.convert_frame.register_bytecode_hook(lambda code, compiled: after())
+    if _before_trace not in (torch._dynamo.utils.get_hook_for_recompile_user_context() or ()):
+        torch._dynamo.register_hook_for_recompile_user_context(_before_trace)
+
+
+def _before_trace() -> str:
+    frame: Any = sys._getframe(1)
+    if frame.f_code.co_name != "_compile":  # up to Python 3.11 a comprehension is a frame of its own
+        frame = frame.f_back
+    here = frame.f_locals
+    if frame.f_code.co_name != "_compile" or "compiler_fn" not in here:
+        return ""
+    wrapper = _innermost_backend(here["compiler_fn"])
+    if wrapper is None:
+        trace = Trace(None, here["code"], {}, False, "", "", None, None)
+    else:
+        exceeded, limit = exceeds_recompile_limit(here["cache_size"], here["compile_id"])
+        first = str(here["compile_id"]).rpartition("/")[2] == "0"
+        limit = f"{limit} ({getattr(torch._dynamo.config, limit)})" if exceeded else ""
+        why = str(here.get("recompile_reason") or "").partition("\n")[0]
+        context, at_end = _running_call(frame, wrapper)
+        trace = Trace(wrapper, here["code"], here["locals"], first, limit, why, context, at_end)
+    for call in _TOLD_OF_TRACES:
+        call(trace)
+    return ""
+
+
+def _running_call(frame: Any, wrapper: Any) -> tuple[Any, list[Callable[[], None]] | None]:
+    """The context whose call Dynamo compiles for, and the list of what it does at the call's end (2.11 to 2.13)."""
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            context, at_end = frame.f_locals.get("self"), frame.f_locals.get("cleanups")
+            if _innermost_backend(getattr(context, "callback", None)) is wrapper:
+                return context, at_end if isinstance(at_end, list) else None
+        frame = frame.f_back
+    return None, None
+
+
+def context_of(compiled: Any) -> Any:
+    """The object behind what ``torch.compile`` returned, which does what each call begins and ends with (2.11 to 2.13).
+
+    None where there is none.
+    """
+    context = getattr(compiled, "dynamo_ctx", None)
+    if context is None and hasattr(compiled, "_torchdynamo_inline"):
+        for cell in getattr(compiled, "__closure__", None) or ():
+            with suppress(ValueError):
+                if hasattr(cell.cell_contents, "enter_exit_hooks"):
+                    context = cell.cell_contents
+    return context
+
+
+def with_each_call(context: Any, enter: Callable[[], Callable[[], None]]) -> None:
+    """Has ``enter()`` called ahead of each call behind a context, and what it returns at the call's end (2.11 to 2.13).
+
+    That is how ``torch.compile(dynamic=...)`` sets what it sets; here for the context of one compiled function.
+    """
+    context.enter_exit_hooks.append(enter)
+
+
+def breaks_so_far() -> int:
+    """How many breaks Dynamo has noted (2.11 to 2.13)."""
+    return len(torch._dynamo.utils.graph_break_reasons)
+
+
+def breaks_since(count: int) -> list[tuple[str, Any]]:
+    """The reason and the user's frames of each break after the first ``count`` (2.11 to 2.13)."""
+    return [(reason.reason, reason.user_stack) for reason in torch._dynamo.utils.graph_break_reasons[count:]]
+
+
+def dynamo_refused(error: BaseException | None) -> bool:
+    """Whether an error of a call with ``fullgraph=True`` is that Dynamo makes no single graph of it (2.11 to 2.13)."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, UncapturedHigherOrderOpError, Unsupported, UserError
+
+    unseen = isinstance(error, RuntimeError) and "fullgraph=True found no compiled frames" in str(error)
+    return unseen or isinstance(error, (Unsupported, UserError, FailOnRecompileLimitHit, UncapturedHigherOrderOpError))
+
+
+def freezes_weights() -> bool:
+    """Whether Inductor is to make constants of weights (2.11 to 2.13)."""
+    return bool(torch._inductor.config.freezing) and not torch.is_grad_enabled()
+
+
+def settings_of_trace(trace: Trace, marks: Marks, *, for_all_sizes: bool, outermost: bool) -> Callable[[], None]:
+    """Settings of torch for one trace; the result takes them back (2.11 to 2.13).
+
+    Settings are the thread's own where torch has them so (2.13); before, they are in force while Dynamo holds its lock.
+    Two calls that mark code for a profiler are left out, some 10 us a step. Inductor's freezing would hold a second
+    copy of the weights. With ``dynamic=True`` a first trace has floats as constants, as it has them without.
+    Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards. Where the
+    ``outermost`` function of a call computes nothing, Dynamo compiles that too: else it would leave the function to
+    Python for all later calls, whatever they do.
+    """
+    with ExitStack() as stack:
+        dynamo: dict[str, Any] = {}
+        if getattr(torch._dynamo.config, "record_runtime_overhead", False):
+            dynamo["record_runtime_overhead"] = False
+        if trace.first and not (torch._dynamo.config.specialize_float or torch._dynamo.config.assume_static_by_default):
+            dynamo["specialize_float"] = True
+        if outermost:
+            dynamo["allow_empty_graphs"] = True
+        if dynamo:
+            stack.enter_context(torch._dynamo.config.patch(dynamo))
+        if freezes_weights():
+            stack.enter_context(torch._inductor.config.patch(freezing=False))
+        # What is forced to be a constant of this trace may change until the next one.
+        stack.callback(_forget_constants, frozenset(TensorifyState.force_specializations))
+        if for_all_sizes:
+            stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+        for tensor, dims, surely in marks:
+            stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
+            (torch._dynamo.mark_dynamic if surely else torch._dynamo.maybe_mark_dynamic)(tensor, dims)
+        return stack.pop_all().close
+
+
+def _forget_constants(before: Set[str]) -> None:
+    for name in TensorifyState.force_specializations - before:
+        TensorifyState.force_specializations.discard(name)
+
+
+def _unmark(tensor: torch.Tensor, before: Mapping[str, Any]) -> None:
+    # Other compiled models must not find the marks.
+    for name in [name for name in vars(tensor) if "_dynamo_" in name and name not in before]:
+        delattr(tensor, name)
+    vars(tensor).update(before)
+
+
+def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tuple[int, int]] | None:
+    """Shows a trace tensors of more rows where marked sizes are 0 or 1; None where that cannot be (2.11 to 2.13).
+
+    torch lays a view of one row out for that row alone, and a trace is to serve all sizes. ``arguments`` is what
+    Dynamo traces instead of the frame's own variables; the call itself gets what its caller passed. Dynamo does not
+    check its guards at a call that it traced for, so whoever shows other sizes checks them: :func:`guards_hold_at`.
+
+    Returns:
+        The marks of what is shown, the size that the call has, and the one that is shown instead.
+    """
+    real = {tensor.shape[d] for tensor, dims, _ in marks for d in dims if tensor.shape[d] < 2}
+    leaves = [leaf for value in arguments.values() for leaf in _tensor_leaves(value)]
+    taken = {int(size) for tensor in leaves for size in tensor.shape}
+    # A size of its own: which symbols stand for it is known by the value that they were shown.
+    free = [size for size in _SHOWN[0] if size not in taken]
+    if len(real) != 1 or not free:
+        return None
+    larger: dict[int, torch.Tensor] = {}
+    shown: Marks = []
+    for tensor, dims, surely in marks:
+        small = {d for d in dims if tensor.shape[d] < 2}
+        if small and id(tensor) not in larger:
+            grown = _with_more_rows(tensor, small, free[0])
+            if grown is None:
+                return None
+            larger[id(tensor)] = grown
+        shown.append((larger[id(tensor)] if small else tensor, dims, surely))
+    for name, value in arguments.items():
+        if not isinstance(value, torch.nn.Module):
+            arguments[name] = tree_map(lambda leaf: larger.get(id(leaf), leaf), value)
+    return shown, (real.pop(), free[0])
+
+
+def _tensor_leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _with_more_rows(tensor: torch.Tensor, dims: Set[int], rows: int) -> torch.Tensor | None:
+    """A tensor of the same layout with ``rows`` entries in some dimensions; None where its entries would overlap."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.requires_grad:
+        return None
+    shape = [rows if d in dims else size for d, size in enumerate(tensor.shape)]
+    strides = list(tensor.stride())
+    dense = least = 1
+    for d in sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), -d)):
+        # Behind what grows, dimensions that lie densely go on doing so.
+        if tensor.stride(d) == dense:
+            strides[d] = least
+        elif shape[d] > 1 and strides[d] < least:
+            return None
+        dense, least = tensor.stride(d) * max(tensor.shape[d], 1), strides[d] * shape[d]
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def guards_hold_at(real: int, shown: int, fake_mode: FakeTensorMode) -> bool:
+    """Whether a trace that :func:`show_more_rows` showed more rows is right for the size of the call (2.11 to 2.13)."""
+    env = fake_mode.shape_env
+    if env is None:
+        return False
+    known = {s: sympy.Integer(real) if value == shown else value for s, value in env.backed_var_to_val.items()}
+    return all(condition.xreplace(known) == sympy.true for condition in shape_guards(fake_mode))
 
 
 @contextmanager
 def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
     """The reason and the user's frames of each break of a graph inside; filled at the end (2.11 to 2.13)."""
-    reasons = torch._dynamo.utils.graph_break_reasons
-    before, found = len(reasons), []  # type: ignore[var-annotated]
+    before, found = breaks_so_far(), []  # type: ignore[var-annotated]
     try:
         yield found
     finally:
-        found += [(reason.reason, reason.user_stack) for reason in reasons[before:]]
-
-
-def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int], strict: bool = True) -> None:
-    """Marks dimensions as dynamic for Dynamo; not ``strict``: unless the code fixes them (2.11 to 2.13).
-
-    Inside :func:`compile_for_all_sizes` the mark is taken back at the end.
-    """
-    marked = _MARKED.get()
-    if marked is not None:
-        marked.append((tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k}))
-    (torch._dynamo.mark_dynamic if strict else torch._dynamo.maybe_mark_dynamic)(tensor, list(dims))
+        found += breaks_since(before)
 
 
 def inputs_only(entries: Sequence[Any]) -> list[bool]:
@@ -1052,32 +1246,53 @@ def ensure_backend(name: str, backend: Callable[..., Any]) -> None:
         torch._dynamo.register_backend(backend, name=name)
 
 
-def specialize_floats(gm: fx.GraphModule) -> None:
-    """Has Dynamo trace again with Python floats as constants where it made tensors of them (2.11 to 2.15).
+def changing_floats(gm: fx.GraphModule, code: CodeType | None) -> dict[fx.Node, float]:
+    """The inputs of a graph that are Python floats which change from call to call, and their values (2.11 to 2.13).
 
-    A recording holds a float's value anyway, and a float that is a tensor on the CPU would be read at every step.
-    Floats that an op has taken as numbers count too: Inductor asks for the same once a piece is compiled.
+    Dynamo makes tensors on the CPU of those, and ``item()`` of them in the graph. With ``dynamic=True`` it does so for
+    all floats; then it is made to trace again with those that do not change as constants.
     """
-    from torch._dynamo.symbolic_convert import TensorifyState
     from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
 
-    found = []
+    found: dict[fx.Node, float] = {}
+    fresh: list[str] = []
+    env = fake_mode_of([]).shape_env
     for node in gm.graph.find_nodes(op="placeholder"):
         number = getattr(node.meta.get("example_value"), "item_memo", None)
-        name = getattr(getattr(getattr(number, "node", None), "_expr", None), "name", None)
-        if name and all(user.target == "item" for user in node.users):
-            found.append(name)
-    tracing = torch._guards.TracingContext.try_get()
-    env = tracing.fake_mode.shape_env if tracing is not None and tracing.fake_mode is not None else None
-    if env is not None:
-        found += [
-            str(s) for s, value in env.backed_var_to_val.items() if symbol_is_type(s, SymT.FLOAT) and value.is_Float
-        ]
-    fresh = [name for name in found if not TensorifyState.should_specialize(name)]
+        symbol = getattr(getattr(number, "node", None), "_expr", None)
+        # A tensor of the caller's that is read by .item() has a symbol that only the data tell.
+        if not isinstance(symbol, sympy.Symbol) or env is None or not symbol_is_type(symbol, SymT.FLOAT):
+            continue
+        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+        if _has_changed(source() if callable(source) else str(source), code):
+            found[node] = float(env.backed_var_to_val[symbol])
+        elif not TensorifyState.should_specialize(symbol.name):
+            fresh.append(symbol.name)
     for name in fresh:
         TensorifyState.specialize(name)
     if fresh:
         raise trace_again()
+    return found
+
+
+def _has_changed(source: str, code: CodeType | None) -> bool:
+    """Whether Dynamo has seen two values of a number; also where it cannot tell (2.11 to 2.13)."""
+    from torch._dynamo import pgo
+
+    if code is None or torch._dynamo.config.assume_static_by_default:
+        return True  # it makes no symbol of any other number
+    where = (code.co_filename, code.co_firstlineno, code.co_name)
+    for key, state in pgo.get_code_state().items():
+        if (key.filename, key.firstlineno, key.name) == where and source in state.automatic_dynamic:
+            return state.automatic_dynamic[source].scalar is pgo.auto_dynamic
+    return True
+
+
+def trace_again() -> Exception:
+    """What a backend raises to have Dynamo trace the code once more (2.11 to 2.13)."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    return TensorifyScalarRestartAnalysis()
 
 
 class _Decomposing(fx.Interpreter):

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .batch import current_step
 from .errors import PCGError, message
-from .registry import runtimes
+from .registry import is_compiled, runtimes
 from .runtime.warming import WarmUp, warming_up
-from .torch_internals import compile_for_all_sizes, mark_dynamic
+from .torch_internals import Marks, compile_for_all_sizes
 
 __all__ = ["mark_sizes", "warmup"]
 
@@ -22,20 +22,20 @@ Buckets = Sequence[int | tuple[int, ...]]
 
 def warmup(
     compiled: Any, *example_args: Any, buckets: Buckets | None = None, progress: bool = True, **kwargs: Any
-) -> Any:
-    """Records a compiled model's buckets now, largest first, and changes nothing else.
+) -> None:
+    """Captures a compiled model's buckets now, largest first, and changes nothing else.
 
     Parameters, buffers, caches, the arguments and the random number generators are left as they were; inside
     ``pcg.step()`` only page 0 of the cache is written. A model that was not called before is compiled for all sizes.
 
+    Nothing is returned: attention has read the scratch page, so the model's outputs would not be those of a step.
+
     Args:
-        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave.
+        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, or a module that has it as
+            its forward or among its children.
         example_args, kwargs: arguments of one call; their sizes do not matter, their values must be valid.
         buckets: sizes to record; tuples where the model has several dynamic sizes; None: the options' table.
         progress: show a progress bar with the bucket, the time left and the memory held.
-
-    Returns:
-        The model's outputs for the example arguments.
 
     Raises:
         ValueError: ``buckets`` do not fit the model's dynamic sizes, or nothing in the model is compiled by pcg.
@@ -48,7 +48,7 @@ def warmup(
         sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
         # With gradients there would be nothing to record.
         with warming_up(request), sizes, torch.no_grad():
-            result = compiled(*example_args, **kwargs)
+            compiled(*example_args, **kwargs)
         if request.served and not request.dynamic and len(runtimes()) == before:
             _record_other_sizes(compiled, example_args, kwargs, request)
         if not request.served:
@@ -60,16 +60,14 @@ def warmup(
                     cure='Compile it first: compiled = torch.compile(model, backend="pcg"); pcg.warmup(compiled, ...)',
                 )
             )
-        return result
     finally:
         if bar is not None:
             bar.close()
 
 
-def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> None:
-    """Marks the sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
-    for tensor, dims in _sizes_to_bucket(args, kwargs, buckets):
-        mark_dynamic(tensor, dims, strict=False)
+def mark_sizes(args: Any, kwargs: Any, buckets: Buckets | None = None) -> Marks:
+    """The sizes to bucket: the step's token count where there is one, else each tensor's leading dimensions."""
+    return [(tensor, dims, False) for tensor, dims in _sizes_to_bucket(args, kwargs, buckets)]
 
 
 def _sizes_to_bucket(args: Any, kwargs: Any, buckets: Buckets | None) -> list[tuple[torch.Tensor, list[int]]]:
@@ -109,12 +107,8 @@ def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) 
 
     args, kwargs = tree_map(grow, (args, kwargs))
 
-    def mark() -> None:
-        for tensor, along in grown:
-            mark_dynamic(tensor, along, strict=False)
-
     try:
-        sizes = compile_for_all_sizes(mark)
+        sizes = compile_for_all_sizes(lambda: [(tensor, along, False) for tensor, along in grown])
         with warming_up(request), sizes, torch.no_grad():
             compiled(*args, **kwargs)
     except PCGError:
@@ -135,7 +129,8 @@ class _Bar:
     """A tqdm bar over buckets."""
 
     def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
+        # A function that calls compiled models is none itself: then the memory of all is shown.
+        self.compiled = compiled if is_compiled(compiled) else None
         self.bar: Any = None
 
     def report(self, done: int, total: int, name: Any) -> None:

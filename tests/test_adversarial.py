@@ -186,7 +186,7 @@ CASES = {
 }  # fmt: skip
 #: Cases without any replay at changing sizes.
 UNRECORDED = {
-    "1 / n", "sizes divided", "sizes rounded", "sizes cut", "sizes and bits", "sine of a size", "overlapping",
+    "1 / n", "sizes divided", "sizes rounded", "sizes cut", "sizes and bits", "sine of a size",
     "other memory", "complex", "convolution", "interpolation", "running statistics", "half", "a peak", "a capacity",
     "rows of two", "rows, some fixed", "random rows", "jvp", "vmap", "gradient in a region",
 }  # fmt: skip

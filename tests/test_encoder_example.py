@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import pcg_compile as pcg
-from benchmarks import continuous
+from benchmarks import throughput
 from benchmarks.__main__ import main
 from benchmarks.examples import load
 from benchmarks.report import tables
@@ -107,28 +107,20 @@ def test_encoder_benchmark(tmp_path):
     assert data["remarks"] == ["reduce-overhead is left out: needs CUDA"]
 
 
-def test_continuous_benchmark(tmp_path):
-    data = run("continuous", tmp_path, "--requests", "4")
-    rows = {row["variant"]: row for row in data["rows"]}
-    assert set(rows) == {"eager", "pcg", "transformers"} and "remarks" not in data
+def test_throughput_benchmark(tmp_path):
+    data = run("throughput", tmp_path, "--workloads", "nano,grpo,single", "--variants", "pcg,static")
+    rows = {(row["workload"], row["variant"]): row for row in data["rows"]}
+    assert set(rows) == {("nano", "pcg"), ("grpo", "pcg"), ("single", "pcg"), ("single", "static")}
     for row in rows.values():
-        assert row["agree"] == 1 and row["right"] and 0 < row["serving_s"] <= row["call_s"] and row["tokens_per_s"] > 0
-    assert rows["pcg"]["recordings"] > 0 and rows["pcg"]["fallbacks"] == []
+        assert row["tokens_per_s"] > 0 and row["new_tokens"] > 0
+    assert not any(row.get("fallbacks") for row in rows.values()) and "remarks" not in data
 
 
-def test_other_tokens_are_not_timed(tmp_path, monkeypatch):
-    """Of one way the answers are those to other prompts, and another does not run at all."""
-    ours = continuous._Ours.__call__
-
-    def other(self, prompts):
-        return ours(self, [p[::-1] for p in prompts] if self.name == "pcg" else prompts)
-
+def test_a_variant_that_fails_is_a_remark(tmp_path, monkeypatch):
     def fails(*_):
         raise ValueError("no such attention")
 
-    monkeypatch.setattr(continuous._Ours, "__call__", other)
-    monkeypatch.setattr(continuous._Theirs, "__init__", fails)
-    data = run("continuous", tmp_path, "--requests", "2")
-    rows = {row["variant"]: row for row in data["rows"]}
-    assert not rows["pcg"]["right"] and "tokens_per_s" not in rows["pcg"] and rows["eager"]["tokens_per_s"] > 0
-    assert data["remarks"] == ["transformers is left out: ValueError: no such attention"]
+    monkeypatch.setitem(throughput._RUN, "static", fails)
+    data = run("throughput", tmp_path, "--workloads", "single", "--variants", "static,pcg")
+    assert [row["variant"] for row in data["rows"]] == ["pcg"]
+    assert data["remarks"] == ["single: static is left out: ValueError: no such attention"]

@@ -107,7 +107,7 @@ def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
     with pcg.dump(tmp_path):
         for qo_lens in ({1: 3}, {1: 1, 2: 4}, {1: 1, 2: 5}):
             traffic.check(model, compiled, qo_lens)
-    graph = tmp_path / "graph_1"
+    graph = tmp_path / "graph_0"
     before, after = (graph / "dynamo.py").read_text(), (graph / "graph.py").read_text()
     assert before.count("paged_attention") >= LAYERS and "pcg.attend" not in before
     after = re.sub("# File.*", "", after)
@@ -121,7 +121,7 @@ def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
     for link in re.findall(r'href="([^"#]+)"', index):
         assert (tmp_path / unquote(link)).exists()
     assert all(f'id="{anchor}"' in index for anchor in re.findall(r'href="#([^"]+)"', index))
-    assert "graph_1/program_6.txt" in index and "StaticReplay" in index and "src=" not in index
+    assert "graph_0/program_6.txt" in index and "StaticReplay" in index and "src=" not in index
 
 
 def depyf_works(folder):

@@ -1,13 +1,16 @@
-"""Model families of transformers with their own attention, from tiny configs: right at any length, and what padding
-analysis refuses to record is only what does mix tokens."""
+"""Model families of transformers from tiny configs. With their own attention: right at any length, and what padding
+analysis refuses to record is only what does mix tokens. With pcg's: right in packed steps or refused with a reason, of
+which ``docs/families.md`` has the table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers as tf
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import pcg_compile as pcg
+from benchmarks import families
 
 SMALL = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
@@ -71,3 +74,37 @@ def test_family(name):
     assert stats.replays > 0 or name == "gemma2"
     refused = [f for f in stats.fallbacks if not any(text in f.reason for text in MIXING.get(name, ()))]
     assert not refused, "\n".join(f"{f.count} x {f.reason} (at {f.where})" for f in refused)
+
+
+#: Of each kind one: what is right, and each way to be refused.
+SERVED = {
+    "llama": "right", "gemma3_text": "right", "gpt2": "right", "opt": "right", "roberta": "right", "phimoe": "right",
+    "qwen2_moe": "right", "jetmoe": "right", "mixtral": "right",
+    "bart": "takes no position_ids", "mamba": "carries a state", "gpt_oss": "passes s_aux",
+    "diffllama": "several times with layer_idx", "git": "chooses its attention by itself", "rembert": "by itself",
+    "deepseek_v3": "must agree", "gemma4_text": "differ", "lfm2": "layers of type conv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_packed_steps_are_right_or_refused(name):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this transformers does not have it")
+    result = families.outcome(name)
+    assert result == SERVED[name] if SERVED[name] == "right" else result.startswith("refused: ")
+    assert SERVED[name] in result
+
+
+def test_the_table_has_right_or_refused_families_alone():
+    table = families.read_page()
+    others = [row[2] for row in table.values() if row[2] not in families.RIGHT]
+    assert len(table) - len(others) > 90
+    assert all(other.startswith(("refused: ", "not run here: ImportError")) for other in others), others
+    assert sum(other.startswith("not run here") for other in others) <= 1
+
+
+def test_the_table_names_every_family_of_its_transformers():
+    table, text = families.read_page(), families.PAGE.read_text()
+    if tf.__version__ not in text:
+        pytest.skip("the table is that of another transformers")
+    assert set(table) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -211,7 +211,7 @@ def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.mark_dynamic(x, 0)
     run(x, *W)
     theirs, ours = verdicts
-    assert (ours.kind, ours.row_indices, ours.orders) == (theirs.kind, theirs.row_indices, theirs.orders)
+    assert (ours.kind, ours.row_indices, ours.equals) == (theirs.kind, theirs.row_indices, theirs.equals)
     assert [(v.kind, v.op, v.reason) for v in ours.nodes] == [(v.kind, v.op, v.reason) for v in theirs.nodes]
 
 
@@ -243,9 +243,6 @@ def test_workers_start_before_the_trace(
     monkeypatch.setattr(backend, "start_inductor_workers", lambda: events.append("workers"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(backend, "compile_piece", lambda piece, *rest: Compiled(piece.gm.forward))
-    handler = torch._dynamo.callback.callback_handler
-    monkeypatch.setattr(handler, "start_callbacks", [])
-    torch_internals.ahead_of_traces(backend.start_early)
     compile_graph = backend.compile_graph
 
     def compiling(*args: Any) -> Any:
@@ -275,15 +272,15 @@ def test_a_number_of_a_module_does_not_have_the_model_traced_twice(
 ) -> None:
     """With dynamic=True Dynamo makes tensors of floats, which pcg has no use for, and would begin anew."""
     traced: list[bool] = []
-    specialize = backend.specialize_floats
+    changing_floats = backend.changing_floats
 
-    def count(gm: fx.GraphModule) -> None:
+    def count(gm: fx.GraphModule, code: Any) -> Any:
         traced.append(torch._dynamo.config.specialize_float)
         if fails:
             raise RuntimeError("no more")
-        specialize(gm)
+        return changing_floats(gm, code)
 
-    monkeypatch.setattr(backend, "specialize_floats", count)
+    monkeypatch.setattr(backend, "changing_floats", count)
 
     class Scaled(torch.nn.Module):
         scale = 0.3
@@ -292,7 +289,6 @@ def test_a_number_of_a_module_does_not_have_the_model_traced_twice(
             return (x * self.scale).relu()
 
     model = Scaled()
-    torch_internals.ahead_of_traces(backend.start_early)
     compiled = torch.compile(model, backend="pcg", options={"compiler": "eager"}, dynamic=True)
     x = torch.randn(5, 4)
     if fails:
@@ -308,7 +304,6 @@ def test_a_number_of_a_module_does_not_have_the_model_traced_twice(
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_number_that_code_branches_on_may_change_at_every_call(dynamic: bool | None) -> None:
     """It is a constant of the first trace alone."""
-    torch_internals.ahead_of_traces(backend.start_early)
     graphs: list[fx.GraphModule] = []
 
     def f(x: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -328,12 +323,12 @@ def test_a_number_that_code_branches_on_may_change_at_every_call(dynamic: bool |
     assert len(graphs) <= 4 and not torch._dynamo.config.specialize_float
 
 
-def test_traces_are_watched_from_the_import_on_and_again_after_a_reset() -> None:
+def test_traces_are_watched_from_the_import_on_and_after_a_reset() -> None:
     code = (
-        "import torch, pcg_compile; from pcg_compile import backend, torch_internals as t; "
-        "callbacks = torch._dynamo.callback.callback_handler.start_callbacks; "
-        "assert t._at_start(backend.start_early) in callbacks; torch._dynamo.reset(); assert not callbacks; "
+        "import torch, pcg_compile; from torch._dynamo.utils import get_hook_for_recompile_user_context as hooks; "
+        "from pcg_compile.torch_internals import _before_trace; assert hooks() == [_before_trace]; "
+        "torch._dynamo.reset(); "
         "torch.compile(lambda x: x + 1, backend='pcg', options={'compiler': 'eager'})(torch.ones(3)); "
-        "assert t._at_start(backend.start_early) in callbacks"
+        "assert hooks() == [_before_trace]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -135,10 +135,11 @@ def test_what_it_cannot_do_is_refused():
             ours(torch.ones(1, 3, dtype=torch.int64))
         with pytest.raises(BatchError, match="attention mask"):
             ours(torch.ones(1, 4, dtype=torch.int64), attention_mask=torch.zeros(1, 1, 4, 4))
-        past = transformers.DynamicCache(config=ours.config)
-        ours(torch.ones(1, 4, dtype=torch.int64), past_key_values=past, use_cache=True)
-        with pytest.raises(BatchError, match="8 keys for 4 tokens"):
-            ours(torch.ones(1, 4, dtype=torch.int64), past_key_values=past, use_cache=True)
+        for name in ("past_key_values", "cache"):
+            with pytest.raises(BatchError, match=f"{name} inside a step"):
+                ours(torch.ones(1, 4, dtype=torch.int64), **{name: transformers.DynamicCache(config=ours.config)})
+        with pytest.raises(BatchError, match="use_cache=True inside a step"):
+            ours(torch.ones(1, 4, dtype=torch.int64), use_cache=True)
 
 
 def test_training_mode_with_dropout_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,7 +136,8 @@ class PagedKVCache:
         #: Identity of the static memory: what is recorded with one cache serves no other.
         self.key = object()
         self.current: Prepared | None = None
-        self.in_step = False
+        #: Held by the step that the cache is in: taking it and asking whether it is free are one thing.
+        self.step_lock = threading.Lock()
         #: Whether a user was told that no attention uses it.
         self.warned = False
         #: By capacity in tokens: the slots as int64, behind them the other metadata; and views of the slots.
@@ -176,6 +178,11 @@ class PagedKVCache:
             f"PagedKVCache({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_kv_heads} x {self.head_dim}, {self.dtype}, {self.device})"
         )
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is running with it."""
+        return self.step_lock.locked()
 
     def allocate(self, count: int) -> list[int]:
         """Takes ``count`` free pages.

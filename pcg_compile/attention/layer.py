@@ -175,11 +175,13 @@ class PagedAttention(nn.Module):
             )
             if here
         ]
-        return ", ".join([
-            f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}",
-            *more,
-        ])
+        return ", ".join(
+            [
+                f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}",
+                *more,
+            ]
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -202,9 +202,7 @@ class ReferenceAttention(AttentionImpl):
             out.index_copy_(0, group.targets, result)
 
 
-def _taken(
-    stored: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def _taken(stored: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The keys or values of some slots."""
     if scale is None:
         return stored.index_select(0, slots).to(dtype)

@@ -27,7 +27,7 @@ from ..torch_internals import (
 from .contexts import is_transform
 from .node_facts import NodeFacts, OpCall, tensors_in, written_tensors
 from .repeats import Repeats
-from .storages import settle, storage_of, told_apart
+from .storages import in_own_memory, settle, storage_of
 
 __all__ = [
     "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in",
@@ -76,8 +76,9 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.calls.append(OpCall(func, args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.calls.append(OpCall(func, args, kwargs, result))
+        return result
 
 
 class DataDecide(Exception):
@@ -114,7 +115,7 @@ class _Tracer(fx.Interpreter):
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             value = super().run_node(n)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            calls.append(OpCall(n.target, args, kwargs))
+            calls.append(OpCall(n.target, args, kwargs, value))
         else:
             with _Recorder(calls):
                 value = super().run_node(n)
@@ -134,7 +135,7 @@ def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Node
     """Facts of every node of ``gm``, from one interpretation on fake ``inputs`` (tensors, ints, SymInts).
 
     Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
-    caller's fake tensors; storages stay shared.
+    caller's fake tensors. Each lies in memory of its own, whatever the call that was traced had.
 
     Raises:
         DataDecide: only the data tell what a node gives.
@@ -159,7 +160,7 @@ def _repeats_of(gm: fx.GraphModule) -> Repeats:
 
 def _trace(gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats) -> dict[fx.Node, NodeFacts] | None:
     fake_mode = fake_mode_of(inputs)
-    fresh = [_detached(x) for x in told_apart(inputs)]
+    fresh = [_detached(x) for x in in_own_memory(inputs)]
     tracer = _Tracer(gm, repeats)
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)

@@ -40,7 +40,7 @@ def functional_form(
     """
     try:
         return _recorded(gm, inputs, decompositions)
-    except Exception:  # what no short way leads to; torch's tracer says what is wrong, if anything is
+    except _Unusual:
         return functional_aten(gm, inputs, decompositions)
 
 

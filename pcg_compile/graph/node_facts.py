@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ __all__ = ["CopiedCall", "NodeFacts", "OpCall", "tensors_in", "written_tensors"]
 
 @dataclass(frozen=True)
 class OpCall:
-    """One dispatched op: its overload (or higher-order op) and the fake arguments it was called with."""
+    """One dispatched op: its overload (or higher-order op), the fake arguments it was called with, and its result."""
 
     op: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    # Without a default of the class, which a copied call's would be taken for.
+    result: Any = field(default_factory=lambda: None)
 
 
 class CopiedCall(OpCall):
@@ -31,7 +33,7 @@ class CopiedCall(OpCall):
         vars(self).update(op=like.op, _like=like, _copy=copy)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("args", "kwargs"):
+        if name not in ("args", "kwargs", "result"):
             raise AttributeError(name)
         made = vars(self)[name] = self._copy(getattr(self._like, name))
         return made

@@ -60,6 +60,11 @@ class Piece:
         """The graph as a module. Making one writes and compiles its code: of equal pieces, only one needs it."""
         return fx.GraphModule(dict(self.attributes), self.graph)
 
+    @cached_property
+    def numbers(self) -> tuple[sympy.Symbol, ...]:
+        """The symbols that it computes with, beside having tensors of such sizes and strides."""
+        return tuple(s for s, node in zip(self.symbols, self.graph.nodes, strict=False) if node.users)
+
 
 @dataclass
 class Compiled:
@@ -272,25 +277,26 @@ def compile_piece(
         # AOTAutograd compiles for a common base, which it tells from how the views were made: other views than ours.
         return Compiled(piece.gm.forward, "it writes an input that shares its memory with another one")
     compile_it = compile_with_inductor if compiler == "inductor" else compiler
-    try:
-        # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
-        copy = copy_graph(piece.gm)
-        example = told_apart(piece.example)
-        with (
-            isolated_tracing(fake_mode),
-            torch.no_grad(),
-            guards_apart(fake_mode) as conditions,
-            shown_larger(example, piece.symbols, fake_mode, conditions) as shown,
-            # Sizes that are shown as others are shown so to this piece alone.
-            while_kernels_compile(beside if shown is example and not conditions and compiler == "inductor" else None),
-        ):
-            for node, value in zip(copy.graph.find_nodes(op="placeholder"), shown, strict=True):
-                node.meta["example_value"] = value
+    # The compiler may rewrite what it is given; the piece itself is kept for explain, dump and eager runs.
+    copy = copy_graph(piece.gm)
+    example = told_apart(piece.example)
+    with (
+        isolated_tracing(fake_mode),
+        torch.no_grad(),
+        guards_apart(fake_mode) as conditions,
+        shown_larger(example, piece.symbols, fake_mode, conditions) as shown,
+        # Sizes that are shown as others are shown so to this piece alone.
+        while_kernels_compile(beside if shown is example and not conditions and compiler == "inductor" else None),
+    ):
+        for node, value in zip(copy.graph.find_nodes(op="placeholder"), shown, strict=True):
+            node.meta["example_value"] = value
+        try:
             function = compile_it(copy, list(shown))
-        return Compiled(function, conditions=tuple(conditions), symbols=piece.symbols)
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else ""
-        return Compiled(piece.gm.forward, f"the compiler failed: {type(error).__name__}: {first}")
+        except Exception as error:
+            # Anybody's compiler, which may fail in any way; the caller counts it.
+            first = str(error).splitlines()[0] if str(error) else ""
+            return Compiled(piece.gm.forward, f"the compiler failed: {type(error).__name__}: {first}")
+    return Compiled(function, conditions=tuple(conditions), symbols=piece.symbols)
 
 
 def _writes_shared(piece: Piece) -> bool:
@@ -303,7 +309,12 @@ def _writes_shared(piece: Piece) -> bool:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph in nodes of its own, over the same parameters."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, copied in copies.items():
+        # What Dynamo knows an input by, for messages.
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     copy = fx.GraphModule(gm, graph)
     keep_traced_function(copy, gm)
     return copy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,12 +14,15 @@ from torch import fx
 from ..ops import SplitOp
 from ..options import Options
 from ..passes.context import StepInput
-from ..torch_internals import is_static_input
+from ..torch_internals import is_static_input, number_of_symbol
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
+from .layouts import Layouts
 from .pieces import Compiled, Piece, build_piece
-from .scalars import SymType, expr_of, leaves_of, symbols_of
+from .requests import Request
+from .scalars import SymType, expr_of, leaves_of, sizes_of, symbols_of
 from .split import Segment, fills
+from .storage_ops import reason_to_run_eagerly
 from .where import place_of
 
 __all__ = ["CallSite", "InputSpec", "PieceSite", "Plan", "Site", "make_plan"]
@@ -69,6 +72,10 @@ class PieceSite:
     #: True where only a probe can tell whether padding matters; what the probe found, once it ran.
     needs_probe: bool = False
     probed: str | None = None
+    #: The buckets (of the piece's symbols) at which it was probed.
+    probed_at: set[tuple[int, ...]] = field(default_factory=set)
+    #: How often the probe could not tell.
+    no_verdicts: int = 0
     #: Why this is a split op after all, compiled on its own (its eager form would be a dense fallback), or None.
     split_reason: str | None = None
 
@@ -105,6 +112,8 @@ class CallSite:
     autocast: Autocast
     #: True where no recording can hold it, so that each step counts it as a fallback.
     counted: bool = False
+    #: Of an op in request mode that is given its metadata: what must hold of a step. Where it does not, it gets slices.
+    request: Request | None = None
 
 
 Site = PieceSite | CallSite
@@ -124,29 +133,45 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     #: The recording device: nothing on another one is static.
     device: torch.device
-    #: Symbols that are a dimension of some input, so that padding can change them.
+    #: Symbols that are a dimension of some input, so that padding can change them. A stride is none.
     dims: frozenset[sympy.Symbol]
+    #: Strides and offsets of inputs that are symbols of their own.
+    layouts: Layouts
     #: Why no step of this graph can use recordings, or None.
     refusal: str | None = None
+    #: Why every step runs Dynamo's own graph eagerly, or None.
+    eager: str | None = None
     mutated: frozenset[fx.Node] = field(default_factory=frozenset)
     slots: dict[fx.Node, int] = field(default_factory=dict)
     last_use: dict[fx.Node, int] = field(default_factory=dict)
+    #: The last site that makes or reads the tensor of a node, where the graph does not return it.
+    last_read: dict[fx.Node, int] = field(default_factory=dict)
     #: The place of the first site that talks to other ranks, if any does.
     first_collective: int = 0
     #: Arguments that pick rows of a dynamic size: a negative one counts from the real size, not from the bucket.
     row_indices: dict[fx.Node, sympy.Symbol] = field(default_factory=dict)
-
-    @cached_property
-    def users_memory(self) -> frozenset[int]:
-        """Storages of parameters, buffers and what else is read where the user has it."""
-        kinds = ("static", "bound", "step")
-        return frozenset(
-            storage_of(s.value) for s in self.inputs if s.kind in kinds and isinstance(s.value, torch.Tensor)
-        )
+    #: Masks that are padded with zeros along some sizes, by name: sums over these were judged by that.
+    zeroed: dict[str, set[sympy.Symbol]] = field(default_factory=dict)
 
     def value(self, node: fx.Node) -> Any:
         """The fake value of a node."""
         return self.facts[node].value
+
+    @cached_property
+    def requests(self) -> tuple[Request, ...]:
+        """What must hold of a step for a padding request to cover the padding of every op in request mode."""
+        found = (s.request for s in self.sites if isinstance(s, CallSite) and s.mode == "request")
+        return tuple(dict.fromkeys(request for request in found if request is not None))
+
+    def request_checker(
+        self, sizes: Mapping[sympy.Symbol, int], bucket: Mapping[sympy.Symbol, int]
+    ) -> Callable[[Sequence[Any], bool], bool] | None:
+        """``fn(args, wait)``: whether it does for a call of these sizes; None: whatever the values, it does not."""
+        if not all(request.fits(sizes, bucket) for request in self.requests):
+            return None
+        positions = {spec.node: spec.position for spec in self.inputs}
+        checks = [request.checker(sizes, positions) for request in self.requests if request.ends]
+        return lambda args, wait: all(check(args, wait) for check in checks)
 
     @property
     def token_sizes(self) -> list[tuple[Any, SplitOp]]:
@@ -189,6 +214,8 @@ def make_plan(
             sites.append(site)
     inputs = _inputs(gm, facts, options, segments)
     symbols = tuple(s for s in symbol_values if s in backed)
+    dims = sizes_of([s.value for s in inputs])
+    users = [s.value for s in inputs if s.kind == "user"]
     written = frozenset().union(*(f.writes for f in facts.values()))
     plan = Plan(
         gm,
@@ -199,13 +226,15 @@ def make_plan(
         symbols,
         tuple(_size_source(symbol, inputs) for symbol in symbols),
         device,
-        frozenset().union(*(symbols_of(s.value) for s in inputs if isinstance(s.value, torch.Tensor))),
+        dims,
+        Layouts.of(users, dims),
         mutated=frozenset(
             s.node for s in inputs if s.kind in ("user", "bound", "static") and storage_of(s.value) in written
         ),
     )
     _find_shared_writes(plan)
-    plan.refusal = _refusal(plan)
+    plan.eager = reason_to_run_eagerly(gm, facts, segments)
+    plan.refusal = plan.eager or _refusal(plan)
     _assign_slots(plan)
     return plan
 
@@ -213,13 +242,17 @@ def make_plan(
 def _unbacked(facts: Mapping[fx.Node, NodeFacts]) -> dict[sympy.Symbol, Any]:
     """Symbols, those too that stand for what only the data tell: the values that first show them."""
     found: dict[sympy.Symbol, Any] = {}
+    shown: dict[sympy.Symbol, Any] = {}
     for fact in facts.values():
         for leaf in leaves_of(fact.value):
             for number in (*leaf.shape,) if isinstance(leaf, torch.Tensor) else (leaf,):
-                expr = expr_of(number)
-                if isinstance(number, SymType) and isinstance(expr, sympy.Symbol):
-                    found.setdefault(expr, number)
-    return found
+                if isinstance(number, SymType):
+                    expr = expr_of(number)
+                    if isinstance(expr, sympy.Symbol):
+                        found.setdefault(expr, number)
+                    shown.update(dict.fromkeys(symbols_of(number) - shown.keys(), number))
+    # The bool of a tensor is Eq(u0, 1), and nothing has u0 itself.
+    return {**{s: number_of_symbol(s, like) for s, like in shown.items() if s not in found}, **found}
 
 
 def _call_site(
@@ -245,13 +278,14 @@ def _call_site(
         tuple(reads),
         tuple(writes),
         regions.get(node, ()),
+        request=node.meta.get("pcg_request"),
     )
 
 
 def _padding_mode(node: fx.Node, op: SplitOp, options: Options) -> Literal["request", "slice"]:
     if op.own_metadata:
         return "slice" if options.padding == "slice" else "request"
-    return "request" if node.meta.get("pcg_padding") == "request" else "slice"
+    return "request" if "pcg_request" in node.meta else "slice"
 
 
 def _inputs(
@@ -314,9 +348,6 @@ def _refusal(plan: Plan) -> str | None:
     for spec in plan.inputs:
         if isinstance(spec.value, torch.Tensor) and not _is_plain(spec.value):
             return f"input {spec.node.name} is not a plain strided tensor"
-    for node, fact in plan.facts.items():
-        if any(getattr(getattr(call.op, "_schema", None), "name", "") == "aten::set_" for call in fact.ops):
-            return f"a tensor is given other memory at {place_of(node)}"
     earlier: set[int] = {storage_of(s.value) for s in plan.inputs if isinstance(s.value, torch.Tensor)}
     order = list(plan.gm.graph.nodes)
     rank = {node: i for i, node in enumerate(order)}
@@ -353,8 +384,10 @@ def _assign_slots(plan: Plan) -> None:
         for node in (*site.reads, *site.outputs):
             if isinstance(plan.value(node), torch.Tensor):
                 last[storage_of(plan.value(node))] = site.index
+                plan.last_read[node] = site.index
     end = len(plan.sites)
     for node in _nodes_of(plan.outputs):
+        plan.last_read.pop(node, None)
         if isinstance(plan.value(node), torch.Tensor):
             last[storage_of(plan.value(node))] = end
     free: list[int] = []

@@ -9,14 +9,19 @@ import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..torch_internals import evaluate_expression
+
 __all__ = [
     "SymType",
     "evaluate",
     "expr_of",
     "is_scalar",
+    "learned_from",
     "leaves_of",
     "plain",
     "shape_at",
+    "size_at",
+    "sizes_of",
     "strides_at",
     "symbol_values",
     "symbols_of",
@@ -57,8 +62,14 @@ def expr_of(value: Any) -> Any:
     return value.node.expr if isinstance(value, SymType) else value
 
 
+def sizes_of(value: Any) -> frozenset[sympy.Symbol]:
+    """The free symbols of all tensors' shapes in a nested value: what can be padded."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return frozenset().union(*(_free(size) for tensor in tensors for size in tensor.shape))
+
+
 def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
-    """The free symbols of all tensors' shapes and numbers in a nested value."""
+    """The free symbols of all numbers in a nested value, and of its tensors' shapes, strides and storage offsets."""
     found: set[sympy.Symbol] = set()
     for leaf in leaves_of(value):
         if isinstance(leaf, torch.Tensor):
@@ -112,8 +123,32 @@ def _number(expr: Any, sizes: Mapping[sympy.Symbol, int], kind: Callable[[Any], 
     if isinstance(expr, sympy.Symbol):
         return kind(sizes[expr])
     if isinstance(expr, sympy.Basic):
-        return kind(expr.xreplace({s: sympy.Integer(sizes[s]) for s in expr.free_symbols}))
+        values = {s: sizes[s] for s in expr.free_symbols}
+        if all(isinstance(value, int) for value in values.values()):
+            return kind(expr.xreplace({s: sympy.Integer(value) for s, value in values.items()}))
+        # Python's arithmetic on floats, not sympy's.
+        return kind(evaluate_expression(expr, values))
     return kind(expr)
+
+
+def size_at(expr: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """The value of :func:`expr_of` a size."""
+    return int(_number(expr, sizes, int))
+
+
+def learned_from(number: Any) -> Callable[[Any], tuple[sympy.Symbol, Any]] | None:
+    """What the value of a symbolic number tells: ``fn(value)`` gives a symbol and its value. None: nothing.
+
+    The bool of a tensor's ``.item()`` is ``Eq(u0, 1)``.
+    """
+    expr = expr_of(number)
+    if isinstance(expr, sympy.Symbol):
+        return lambda value: (expr, value)
+    if isinstance(expr, sympy.Eq):
+        for symbol, truth in (expr.args, expr.args[::-1]):
+            if isinstance(symbol, sympy.Symbol) and truth in (0, 1):
+                return lambda value: (symbol, int(value) if truth == 1 else int(not value))
+    return None
 
 
 def shape_at(tensor: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:

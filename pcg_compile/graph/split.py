@@ -104,6 +104,9 @@ def find_cuts(
         if matches:
             origin = "named in the options" if matches[0] in wanted else "registered"
             cuts[node] = Cut(known[matches[0]], f"split op {matches[0]}, {origin}")
+        elif _checks_data(node, facts, known_sizes):
+            reason = "it checks what only the data tell"
+            cuts[node] = Cut(SplitOp(_plain_name(node), any_strides=True), reason)
         elif sets_state(node, facts.get(node)):
             cuts[node] = Cut(
                 SplitOp(_plain_name(node)), "it changes a state outside the graph, which a replay would not"
@@ -152,6 +155,16 @@ def sets_state(node: fx.Node, facts: NodeFacts | None) -> bool:
     module = getattr(node.target, "__module__", None) or ""
     name = getattr(node.target, "__name__", "")
     return not (is_transform(node) or _is_assertion(node) or name in _NO_EFFECT) and module.startswith("torch")
+
+
+def _checks_data(node: fx.Node, facts: Mapping[fx.Node, NodeFacts], known_sizes: frozenset[Any]) -> bool:
+    """Whether a node is an assertion on numbers of which some are known only once the graph runs.
+
+    It runs between pieces, on the numbers themselves: a compiler may believe it, and leave it out.
+    """
+    if node.op != "call_function" or not _is_assertion(node):
+        return False
+    return not symbols_of([facts[n].value for n in node.all_input_nodes if n in facts]) <= known_sizes
 
 
 def _plain_name(node: fx.Node) -> str:
@@ -238,6 +251,7 @@ def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
     if facts.writes or is_transform(node) or is_grad_switch(node):
         return True
     if node.op == "call_function" and _is_assertion(node):
+        # On sizes: it held when the graph was traced, and is a guard since. On others, it is cut out.
         return False
     return any(
         next(tensors_in((call.args, dict(call.kwargs))), None) is not None
@@ -247,7 +261,7 @@ def _has_effect(node: fx.Node, facts: NodeFacts) -> bool:
 
 
 def _is_assertion(node: fx.Node) -> bool:
-    """Assertions on sizes held when the graph was traced, and are guards since."""
+    """Whether a node asserts something of numbers."""
     return getattr(node.target, "__name__", "").startswith(("_check", "sym_constrain", "_assert_scalar"))
 
 

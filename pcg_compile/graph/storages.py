@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..torch_internals import empty_fake, fake_twin, without_transforms
+from ..torch_internals import FakeTensor, empty_fake, fake_twin, holds_data, without_transforms
 
-__all__ = ["Storage", "settle", "storage_behind", "storage_of", "told_apart", "twin_of"]
+__all__ = ["Storage", "in_own_memory", "settle", "storage_behind", "storage_of", "told_apart", "twin_of"]
 
 _NOTE = "_pcg_storage"
 
@@ -96,6 +96,24 @@ def told_apart(values: Sequence[Any]) -> list[Any]:
                 base = memory[storage_of(value)] = empty_fake(value, whole=True)
             made.append(empty_fake(value, inside=base))
     return made
+
+
+def in_own_memory(inputs: Sequence[Any]) -> list[Any]:
+    """A graph's fake inputs, each in memory of its own.
+
+    Which inputs share memory is a fact of one call, not of the graph: the runtime compares their addresses at each step
+    (``runtime/memory.py``). Facts hold for inputs of which none that is written overlaps another one.
+    """
+    seen: set[int] = set()
+    apart: list[Any] = []
+    for value in told_apart(inputs):
+        if type(value) is FakeTensor and value.layout == torch.strided:
+            storage = storage_of(value)
+            if storage in seen and not (holds_data(value) or value.is_conj() or value.is_neg()):
+                value = empty_fake(value)
+            seen.add(storage)
+        apart.append(value)
+    return apart
 
 
 def _apparent(tensor: torch.Tensor) -> int:

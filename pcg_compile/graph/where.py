@@ -17,7 +17,7 @@ from torch import fx
 
 from ..torch_internals import traced_function
 
-__all__ = ["Place", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
+__all__ = ["Place", "name_of_input", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -54,6 +54,23 @@ class Place:
         if self.source and not os.path.exists(self.file):
             own += f": `{self.source}`"
         return f"{own} (in the library, {self.library})" if self.library else own
+
+
+_ROOT = re.compile(r"[LG]\['(?P<name>[^']*)'\](?P<rest>.*)")
+_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
+
+
+def name_of_input(node: fx.Node) -> str:
+    """What the user calls an input of Dynamo's graph: ``blocks.0.weight`` of a module, ``ids`` or ``kwargs['ids']``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    found = _ROOT.fullmatch(str(name() if callable(name) else name)) if name is not None else None
+    if found is None:
+        # Without a source: Dynamo names the input x l_x_.
+        return node.name[2:-1] if node.name[:2] in ("l_", "L_") and node.name.endswith("_") else node.name
+    rest = _MEMBER.sub(r".\1", found["rest"])
+    # The module itself has many names: self, fn, that of a variable.
+    return rest.lstrip(".") if rest != found["rest"] else found["name"] + rest
 
 
 def place_of(node: fx.Node) -> Place:

@@ -8,8 +8,9 @@ import torch
 
 from .packed import decode
 from .plain import add_adapters
+from .route import route
 
-__all__ = ["lora_apply", "lora_apply_many"]
+__all__ = ["lora_apply", "lora_apply_many", "route_rows"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 _LIBRARY.define(
@@ -19,6 +20,20 @@ _LIBRARY.define(
     "lora_apply_many(Tensor(a!)[] y, Tensor x, Tensor[] factors, Tensor permutation, Tensor seg_indptr, "
     "str layouts) -> ()"
 )
+_LIBRARY.define("lora_route_rows(Tensor slots, int adapters) -> (Tensor, Tensor)")
+
+
+def route_rows(slots: torch.Tensor, adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`pcg_compile.lora.route` as an op: rows in an order that only the device knows.
+
+    Args:
+        slots: int32 ``[rows]``, the adapter slot of each row, -1 for the base model. adapters: number of slots.
+    """
+    return tuple(route(slots, adapters))  # type: ignore[return-value]
+
+
+def _fake_route_rows(slots: torch.Tensor, adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return slots.new_empty(slots.shape[0]), slots.new_empty(adapters + 1)
 
 
 def lora_apply(
@@ -82,3 +97,5 @@ def lora_apply_many(
 for _name, _function in (("lora_apply", lora_apply), ("lora_apply_many", lora_apply_many)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcg::{_name}", lambda *args: None, lib=_LIBRARY)
+_LIBRARY.impl("lora_route_rows", route_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("pcg::lora_route_rows", _fake_route_rows, lib=_LIBRARY)

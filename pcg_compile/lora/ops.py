@@ -1,8 +1,9 @@
 """The LoRA ops: what a layer calls, and what the graph pass makes of it.
 
 A layer calls ``pcg::lora``, which finds the routing of the running step. In a compiled graph the pass ``route_lora``
-makes of it ``pcg::lora_apply``, which reads the routing from static memory inside the recorded piece, and one
-``pcg::prepare_lora`` a step that fills that memory for all layers.
+makes of it ``pcg::lora_apply``, which reads the routing from static memory inside the captured piece, and one
+``pcg::prepare_lora`` a step that fills that memory for all layers. ``pcg::prepare_one_lora`` does so for layers whose
+rows are not known to be the batch's tokens: it wants a batch of one adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import apply as apply  # defines pcg::lora_apply
 from .packed import decode
 from .routing import router_by_id
 
-__all__ = ["bind_prepare_lora", "lora", "row_wise_form", "row_wise_form_of_many"]
+__all__ = ["bind_prepare_lora", "bind_prepare_one_lora", "lora", "route_form", "row_wise_form", "row_wise_form_of_many"]
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 _LIBRARY.define(
@@ -25,6 +26,7 @@ _LIBRARY.define(
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.define("prepare_lora(SymInt rows, int pool, int memory) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+_LIBRARY.define("prepare_one_lora(SymInt unused, int pool, int memory) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def lora(y: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, layout: str) -> None:
@@ -62,6 +64,16 @@ def bind_prepare_lora(
     return prepare
 
 
+def bind_prepare_one_lora(unused: int, pool: int, memory: int) -> Callable[[], None]:
+    """``pcg::prepare_one_lora``: prepares whatever step runs when it is called, for any number of rows."""
+    place = router_by_id(pool).memory(memory)
+
+    def prepare() -> None:
+        place.prepare(current_step(), 0)
+
+    return prepare
+
+
 def row_wise_form(y: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, *rest: Any) -> None:
     """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter.
 
@@ -78,15 +90,28 @@ def row_wise_form_of_many(
         one.add_(x @ x.new_zeros(x.shape[-1], one.shape[-1]))
 
 
+def route_form(slots: torch.Tensor, adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``pcg::lora_route_rows`` is to the padding analysis: rows are added to by their own slot alone.
+
+    The routing lists padding rows too, but ``pcg::lora_apply`` does to each row what it would without the others.
+    """
+    return slots + 0, slots.new_zeros(adapters + 1)
+
+
 def _prepare(rows: int, pool: int, memory: int) -> None:
     bind_prepare_lora(rows, pool, memory)()
+
+
+def _prepare_one(unused: int, pool: int, memory: int) -> None:
+    bind_prepare_one_lora(unused, pool, memory)()
 
 
 def _nothing(*args: Any) -> None:
     return None
 
 
-for _name, _function in (("lora", lora), ("prepare_lora", _prepare)):
+for _name, _function in (("lora", lora), ("prepare_lora", _prepare), ("prepare_one_lora", _prepare_one)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcg::{_name}", _nothing, lib=_LIBRARY)
-torch.fx.node.has_side_effect(torch.ops.pcg.prepare_lora.default)
+for _op in (torch.ops.pcg.prepare_lora.default, torch.ops.pcg.prepare_one_lora.default):
+    torch.fx.node.has_side_effect(_op)

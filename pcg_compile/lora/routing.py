@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
-from ..errors import BatchError, message
+from ..errors import AdapterError, BatchError, message
 from ..runtime.staging import StagingRing
 from .route import Routing, route
 
 if TYPE_CHECKING:
     from ..step import StepState
 
-__all__ = ["Router", "RoutingMemory", "SlotSource", "router_by_id"]
+__all__ = ["OneAdapterMemory", "Router", "RoutingMemory", "SlotSource", "any_router", "router_by_id"]
 
 
 class SlotSource(Protocol):
@@ -44,12 +45,16 @@ class _Area:
         self.seg_indptr = self.words.narrow(0, 0, max_adapters + 1)
         self.permutation = self.words.narrow(0, max_adapters + 1, capacity)
         self.permutation.copy_(self.in_order)
+        #: The slot of each token, where a graph asks for it.
+        self.slots: torch.Tensor | None = None
         #: Whose routing it holds: (step, rows); step None: no token has an adapter, whatever the rows.
         self.owner: tuple[StepState | None, int] = (None, 0)
 
 
-#: Weak registry of routers by id: a graph names a pool's router by number.
+#: Weak registry of routers by id: a graph names a pool's router by number. No number is given out twice: a graph may
+#: outlive its pool, and must not find another's.
 _ROUTERS: WeakValueDictionary[int, Router] = WeakValueDictionary()
+_IDS = itertools.count(1)
 
 
 class Router:
@@ -59,9 +64,10 @@ class Router:
         self.source, self.max_adapters, self.device = source, max_adapters, device
         #: Held from the choice of slots until they are in use: another thread's load could give them away between.
         self.lock = threading.RLock()
-        self.id = 1 + max(_ROUTERS.keys(), default=0)
-        #: By number; a graph keeps its own alive.
-        self._memories: WeakValueDictionary[int, RoutingMemory] = WeakValueDictionary()
+        self.id = next(_IDS)
+        self._memory_ids = itertools.count(1)
+        #: By number, never given out twice; a graph keeps its own alive.
+        self._memories: WeakValueDictionary[int, RoutingMemory | OneAdapterMemory] = WeakValueDictionary()
         _ROUTERS[self.id] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
@@ -70,11 +76,17 @@ class Router:
 
     def new_memory(self) -> RoutingMemory:
         """Static memory for one more compiled graph."""
-        memory = RoutingMemory(self, 1 + max(self._memories.keys(), default=0))
+        memory = RoutingMemory(self, next(self._memory_ids))
         self._memories[memory.id] = memory
         return memory
 
-    def memory(self, number: int) -> RoutingMemory:
+    def new_memory_of_one(self, layers: Mapping[str, str]) -> OneAdapterMemory:
+        """The same for layers whose rows are unknown, by name, with the reasons."""
+        memory = OneAdapterMemory(self, next(self._memory_ids), layers)
+        self._memories[memory.id] = memory
+        return memory
+
+    def memory(self, number: int) -> RoutingMemory | OneAdapterMemory:
         """The static memory that a graph names."""
         return self._memories[number]
 
@@ -139,12 +151,20 @@ class Router:
         if isinstance(slots, torch.Tensor):
             padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
             route(padded, self.max_adapters, Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr))
+            if area.slots is not None:
+                area.slots.narrow(0, 0, rows).copy_(padded)
             return
         words = self.max_adapters + 1 + rows
         buffer = staging.take(4 * words)
         route_requests(state.batch.qo_lens, slots, self.max_adapters, buffer.word_array[:words])
         area.words.narrow(0, 0, words).copy_(buffer.words.narrow(0, 0, words), non_blocking=True)
         buffer.sent()
+        if area.slots is not None:
+            buffer = staging.take(4 * rows)
+            by_token = buffer.word_array[:rows]
+            by_token[:tokens], by_token[tokens:] = np.repeat(slots, state.batch.qo_lens), -1
+            area.slots.narrow(0, 0, rows).copy_(buffer.words.narrow(0, 0, rows), non_blocking=True)
+            buffer.sent()
 
 
 class RoutingMemory:
@@ -169,6 +189,16 @@ class RoutingMemory:
         area = self._area(rows)
         return Routing(area.permutation.narrow(0, 0, rows), area.seg_indptr)
 
+    def slots(self, rows: int) -> torch.Tensor:
+        """Static ``[rows]`` int32, the slot of each token; :meth:`prepare` fills it once it was asked for."""
+        area = self._area(rows)
+        if area.slots is None:
+            with torch.inference_mode(False):
+                area.slots = torch.full_like(area.permutation, -1)
+            # Whoever asks in a step has not been prepared for.
+            area.owner = (area.owner[0], 0)
+        return area.slots.narrow(0, 0, rows)
+
     def prepare(self, state: StepState | None, rows: int) -> None:
         """Fills the static memory for ``rows`` tokens, those of the batch first and padding behind them.
 
@@ -182,6 +212,8 @@ class RoutingMemory:
                 area.seg_indptr.zero_()
                 # Fewer rows than before: what the longer permutation begins with is none of theirs.
                 area.permutation.copy_(area.in_order)
+                if area.slots is not None:
+                    area.slots.fill_(-1)
                 area.owner = (None, 0)
             return
         assert state is not None
@@ -196,6 +228,64 @@ class RoutingMemory:
         if area is None:
             area = self._areas[capacity] = _Area(capacity, self.max_adapters, self._staging.device)
         return area
+
+
+class OneAdapterMemory:
+    """The routing of layers whose rows cannot be told apart, for batches whose requests all have one adapter, or none.
+
+    Then all that a graph computes is of that adapter, whatever the order and number of rows.
+    """
+
+    def __init__(self, router: Router, number: int, layers: Mapping[str, str]) -> None:
+        self._router, self.id, self.max_adapters = weakref.ref(router), number, router.max_adapters
+        self.layers, self.device = dict(layers), router.device
+        #: Whether one of the layers cannot have adapters at all.
+        self.never = False
+        #: By number of rows.
+        self._known: dict[int, Routing] = {}
+        self._slot = -1
+
+    def routing(self, rows: int) -> Routing:
+        """Static ``permutation [rows]``, in order, and ``seg_indptr [max_adapters + 1]`` int32."""
+        if rows not in self._known:
+            with torch.inference_mode(False):
+                order = torch.arange(rows, dtype=torch.int32, device=self.device)
+                segments = torch.zeros(self.max_adapters + 1, dtype=torch.int32, device=self.device)
+            self._known[rows] = Routing(order, segments)
+            self._write(rows)
+        return self._known[rows]
+
+    def prepare(self, state: StepState | None, rows: int = 0) -> None:
+        """Fills the static memory for a step.
+
+        Raises:
+            AdapterError: the requests of the batch have several adapters, or only the device knows which.
+        """
+        slots = _there(self._router()).slots(state)
+        slot = -1
+        if slots is not None:
+            if self.never or isinstance(slots, torch.Tensor) or len(set(slots.tolist())) > 1:
+                raise AdapterError(self._text())
+            slot = int(slots[0])
+        if slot != self._slot:
+            self._slot = slot
+            for known in self._known:
+                self._write(known)
+
+    def _write(self, rows: int) -> None:
+        segments = self._known[rows].seg_indptr
+        segments.zero_()
+        if self._slot >= 0:
+            segments[self._slot + 1 :].fill_(rows)
+
+    def _text(self) -> str:
+        layers = "; ".join(f"{name}: {reason}" for name, reason in self.layers.items())
+        names = ", ".join(self.layers)
+        return message(
+            f"the batch mixes adapters, and the rows of {names} are not known to be its tokens",
+            why=f"Which row belongs to which request cannot be read from the graph ({layers}).",
+            cure="Leave these layers out of target_modules, or give all requests of a batch one adapter.",
+        )
 
 
 def route_requests(
@@ -223,6 +313,11 @@ def route_requests(
     shift = starts[order] - (np.cumsum(sorted_counts) - sorted_counts)
     np.add(np.arange(tokens), np.repeat(shift, sorted_counts), out=permutation[:tokens], casting="unsafe")
     permutation[tokens:] = np.arange(tokens, len(permutation))
+
+
+def any_router() -> bool:
+    """Whether there is an adapter pool."""
+    return bool(_ROUTERS)
 
 
 def router_by_id(router_id: int) -> Router:

@@ -138,7 +138,8 @@ def _backend() -> Check:
     import pcg_compile
 
     if "pcg" not in torch.compiler.list_backends():
-        return Check("backend", "fail", 'torch.compile does not know backend="pcg"', "pip install pcg-compile")
+        cure = "in a checkout of pcg: pip install ."
+        return Check("backend", "fail", 'torch.compile does not know backend="pcg"', cure)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     function = pcg_compile.piecewise(buckets=[4], compiler="eager")(_rows)
     with torch.no_grad():
@@ -238,7 +239,7 @@ def _safetensors() -> Check:
 
 def _transformers() -> Check:
     version = _version("transformers")
-    cure = 'pip install "pcg-compile[transformers]"'
+    cure = "in a checkout of pcg: pip install '.[transformers]'"
     if version is not None and int(version.split(".")[0]) < 5:
         return Check("transformers", "warn", f"{version}: the integration needs 5 or newer", cure)
     return _importable("transformers", "transformers", 'attn_implementation="pcg"', cure)

@@ -32,7 +32,7 @@ def dump(directory: str | Path) -> Iterator[Path]:
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     before = {id(runtime) for runtime in runtimes()}
-    used = {id(runtime): runtime.shared.counters.steps for runtime in runtimes()}
+    used = {id(runtime): runtime.shared.counters.all_steps for runtime in runtimes()}
     problems: list[str] = []
     with ExitStack() as stack:
         try:
@@ -46,7 +46,7 @@ def dump(directory: str | Path) -> Iterator[Path]:
             stack.close()
         except Exception as error:
             problems.append(f"depyf could not decompile: {type(error).__name__}: {error}")
-    graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.steps != used[id(r)]]
+    graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.all_steps != used[id(r)]]
     for index, runtime in enumerate(graphs):
         _write_graph(root / f"graph_{index}", runtime)
     _write_index(root, problems)

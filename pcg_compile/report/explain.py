@@ -12,14 +12,14 @@ from rich.console import Console
 
 from ..errors import Hazard
 from ..graph.plan import PieceSite
-from ..registry import runtimes, stats
+from ..registry import forget, is_compiled, runtimes, stats
 from ..runtime.warming import WarmUp, warming_up
 from ..torch_internals import compile_for_all_sizes, graph_breaks
 from ..warmup import mark_sizes
-from .private import CheckBackend, ReportBackend, hazards_of_breaks, is_compiled
+from .private import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 from .render import as_html, as_rich, longest_path
 from .sites import name_sites
-from .stats import Stats
+from .stats import COUNTS, Stats
 from .timeline import Timeline, time_step
 
 __all__ = ["GraphReport", "PassReport", "Report", "SiteReport", "check", "explain"]
@@ -91,10 +91,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of it as JSON; times in seconds."""
-        figures = {
-            k: getattr(self.stats, k)
-            for k in ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
-        }
+        figures = {name: getattr(self.stats, name) for name in COUNTS}
         buckets = {
             str(size): {**asdict(use), "mean_padding": use.mean_padding} for size, use in self.stats.buckets.items()
         }
@@ -124,15 +121,20 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
     The call runs a few times to time it: from recordings where its bucket has them by now, else without.
 
     Args:
-        model: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, or a plain module or function,
-            which is then compiled for the report alone. args, kwargs: one call's; inside ``pcg.step()`` where the
-            model uses paged attention.
+        model: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave; a module that has it as its
+            forward or among its children; or a plain module or function, which is then compiled for the report alone.
+        args, kwargs: one call's; inside ``pcg.step()`` where the model uses paged attention.
     """
-    compiled, owner = model, model
-    if not is_compiled(model):
-        backend = ReportBackend({})
-        compiled = torch.compile(model, backend=backend)
-        owner = _Owned(backend)
+    if is_compiled(model):
+        return _report(model, model, args, kwargs)
+    backend = ReportBackend({})
+    try:
+        return _report(compile_apart(model, backend), _Owned(backend), args, kwargs)
+    finally:
+        forget(backend)
+
+
+def _report(compiled: Any, owner: Any, args: Any, kwargs: Any) -> Report:
     timelines: dict[int, Timeline] = {}
 
     def observe(runtime: Any, call: Any, step: Any) -> None:
@@ -231,7 +233,7 @@ def check(model: Any, *args: Any, **kwargs: Any) -> list[Hazard]:
     """
     backend = CheckBackend({})
     plain = getattr(model, "_orig_mod", None) or getattr(model, "__wrapped__", None) or model
-    compiled = torch.compile(plain, backend=backend)
+    compiled = compile_apart(plain, backend)
     with graph_breaks() as breaks, compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
         compiled(*args, **kwargs)
     return [*backend.hazards, *hazards_of_breaks(breaks)]

@@ -12,7 +12,10 @@ try:
     from matplotlib.patches import Patch
 except ImportError as error:
     raise ImportError(
-        message("a plot needs matplotlib, which is not installed", cure='pip install "pcg-compile[plots]"')
+        message(
+            "a plot needs matplotlib, which is not installed",
+            cure="Write: pip install matplotlib; in a checkout of pcg also: pip install '.[plots]'",
+        )
     ) from error
 
 if TYPE_CHECKING:

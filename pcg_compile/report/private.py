@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import torch
 
-from ..backend import compile_graph, hazards_of, pcg
+from ..backend import compile_graph, hazards_of
+from ..calls import graph_ran
 from ..errors import Hazard
 from ..graph.facts import DataDecide, trace_facts
 from ..graph.pieces import copy_graph
 from ..graph.where import place_of, place_of_stack
 from ..options import Options
 from ..passes.findings import Finding, hazard_at
-from ..registry import owners_graphs
-from ..torch_internals import fake_inputs, wrapper_of
+from ..torch_internals import fake_inputs
 
-__all__ = ["CheckBackend", "ReportBackend", "hazards_of_breaks", "is_compiled"]
+__all__ = ["CheckBackend", "ReportBackend", "compile_apart", "hazards_of_breaks"]
 
 #: How Dynamo begins its reasons for breaks at what depends on data.
 _WAITS = re.compile(
@@ -33,16 +34,24 @@ _SHAPE = (
 )
 
 
-def is_compiled(model: Any) -> bool:
-    """Whether a model was compiled by pcg (and has been called, where torch.compile made it)."""
-    if getattr(model, "__pcg_owner__", None) is not None:
-        return True
-    wrapper = wrapper_of(model)
-    return wrapper is not None and (getattr(wrapper, "compiler_fn", None) is pcg or owners_graphs(wrapper) > 0)
+def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose code Dynamo has not met: what it caches goes with the function.
+
+    Compiled by itself, a model's code would keep the report's graphs, and they would count towards its recompile limit.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # By its name Dynamo remembers which sizes of the arguments changed.
+    call.__code__ = call.__code__.replace(co_name=f"call_{uuid4().hex}")
+    return torch.compile(call, backend=backend)
 
 
 class ReportBackend:
     """Compiles as pcg would, eagerly: a report needs no fast code."""
+
+    watched = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse({"compiler": "eager", **options})
@@ -54,6 +63,8 @@ class ReportBackend:
 
 class CheckBackend:
     """Runs the passes alone, and the graph as it is."""
+
+    watched = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.parse(options)
@@ -70,7 +81,12 @@ class CheckBackend:
                 self.hazards += _waiting_node(copy, str(error))
                 raise error.__cause__ if isinstance(error, DataDecide) and error.__cause__ else error from None
             self.hazards += hazards_of(copy, fakes, facts, self.options)
-        return gm.forward
+
+        def run(*args: Any) -> Any:
+            graph_ran()
+            return gm.forward(*args)
+
+        return run
 
 
 def _waiting_node(gm: Any, error: str) -> list[Hazard]:

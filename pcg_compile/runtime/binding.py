@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,12 @@ from ..graph.plan import CallSite, Plan
 from ..graph.scalars import symbols_of
 from ..options import Options
 from ..report.stats import Counters
+from ..torch_internals import unowned_alias
 from .agreement import Agreement
 from .buckets import BucketChooser
 from .buffers import FlatBuffers
 from .capture import Engine, Recording
+from .ranges import FixedMemory
 from .whole import WholeStep
 
 __all__ = ["Binding", "Shared", "wants_static"]
@@ -39,6 +41,13 @@ class Shared:
     device: torch.device
     #: For a graph with collectives: what ranks must decide together.
     agreement: Agreement | None = None
+    _boxed: dict[fx.GraphModule, Callable[[list[Any]], Any]] = field(default_factory=dict)
+
+    def boxed(self, module: fx.GraphModule) -> Callable[[list[Any]], Any]:
+        """What a graph computes, as a function of one list of arguments that it empties."""
+        if module not in self._boxed:
+            self._boxed[module] = _boxed(module)
+        return self._boxed[module]
 
 
 @dataclass(eq=False)
@@ -51,15 +60,21 @@ class Binding:
     #: Identity of what comes from the step: recordings belong to a cache.
     step_key: Hashable
     buffers: FlatBuffers
+    #: The compiled models that use it, weakly; more than one where models share their weights.
+    callers: list[weakref.ref[Any]] = field(default_factory=list)
     #: The same addresses, each at its input's position.
     by_position: list[int] = field(default_factory=list)
     recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
-    #: Parameters and what else is read where it lies, by position: the memory, since users' objects may go.
+    #: Parameters and what else is read where it lies, by position: its addresses, which keep no memory.
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
+    #: Where all of these lie, once a step has compared them with its arguments; see Note [memory by range].
+    fixed: FixedMemory | None = None
     #: Failed tries by (site, key): a recording is retried once.
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+    #: How often ``memory_budget`` has made the newest bucket go together with those that it shares memory with.
+    squeezed_out: dict[tuple[int, ...], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
     #: What programs of one bucket share, by bucket.
@@ -75,6 +90,10 @@ class Binding:
     cache: weakref.ref[Any] | None = None
     #: Whether a parameter or the cache is gone.
     anchor_lost: bool = False
+
+    def used_by(self, caller: object) -> bool:
+        """Whether a compiled model has been served from it."""
+        return any(ref() is caller for ref in self.callers)
 
     def stale(self) -> bool:
         """Whether no step can come back to these recordings: what they read is gone, or lies elsewhere now."""
@@ -94,18 +113,33 @@ class Binding:
         return tensor
 
     def held(self, position: int, argument: torch.Tensor) -> torch.Tensor:
-        """An argument's memory, as a tensor of ours: when the user's object goes, so do the recordings."""
+        """An argument's memory as a tensor of ours, which does not keep it: that is the caller's to free.
+
+        It is read only in steps whose argument lies at the same address.
+        """
         tensor = self.memory.get(position)
         if tensor is None:
             with torch.inference_mode(False), torch.no_grad():
-                tensor = self.memory[position] = argument.detach()
+                tensor = self.memory[position] = unowned_alias(argument)
         return tensor
 
-    def remember(self, sizes: tuple[int, ...], step: Any) -> None:
+    def program(self, sizes: tuple[int, ...]) -> Any:
+        """The program of some sizes, or None."""
+        program = self.steps.get(sizes)
+        if program is not None:
+            self.steps.move_to_end(sizes)
+        return program
+
+    def remember(self, sizes: tuple[int, ...], program: Any) -> None:
         """Keeps the program of some sizes; the longest unused go."""
-        self.steps[sizes] = step
+        self.steps[sizes] = program
         if len(self.steps) > _KEPT_STEPS:
             self.steps.popitem(last=False)
+
+    def nbytes(self) -> int:
+        """Bytes of the static buffers, outgrown ones that captured graphs still use among them."""
+        storages = [tensor.untyped_storage() for tensor in self.placed.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def forget(self, bucket: tuple[int, ...] | None = None) -> None:
         """Drops the recordings and programs of one bucket (all symbols' sizes), or all of them."""
@@ -139,6 +173,19 @@ def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Pla
     site = plan.sites[key[0]]
     sizes = dict(zip(plan.symbols, bucket, strict=True))
     return key[1] == tuple(sizes[s] for s in site.piece.symbols)  # type: ignore[union-attr]
+
+
+def _boxed(module: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    graph = fx.Graph()
+    arguments = graph.placeholder("arguments")
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = graph.call_method("pop", (arguments, 0))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    forward: Callable[[list[Any]], Any] = fx.GraphModule(module, graph).forward
+    return forward
 
 
 def wants_static(plan: Plan, node: fx.Node) -> bool:

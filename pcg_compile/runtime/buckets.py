@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from ..graph.layouts import Layouts
 from ..options import Options
 
 if TYPE_CHECKING:
@@ -56,13 +57,15 @@ class BucketChooser:
     options: Options
     conditions: Sequence[sympy.Basic]
     products: Iterable[tuple[sympy.Symbol, ...]]
-    #: (size, size): the first may not exceed the second at the buckets chosen.
-    orders: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     #: (size, size): equal in the step and at the buckets chosen.
     equals: Sequence[tuple[sympy.Expr, sympy.Expr]] = ()
     assumed: Sequence[sympy.Basic] = ()
     #: Indices that must stay within what they look up at the buckets chosen.
     reaches: Sequence[Reach] = ()
+    #: Strides of inputs that are symbols: they are not padded, and known once all sizes are.
+    layouts: Layouts = field(default_factory=Layouts)
+    #: Sizes of inputs that are no plain symbol: where one is 0, there is no row 0 to pad with.
+    rows: Sequence[sympy.Expr] = ()
     table: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +89,9 @@ class BucketChooser:
         if smallest < 1:
             return Choice(None, f"a dynamic size is {smallest}")
         # A condition is asked for once the last of its sizes is chosen: two that must be equal are so in the end only.
-        chosen = {symbol: n for symbol, n in sizes.items() if symbol not in open_}
+        chosen = {
+            symbol: n for symbol, n in sizes.items() if symbol not in open_ and symbol not in self.layouts.symbols
+        }
         for symbol in open_:
             n = sizes[symbol]
             # Without n, which would make a fallback of its own of every size.
@@ -94,7 +99,7 @@ class BucketChooser:
             for bucket in self.table:
                 if bucket < n:
                     continue
-                if self._allows({**chosen, symbol: bucket}):
+                if self.allows({**chosen, symbol: bucket}):
                     chosen[symbol] = bucket
                     break
                 reason = "no bucket for its size lies in the range that the graph's guards allow"
@@ -109,13 +114,16 @@ class BucketChooser:
             if real > _PADDING_MATTERS and padded > self.max_padding * real:
                 return Choice(None, f"its bucket is over max_padding={self.max_padding} times its tokens")
         values = {symbol: sympy.Integer(n) for symbol, n in chosen.items()}
-        for one, other in self.orders:
-            if sympy.Le(one, other).xreplace(values) == sympy.false:
-                return Choice(None, f"an index that counts to {one} would leave a tensor of {other} rows")
+        strides = self.layouts.at(sizes, chosen, self.allows)
+        if strides is None:
+            return Choice(None, "the graph's guards allow no layout of an input at its bucket")
+        chosen.update(strides)
         exact = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for one, other in self.equals:
             if any(one.xreplace(at) != other.xreplace(at) for at in (exact, values)):
                 return Choice(None, f"an index of {one} rows writes to a tensor of {other}")
+        if any(size.xreplace(exact) == 0 and size.xreplace(values) != 0 for size in self.rows):
+            return Choice(None, "an input has no rows, so there is no row 0 to pad it with")
         left = self._leaves(chosen) if self.reaches and chosen != sizes else None
         return Choice(chosen) if left is None else Choice(None, left)
 
@@ -134,7 +142,7 @@ class BucketChooser:
             return self.options.max_padding
         return _PADDING_LIMIT if self.options.buckets is None else float("inf")
 
-    def _allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    def allows(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
         """Whether sizes satisfy the conditions that name no other."""
         values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for condition in (*self.conditions, *self.assumed):

@@ -20,8 +20,7 @@ class FlatBuffers:
     """One flat storage per slot, grown to the largest tensor that was ever asked of it.
 
     A tensor handed out keeps its address for as long as somebody holds it: growing makes a new storage, and
-    what was recorded on the old one goes on using it. Memory starts as zeros, so that padding which is read as
-    an index, before a step has put real rows there, is a valid one.
+    what was recorded on the old one goes on using it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +39,3 @@ class FlatBuffers:
             flat = self._storages[slot] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=self.device)
         usable = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return usable.as_strided(tuple(shape), tuple(strides))
-
-    def nbytes(self) -> int:
-        """Bytes of the current storages."""
-        return sum(flat.numel() for flat in self._storages.values())

@@ -29,20 +29,17 @@ def build_and_run(
     bucket: Mapping[sympy.Symbol, int] | None,
     args: Sequence[Any],
     step: Any,
-    *,
-    compiled: bool = True,
 ) -> tuple[Program, Any]:
     """Builds the program of a step and runs the step on the way, recording what is not recorded yet.
 
     Args:
         sizes: the real sizes. bucket: the sizes to record at, None to run everything at its exact size.
         args: the call's arguments. step: the state of ``pcg.step()``, or None.
-        compiled: False runs pieces eagerly (arguments that overlap in memory).
 
     Recording and running go together because a piece that is warmed up, or run on a CPU to record it, must see
     real data: rubbish in an index would be an illegal memory access.
     """
-    b = Building(binding, sizes, bucket, args, step, compiled)
+    b = Building(binding, sizes, bucket, args, step)
     try:
         outputs = _build(b)
     except BaseException:
@@ -56,7 +53,8 @@ def build_and_run(
 
 
 def _build(b: Building) -> Any:
-    body = b.binding.bodies.get(b.program.bucket) if b.compiled and b.program.bucket else None
+    shares = b.compiled and b.requests and b.program.bucket
+    body = b.binding.bodies.get(b.program.bucket) if shares else None  # type: ignore[arg-type]
     if body is not None:
         b.static.update(body.static)
     bind_inputs(b)
@@ -69,13 +67,14 @@ def _build(b: Building) -> Any:
                 b.program.confirm = b.shared.agreement.confirm
                 b.add(b.program.confirm)
             _run_site(b, site)
+            b.free_after(site.index)
             b.program.op_sites += [site.index] * (len(b.program.ops) - len(b.program.op_sites))
             b.keep.pop(site.index, None)
     b.program.emit = emitter(b)
     b.program.counters.replays += b.program.replays
     if b.program.bucket is not None and b.program.complete and b.program.recording_keys:
         b.binding.buckets.add(b.program.bucket)
-    if b.bucket is not None and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
+    if b.bucket is not None and b.requests and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
         _find_whole(b)
     if b.bucket is not None and _is_the_buckets(b):
         program = b.program
@@ -113,6 +112,7 @@ def _is_the_buckets(b: Building) -> bool:
     """Whether nothing between inputs and outputs depends on the real sizes."""
     return (
         b.compiled
+        and b.requests
         and b.program.complete
         and not b.program.frame
         and len(b.program.fallbacks) == b.program.bucket_fallbacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -37,10 +38,9 @@ class Building:
         bucket: Mapping[sympy.Symbol, int] | None,
         args: Sequence[Any],
         step: Any,
-        compiled: bool,
     ) -> None:
         self.binding, self.shared, self.plan = binding, binding.shared, binding.shared.plan
-        self.sizes, self.bucket, self.args, self.step, self.compiled = sizes, bucket, args, step, compiled
+        self.sizes, self.bucket, self.args, self.step, self.compiled = sizes, bucket, args, step, True
         self.at = bucket if bucket is not None else sizes
         self.program = Program(
             None if bucket is None else tuple(bucket[s] for s in self.plan.symbols), self.shared.counters
@@ -51,6 +51,13 @@ class Building:
         self.new: list[tuple[int, tuple[int, ...]]] = []
         self.keep: dict[int, list[Any]] = {}
         self.copied: list[InputSpec] = []
+        #: Whether a padding request covers the padding in this step; else ops that declare metadata get the real rows.
+        self.requests = True
+        padded = bucket is not None and any(sizes[s] != n for s, n in bucket.items() if s in self.plan.dims)
+        if padded and self.plan.requests:
+            check = self.plan.request_checker(sizes, self.at)
+            self.requests = check is not None and check(args, True)
+            self.program.covered = check if self.requests else None
         self._layouts: dict[fx.Node, Layout] = {}
 
     def layouts(self, nodes: Sequence[fx.Node]) -> list[Layout]:
@@ -73,6 +80,19 @@ class Building:
             self.program.frame.append(None)
         return self.slots[node]
 
+    def free_after(self, index: int) -> None:
+        """Frees the values that nothing static holds and that the site at ``index`` is the last to read.
+
+        A step that runs without captured graphs then needs the memory that eager needs, and not that of all layers.
+        """
+        slots = [self.slots[node] for node in self.last_read_at(index)]
+        if slots:
+            self.add(partial(_free, self.program.frame, slots))
+
+    def last_read_at(self, index: int) -> list[fx.Node]:
+        """The values in the frame that the site at ``index`` is the last to read."""
+        return [node for node in self.slots if self.plan.last_read.get(node) == index]
+
     def drop_new_recordings(self) -> None:
         """No bucket stays half recorded."""
         for key in self.new:
@@ -83,3 +103,8 @@ class Building:
         """The bucket as users name it: a size, or a tuple of the dynamic sizes."""
         names = [self.at[s] for s in self.plan.symbols if s in self.plan.dims]
         return names[0] if len(names) == 1 else tuple(names)
+
+
+def _free(frame: list[Any], slots: Sequence[int]) -> None:
+    for slot in slots:
+        frame[slot] = None

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..graph.contexts import Autocast
 from ..graph.plan import CallSite, PieceSite, Site
-from ..graph.scalars import evaluate, expr_of, is_scalar, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, expr_of, is_scalar, learned_from, shape_at, strides_at, symbols_of
 from .binding import wants_static
 from .building import Building
+from .padding import repeat_row_zero
 from .program import Op
-from .views import assign, looks_like, real_rows, tails
+from .views import assign, looks_like, real_rows
 
 __all__ = ["attribute", "callable_of", "function_at", "run_call", "run_exact"]
 
@@ -54,7 +55,12 @@ def run_exact(b: Building, site: PieceSite) -> None:
     after: list[Op] = []
     arguments = [_real(b, node, i in piece.writes, site, before, after) for i, node in enumerate(piece.inputs)]
     written = [piece.inputs[i] for i in piece.writes]
-    call = _caller(b, function, (*numbers, *arguments), {})
+    module = getattr(function, "__self__", None)
+    last = [b.slots[node] for node in b.last_read_at(site.index) if node in piece.inputs]
+    if last and isinstance(module, fx.GraphModule):
+        call = _caller(b, b.shared.boxed(module), (*numbers, *arguments), {}, last)
+    else:
+        call = _caller(b, function, (*numbers, *arguments), {})
     _finish(b, site, call, before, after, written, [(node, (i,)) for i, node in enumerate(piece.outputs)], False)
 
 
@@ -73,7 +79,7 @@ def run_call(b: Building, site: CallSite) -> None:
     """Runs a split op, at the bucket in request mode, else at the real sizes."""
     if site.counted:
         b.program.fallbacks.append((f"between pieces: {site.reason}", site.where))
-    request = site.mode == "request" and b.bucket is not None
+    request = site.mode == "request" and b.bucket is not None and (b.requests or site.request is None)
     sizes = b.at if request else b.sizes
     before: list[Op] = []
     after: list[Op] = []
@@ -99,8 +105,10 @@ def run_call(b: Building, site: CallSite) -> None:
         arguments, keywords = _raise_maxima(b, site, arguments, keywords)
     extra: dict[str, Any] = {}
     if site.op.bucket_args:
+        # Metadata that are padded for an op stay as they are where it gets the real rows.
+        at = b.at if b.requests or not site.op.late else b.sizes
         arguments = tuple(
-            _at_bucket(b, site.node.args[i]) if i in site.op.bucket_args else a for i, a in enumerate(arguments)
+            _at(b, site.node.args[i], at) if i in site.op.bucket_args else a for i, a in enumerate(arguments)
         )
         extra["mode"] = site.mode
     if site.op.bind is not None:
@@ -119,7 +127,7 @@ def run_call(b: Building, site: CallSite) -> None:
 def _raise_maxima(b: Building, site: CallSite, arguments: Any, keywords: Any) -> tuple[Any, Any]:
     """Declared maxima are at least the bucket: the padding request may be the longest."""
     tokens, places = site.node.meta["pcg_maxima"]
-    least = _at_bucket(b, tokens)
+    least = _at(b, tokens, b.at)
 
     def raised(value: Any) -> Any:
         return replace(value, least=least) if isinstance(value, _LateNumber) else max(value, least)
@@ -128,8 +136,8 @@ def _raise_maxima(b: Building, site: CallSite, arguments: Any, keywords: Any) ->
     return arguments, {name: raised(value) if name in places else value for name, value in keywords.items()}
 
 
-def _at_bucket(b: Building, argument: Any) -> Any:
-    return evaluate(b.plan.value(argument), b.at) if isinstance(argument, fx.Node) else argument
+def _at(b: Building, argument: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    return evaluate(b.plan.value(argument), sizes) if isinstance(argument, fx.Node) else argument
 
 
 def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op], after: list[Op]) -> Any:
@@ -149,7 +157,18 @@ def _real(b: Building, node: fx.Node, written: bool, site: Site, before: list[Op
     return exact
 
 
-def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> Op:
+def _caller(
+    b: Building,
+    function: Callable[..., Any],
+    arguments: Any,
+    keywords: Mapping[str, Any],
+    last: Sequence[int] | None = None,
+) -> Op:
+    """A call of ``function`` whose late arguments come from the frame.
+
+    Given the slots that nobody reads afterwards, ``last``, it passes all arguments as one list that ``function``
+    empties. Nothing else refers to those then: a piece frees an input where eager does, not when all of it has run.
+    """
     flat, spec = tree_flatten((tuple(arguments), dict(keywords)))
     late = [(i, leaf.slot) for i, leaf in enumerate(flat) if isinstance(leaf, _Late)]
     numbers = [(i, leaf) for i, leaf in enumerate(flat) if isinstance(leaf, _LateNumber)]
@@ -163,6 +182,10 @@ def _caller(b: Building, function: Callable[..., Any], arguments: Any, keywords:
             leaves[i] = frame[slot]
         for i, number in numbers:
             leaves[i] = number.at(sizes)
+        if last is not None:
+            for slot in last:
+                frame[slot] = None
+            return function(leaves)
         args, kwargs = tree_unflatten(leaves, spec)
         return function(*args, **kwargs)
 
@@ -192,10 +215,10 @@ def _finish(
     paths: Sequence[tuple[fx.Node, tuple[int, ...]]],
     request: bool,
 ) -> None:
-    """Adds a call and what its results need: copies into static memory, zeroed padding rows."""
+    """Adds a call and what its results need: copies into static memory, padding rows that repeat row 0."""
     for node in written:
         if node in b.static:
-            after.extend(partial(t.zero_) for t in tails(b.static[node], b.plan.value(node), b.sizes))
+            after.extend(repeat_row_zero(b.static[node], b.plan.value(node), b.sizes))
     late_results = isinstance(site, CallSite) and site.op.late
     stores = [_store(b, node, path, request, late_results, after) for node, path in paths]
     for op in before:
@@ -234,7 +257,7 @@ def _store(
     b.static[node] = place
     target = place if request else real_rows(place, fake, b.sizes)
     if not request:
-        after.extend(partial(t.zero_) for t in tails(place, fake, b.sizes))
+        after.extend(repeat_row_zero(place, fake, b.sizes))
     if not path and 0 not in target.stride():
         return target.copy_
     return lambda result: assign(target, _follow(result, path))  # type: ignore[func-returns-value]
@@ -244,10 +267,13 @@ def _learner(b: Building, fake: Any) -> Callable[[Any], None]:
     """Notes the sizes that only a result tells."""
     sizes = b.program.sizes
     if not isinstance(fake, torch.Tensor):
-        symbol = expr_of(fake)
+        told = learned_from(fake)
+        if told is None:
+            return lambda value: None
 
         def note(value: Any) -> None:
-            sizes[symbol] = value
+            symbol, number = told(value)
+            sizes[symbol] = number
 
         return note
     unknown = [(read, expr_of(n)) for read, n in _layout_of(fake) if not symbols_of(n) <= b.sizes.keys()]

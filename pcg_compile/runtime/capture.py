@@ -55,6 +55,10 @@ class Engine(ABC):
         """Around all recordings of one step, or of a whole warm-up."""
         yield
 
+    def nbytes(self) -> int:
+        """Bytes of the device that captured graphs hold, beside the static buffers that they read and write."""
+        return 0
+
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what recordings hold of the device and of its communicators; they cannot be replayed any more."""
 
@@ -90,12 +94,16 @@ class StaticReplay(Engine):
         return Recording(outputs, replay, size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pool:
-    """A memory pool, and the recordings that live in it."""
+    """A memory pool, the captured graphs that live in it, and the bytes that it has taken for them.
+
+    The graphs share its memory, so that it comes back with the last of them and not before.
+    """
 
     handle: Any
     graphs: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    nbytes: int = 0
 
 
 class CudaGraphs(Engine):
@@ -153,6 +161,7 @@ class CudaGraphs(Engine):
     ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]] | None:
         """One try; None where memory ran out and this is not the last one."""
         graph, shared = torch.cuda.CUDAGraph(), self._pool(pool)
+        before = _reserved(self.device)
         try:
             # "thread_local": another thread's allocation must not break this capture.
             graph.capture_begin(pool=shared.handle, capture_error_mode="thread_local")
@@ -165,8 +174,14 @@ class CudaGraphs(Engine):
             if last or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
+        finally:
+            shared.nbytes += max(0, _reserved(self.device) - before)
         shared.graphs.add(graph)
         return graph, outputs
+
+    def nbytes(self) -> int:
+        """Bytes of the pools that hold a graph."""
+        return sum(pool.nbytes for pool in self.pools.values() if pool.graphs)
 
     def release(self) -> None:
         """Takes all graphs apart, whoever refers to them."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from ..batch import StepState
+from ..calls import graph_ran
+from ..errors import PCGError
 from ..graph.plan import CallSite, PieceSite
 from ..graph.scalars import evaluate, expr_of
 from ..step import DoesNotFit, require_step
@@ -37,7 +39,6 @@ class GraphRuntime(GraphState):
         self._token_places = [
             (self._places.get(expr_of(size), -1), size, op.optional_step) for size, op in self._token_sizes
         ]
-        self._first_call = True
         #: Positions of the dynamic sizes among the plan's symbols.
         self._dims = [i for i, symbol in enumerate(self.plan.symbols) if symbol in self.plan.dims]
         #: The same, of each tensor that has any.
@@ -46,41 +47,52 @@ class GraphRuntime(GraphState):
         #: Of a graph without dynamic sizes, those of its inputs.
         users = [s.value for s in self.plan.inputs if s.kind == "user" and not self.plan.symbols]
         self._fixed = tuple(int(size) for value in users for size in value.shape)
-        self._may_alias = any(s.node in self.plan.mutated and s.kind != "static" for s in self.plan.inputs)
 
     def __call__(self, *args: Any) -> Any:
-        with self.lock:
-            if self._first_call and self.shared.options.capture == "first_call":
-                self._first_call = False
-                with warming_up(WarmUp()):
-                    warm_up(self, args, WarmUp())
-            request = requested_warm_up()
-            if request is not None:
-                return warm_up(self, args, request)
-            self.order_streams()
-            sizes = self.sizes_of(args)
-            step = self.step()
-            if self.shared.agreement is not None:
-                self._propose(self.shared.agreement, sizes, step)
-            binding = self.binding(args, step)
-            program = binding.steps.get(sizes)
-            counters = self.shared.counters
-            if program is None or (self._may_alias and self._overlap(args)):
-                result, program = self._first_of(binding, sizes, args, step)
-            else:
-                if step is not None:
-                    self._check_tokens(step, sizes)
-                result = program.run(args)
+        graph_ran()
+        try:
+            with self.lock:
+                self._running += 1
+                try:
+                    return self._serve(args)
+                finally:
+                    self._running -= 1
+        finally:
+            if self._lost:
+                self.bury_lost()
+
+    def _serve(self, args: Sequence[Any]) -> Any:
+        counters = self.shared.counters
+        if counters.serve():
+            # Another compiled model of the class: its binding is looked up, and noted as its own.
+            self.current = None
+        if self.shared.options.capture == "first_call" and counters.first_call():
+            everything = WarmUp(first_call=True)
+            with warming_up(everything):
+                warm_up(self, args, everything)
+        request = requested_warm_up()
+        if request is not None:
+            return warm_up(self, args, request)
+        self.order_streams()
+        sizes = self.sizes_of(args)
+        step = self.step()
+        if self.shared.agreement is not None:
+            self._propose(self.shared.agreement, sizes, step)
+        binding = self.binding(args, step)
+        program = binding.program(sizes)
+        covered = program is None or program.covered is None or program.covered(args, False)
+        apart = program is None or not self.memory.watched or self._apart(program, binding, args, step)
+        if program is None or not covered or not apart:
+            result, program = self._first_of(binding, sizes, args, step)
+        else:
+            if step is not None:
+                self._check_tokens(step, sizes)
+            # Ahead of the step: under strict, nothing of it may run.
             for reason, where in program.fallbacks:
                 counters.fall_back(reason, where)
-            if self.ends_step:
-                counters.steps += 1
-            if len(self._dims) == 1:
-                n = sizes[self._dims[0]]
-                counters.sizes[n] = counters.sizes.get(n, 0) + 1
-            if program.bucket is not None:
-                self._count(sizes, program)
-            return result
+            result = program.run(args)
+        self._count(sizes, program)
+        return result
 
     def prepare_ahead(self, tokens: int) -> None:
         """Prepares the running step's metadata for ``tokens`` tokens, as a call with as many would first do."""
@@ -136,19 +148,17 @@ class GraphRuntime(GraphState):
             step.check_tokens(sizes[place] if place >= 0 else int(evaluate(size, named)))
 
     def _count(self, sizes: tuple[int, ...], program: Program) -> None:
-        assert program.bucket is not None
-        bucket = program.bucket
-        name = tuple(bucket[i] for i in self._dims)
-        use = self.shared.counters.bucket(name[0] if len(name) == 1 else name)
-        use.hits += 1
-        if len(name) == 1:
-            use.tokens += sizes[self._dims[0]]
-            use.padded_tokens += name[0]
-        elif name:
+        bucket, dims = program.bucket, self._dims
+        n = sizes[dims[0]] if len(dims) == 1 else None
+        if bucket is None:
+            self.shared.counters.count_step(self.ends_step, n, None, 0, 0)
+        elif n is not None:
+            self.shared.counters.count_step(self.ends_step, n, bucket[dims[0]], n, bucket[dims[0]])
+        else:
             # Of one tensor: another may carry the same rows under a symbol of its own, as a mask does.
-            real, padded = max((prod(sizes[i] for i in at), prod(bucket[i] for i in at)) for at in self._carried)
-            use.tokens += real
-            use.padded_tokens += padded
+            carried = [(prod(sizes[i] for i in at), prod(bucket[i] for i in at)) for at in self._carried if dims]
+            real, padded = max(carried, default=(0, 0))
+            self.shared.counters.count_step(self.ends_step, None, tuple(bucket[i] for i in dims), real, padded)
 
     def _first_of(
         self, binding: Binding, sizes: tuple[int, ...], args: Sequence[Any], step: Any
@@ -159,18 +169,45 @@ class GraphRuntime(GraphState):
             self.shared.agreement.confirm(building=True)
         if step is not None:
             self._check_tokens(step, sizes)
-        if self._may_alias and self._overlap(args):
-            program, result = build_and_run(binding, named, None, args, step, compiled=False)
-            self.shared.counters.fall_back("arguments that the graph writes overlap in memory; run eagerly")
-            return result, program
+        reason, counters = self.plan.eager, self.shared.counters
+        if reason is None and self.memory.overlapping(binding, args, step):
+            reason = "an input that the graph writes overlaps another one in memory"
+        if reason is not None:
+            reason = f"{reason}; the graph runs eagerly"
+            counters.fall_back(reason)
+            return self.run_eagerly(args), Program(None, counters, fallbacks=[(reason, "")])
         bucket, reason = self._choose(binding, named)
-        program, result = build_and_run(binding, named, bucket, args, step)
+        if reason:
+            counters.fall_back(reason)
+        with self._undone_if_refused(args):
+            program, result = build_and_run(binding, named, bucket, args, step)
+            for fallback in program.fallbacks:
+                counters.fall_back(*fallback)
         if reason:
             program.fallbacks.append((reason, ""))
         if program.complete:
-            binding.remember(sizes, program)
+            if self.memory.watched:
+                self.memory.remember(program.apart, self.memory.addresses(args))
+            if not program.provisional:
+                binding.remember(sizes, program)
             self.respect_budget(binding, program)
         return result, program
+
+    @contextmanager
+    def _undone_if_refused(self, args: Sequence[Any]) -> Iterator[None]:
+        """Under ``strict``, takes back what the graph wrote where it turns out that it is not captured."""
+        if not self.shared.options.strict:
+            yield
+            return
+        written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
+        before = [tensor.clone() for tensor in written]
+        try:
+            yield
+        except PCGError:
+            with torch.no_grad():
+                for tensor, old in zip(written, before, strict=True):
+                    tensor.copy_(old)
+            raise
 
     def _choose(
         self, binding: Binding, sizes: Mapping[sympy.Symbol, int]
@@ -186,30 +223,29 @@ class GraphRuntime(GraphState):
         given_up = binding.given_up.get(tuple(choice.sizes[s] for s in self.plan.symbols))
         return (None, given_up) if given_up else (choice.sizes, "")
 
-    def _overlap(self, args: Sequence[Any]) -> bool:
-        """Whether a tensor that the graph writes shares memory with another argument."""
-        storages: dict[int, int] = {}
-        for spec in self.plan.inputs:
-            if spec.position >= 0 and isinstance(spec.value, torch.Tensor):
-                pointer = args[spec.position].untyped_storage().data_ptr()
-                storages[pointer] = storages.get(pointer, 0) + 1
-        return any(
-            storages[args[s.position].untyped_storage().data_ptr()] > 1
-            for s in self.plan.inputs
-            if s.node in self.plan.mutated and s.kind != "static" and s.value.numel() != 0
-        )
+    def _apart(self, program: Program, binding: Binding, args: Sequence[Any], step: StepState | None) -> bool:
+        """Whether nothing that the graph writes overlaps another input: looked into where an address is new."""
+        addresses = self.memory.addresses(args)
+        if addresses in program.apart:
+            return True
+        if self.memory.overlapping(binding, args, step):
+            return False
+        self.memory.remember(program.apart, addresses)
+        return True
 
     def release(self) -> None:
         """Drops all recordings, at once also those that somebody still refers to."""
         with self.lock:
-            self.bindings.clear()
+            self.bindings = []
             self.current = None
             self.shared.engine.release()
 
-    def reset(self) -> None:
-        """Drops all recordings and zeroes the figures."""
+    def reset(self, callers: Sequence[object] | None = None) -> None:
+        """Drops all recordings and zeroes the figures; of some callers, or all."""
         with self.lock:
-            self.bindings.clear()
+            if callers is None:
+                self.bindings = []
+            else:
+                self._bury([b for caller in callers for b in self.bindings_of(caller)])
             self.current = None
-            self._first_call = True
-            self.shared.counters.reset()
+            self.shared.counters.reset(callers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from ..batch import StepState, current_step, require_step
 from ..errors import StaleAddress, message
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate
+from ..registry import runtimes_of_caller
 from ..torch_internals import CurrentStream, data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
+from .memory import StepMemory
 from .program import Program
 from .views import looks_like
 
@@ -37,22 +39,28 @@ class GraphState:
     ends_step: bool
     #: What the passes found and did, for explain() and dump().
     context: Any = None
-    #: All graphs of the same compiled model, this one among them: a budget is the model's.
-    siblings: Callable[[], Sequence[GraphState]] = lambda: ()
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
         self.current: Binding | None = None
+        #: Steps under way: more than one where a split op calls its own graph.
+        self._running = 0
+        #: Bindings whose parameters or cache are gone, to be dropped between two steps.
+        self._lost: list[Binding] = []
         self._stream: Any = None
         self._handle: int | None = None
         self._cuda = self.shared.device.type == "cuda"
         self._current_stream = CurrentStream(self.shared.device)
-        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self._find_bound()
         ours = [s.op for s in self.plan.sites if isinstance(s, CallSite) and s.op.own_metadata]
         self._uses_step = bool(ours)
         self._needs_step = any(not op.optional_step for op in ours)
         self.bucketed = self._bucketed_symbols()
+
+    def _find_bound(self) -> None:
+        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self.memory = StepMemory(self.plan)
 
     def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
         used: dict[sympy.Symbol, None] = {}
@@ -100,11 +108,23 @@ class GraphState:
         for binding in self.bindings:
             if binding.addresses == addresses and binding.step_key == key:
                 self.current = binding
+                self._use(binding)
                 return binding
         self._check_parameters(args)
         self.current = self._new_binding(addresses, key)
         self._watch(self.current, args, step)
+        self._use(self.current)
         return self.current
+
+    def _use(self, binding: Binding) -> None:
+        """Notes that the present caller uses a binding. Models that share weights share it."""
+        caller = self.shared.counters.caller
+        if caller is not None and not binding.used_by(caller):
+            binding.callers = [*(ref for ref in binding.callers if ref() is not None), weakref.ref(caller)]
+
+    def bindings_of(self, caller: object | None) -> list[Binding]:
+        """The bindings that a caller uses; None: all."""
+        return [b for b in self.bindings if caller is None or b.used_by(caller)]
 
     def _check_parameters(self, args: Sequence[Any]) -> None:
         """Raises where a parameter has another form than the code was compiled for: guards="inputs" lets it pass."""
@@ -123,7 +143,8 @@ class GraphState:
                 )
 
     def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
-        self._bury([b for b in self.bindings if b.stale()])
+        if self._running < 2:
+            self._bury([b for b in self.bindings if b.stale()])
         if self.bindings:
             self._unbind_what_changes(addresses)
         binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
@@ -137,21 +158,31 @@ class GraphState:
         """Recordings hold memory, and must not outlive the parameters and the cache that they read."""
         graph, dying = weakref.ref(self), weakref.ref(binding)
 
-        def bury(_: Any) -> None:
+        def lose(_: Any) -> None:
             state, dead = graph(), dying()
-            if state is None or dead is None:
-                return
-            dead.anchor_lost = True
-            # Where another thread is in a step, the next new binding does it.
-            if state.lock.acquire(blocking=False):
-                try:
-                    state._bury([dead])
-                finally:
-                    state.lock.release()
+            if state is not None and dead is not None:
+                dead.anchor_lost = True
+                state._lost.append(dead)
+                state.bury_lost()
 
         statics = [s.position for s in self.plan.inputs if s.kind == "static"]
-        binding.parameters = [(weakref.ref(args[p], bury), args[p].data_ptr()) for p in statics]
-        binding.cache = weakref.ref(step.cache, bury) if step is not None and step.cache is not None else None
+        binding.parameters = [(weakref.ref(args[p], lose), args[p].data_ptr()) for p in statics]
+        binding.cache = weakref.ref(step.cache, lose) if step is not None and step.cache is not None else None
+
+    def bury_lost(self) -> None:
+        """Drops bindings whose parameters or cache are gone; never inside a step, which may be using one.
+
+        Weak references call back wherever the last strong one goes, inside a split op of this very step too. A thread
+        in a step does this when it leaves it.
+        """
+        while self._lost and self.lock.acquire(blocking=False):
+            try:
+                if self._running:
+                    return
+                lost, self._lost = self._lost, []
+                self._bury(lost)
+            finally:
+                self.lock.release()
 
     def _bury(self, dead: Sequence[Binding]) -> None:
         if not dead:
@@ -176,50 +207,72 @@ class GraphState:
         for position in changing:
             inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
         self.plan.inputs = tuple(inputs)
-        self.bound = [s.position for s in inputs if s.kind in ("static", "bound")]
-        self.plan.__dict__.pop("users_memory", None)
-        self.bindings.clear()
+        self._find_bound()
+        self.bindings = []
         addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
 
     def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
         positions = sorted([*self.bound, *changed])
         return (p not in changed for p in positions)
 
+    def run_eagerly(self, args: Sequence[Any]) -> Any:
+        """Dynamo's own graph, on the caller's own tensors."""
+        return self.context.source.forward(*args)
+
     def respect_budget(self, binding: Binding, newest: Program) -> None:
-        """Drops the least used buckets of the model's graphs until their recordings fit ``memory_budget``."""
+        """Drops the least used buckets of the calling model's graphs until its captures fit ``memory_budget``."""
         budget, agreement = self.shared.options.memory_budget, self.shared.agreement
         if budget is None or newest.bucket is None:
             return
-        graphs = self.siblings() or [self]
+        caller = self.shared.counters.caller
+        graphs: list[GraphState] = (runtimes_of_caller(caller) if caller is not None else []) or [self]
 
         def over() -> bool:
-            held = sum(graph.nbytes() for graph in graphs)
+            held = sum(graph.nbytes(caller) for graph in graphs)
             return agreement.any_of(held > budget) if agreement is not None else held > budget
 
+        alone = True
         while over():
-            found = dict.fromkeys((g, bucket) for g in graphs for b in g.bindings for bucket in sorted(b.buckets))
+            found = dict.fromkeys(
+                (g, bucket) for g in graphs for b in g.bindings_of(caller) for bucket in sorted(b.buckets)
+            )
             found.pop((self, newest.bucket), None)
             for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
                 # Another thread may be in a step of another graph.
                 if graph.lock.acquire(blocking=False):
+                    alone = False
                     try:
-                        graph.drop(bucket, f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}")
+                        reason = f"bucket {graph.name(bucket)} dropped: recordings exceed memory_{budget=}"
+                        graph.drop(caller, bucket, reason)
                     finally:
                         graph.lock.release()
                     break
             else:
-                binding.forget(newest.bucket)
-                binding.given_up[newest.bucket] = f"bucket {self.name(newest.bucket)} exceeds memory_{budget=}"
+                self._give_up(binding, newest.bucket, budget, alone)
                 return
+
+    def _give_up(self, binding: Binding, bucket: tuple[int, ...], budget: int, alone: bool) -> None:
+        """Drops the newest bucket, which does not fit.
+
+        Buckets share their memory, which comes back with the last one: a bucket that came upon the memory of others may
+        fit by itself, and is recorded again once.
+        """
+        binding.forget(bucket)
+        again = binding.squeezed_out[bucket] = binding.squeezed_out.get(bucket, 0) + 1
+        if alone or again > 1:
+            binding.given_up[bucket] = f"bucket {self.name(bucket)} exceeds memory_{budget=}"
+        else:
+            self.shared.counters.fall_back(
+                f"bucket {self.name(bucket)} dropped with all that it shares memory with: memory_{budget=}"
+            )
 
     def hits(self, bucket: tuple[int, ...]) -> int:
         """Steps that a bucket has served."""
-        use = self.shared.counters.buckets.get(self.name(bucket))
-        return use.hits if use is not None else 0
+        return self.shared.counters.hits(self.name(bucket))
 
-    def drop(self, bucket: tuple[int, ...], reason: str) -> None:
-        """Drops the recordings of a bucket; a later step makes them again."""
-        for binding in self.bindings:
+    def drop(self, caller: object | None, bucket: tuple[int, ...], reason: str) -> None:
+        """Drops a caller's captures of a bucket; a later step makes them again."""
+        for binding in self.bindings_of(caller):
             binding.forget(bucket)
         self.shared.counters.fall_back(reason)
 
@@ -227,12 +280,9 @@ class GraphState:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
         return sizes[0] if len(sizes) == 1 else sizes
 
-    def nbytes(self) -> int:
-        """Bytes that recordings and their static memory hold."""
-        return sum(
-            sum(r.nbytes for r in b.recordings.values()) + sum(w.nbytes for w in b.wholes.values()) + b.buffers.nbytes()
-            for b in self.bindings
-        )
+    def nbytes(self, caller: object | None = None) -> int:
+        """Bytes that recordings and their static memory hold, of one caller or all."""
+        return self.shared.engine.nbytes() + sum(binding.nbytes() for binding in self.bindings_of(caller))
 
 
 def _form(tensor: torch.Tensor) -> str:

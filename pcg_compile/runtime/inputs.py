@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, expr_of, shape_at, strides_at, symbols_of
+from ..torch_internals import FEW_COPIES
 from .binding import wants_static
+from .buffers import extent
 from .building import Building
-from .views import assign, expanded_dims, looks_like, real_rows, tails, unexpanded
+from .padding import PaddedLoad, StackedLoad, fill_padding, padded_load
+from .views import expanded_dims, looks_like, real_rows, unexpanded
 
 __all__ = ["bind_inputs"]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SELECTS = (torch.ops.aten.index_select.default,)
 
 
 def bind_inputs(b: Building) -> None:
     """Gives every input its static memory, or its place in the frame."""
+    groups = _alike(b) if b.bucket is not None else []
+    side_by_side = {spec.node: static for group in groups for spec, static in zip(group, _place_group(b, group))}
     for spec in b.plan.inputs:
         if spec.kind == "step":
             if spec.node not in b.static:
@@ -33,7 +37,53 @@ def bind_inputs(b: Building) -> None:
         elif spec.kind in ("static", "bound"):
             b.static[spec.node] = b.binding.held(spec.position, b.args[spec.position])
         else:
-            _copy_in(b, spec)
+            _copy_in(b, spec, side_by_side.get(spec.node))
+    for group in groups:
+        _load_together(b, group)
+
+
+def _alike(b: Building) -> list[list[InputSpec]]:
+    """Inputs that differ in nothing but their values, where copying many in one call pays."""
+    groups: dict[tuple[Any, ...], list[InputSpec]] = {}
+    for spec in b.plan.inputs:
+        value = spec.value
+        if spec.kind != "user" or not isinstance(value, torch.Tensor) or not wants_static(b.plan, spec.node):
+            continue
+        special = spec.pad_value is not None or spec.node in b.plan.row_indices or spec.node.name in b.plan.zeroed
+        shape = shape_at(value, b.at)
+        if special or not symbols_of(value) or strides_at(value, b.at) != torch.empty(shape, device="meta").stride():
+            continue
+        groups.setdefault((value.dtype, *map(expr_of, value.shape)), []).append(spec)
+    return [group for group in groups.values() if len(group) > FEW_COPIES]
+
+
+def _place_group(b: Building, group: list[InputSpec]) -> list[torch.Tensor]:
+    first = group[0]
+    shape, strides = shape_at(first.value, b.at), strides_at(first.value, b.at)
+    # Each begins at a multiple of 16 elements, as compiled code assumes of what it reads.
+    apart = -(-extent(shape, strides) // 16) * 16
+    slot = ("inputs", first.position)
+    both = b.binding.place(slot, slot, (len(group), *shape), (apart, *strides), first.value.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        return list(both.unbind())
+
+
+def _load_together(b: Building, group: list[InputSpec]) -> None:
+    positions = [spec.position for spec in group]
+    loads = [load for load in b.program.padded if isinstance(load, PaddedLoad) and load.position in positions]
+    # With others between them, padded dimensions come first in the target.
+    indexed = [d for d, rows in enumerate(loads[0].index) if rows is not None] if loads else []
+    if not loads or indexed != list(range(indexed[0], indexed[-1] + 1)):
+        return
+    shape, slot = (len(group), *shape_at(group[0].value, b.sizes)), ("inputs", group[0].position)
+    strides = torch.empty(shape, device="meta").stride()
+    with torch.inference_mode(False), torch.no_grad():
+        stack = b.binding.place(("stack", slot), ("stack", slot), shape, strides, group[0].value.dtype)
+        target = loads[0].target
+        apart = b.static[group[1].node].storage_offset() - b.static[group[0].node].storage_offset()
+        targets = target.as_strided((len(group), *target.shape), (apart, *target.stride()))
+    b.program.padded = [load for load in b.program.padded if load not in loads]
+    b.program.padded.append(StackedLoad(positions, stack, targets, [None, *loads[0].index]))
 
 
 def _bind_step_input(b: Building, spec: InputSpec) -> None:
@@ -46,45 +96,39 @@ def _bind_step_input(b: Building, spec: InputSpec) -> None:
     b.static[spec.node] = tensor
 
 
-def _copy_in(b: Building, spec: InputSpec) -> None:
-    shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
-    target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
-    real = real_rows(target, spec.value, b.sizes)
+def _copy_in(b: Building, spec: InputSpec, target: torch.Tensor | None) -> None:
+    if target is None:
+        shape, strides = shape_at(spec.value, b.at), strides_at(spec.value, b.at)
+        target = b.binding.place(spec.node, ("input", spec.position), shape, strides, spec.value.dtype)
     b.static[spec.node] = target
     b.copied.append(spec)
-    expanded = expanded_dims(real)
-    real = unexpanded(real, expanded)
     rows = b.plan.row_indices.get(spec.node)
     if rows is not None:
-        real = _pick_real_rows(b, spec, real, b.sizes[rows], b.at[rows])
-    pad_value = spec.pad_value if rows is None else 0
-    if expanded:
-        b.program.expanded.append((real, spec.position, expanded))
+        target = _look_up_rows(b, spec, target, b.sizes[rows], b.at[rows])
+    expanded = expanded_dims(target)
+    with torch.inference_mode(False), torch.no_grad():
+        real, load = real_rows(target, spec.value, b.sizes), None
+        if spec.pad_value is not None and rows is None:
+            b.program.prologue.extend(fill_padding(target, spec.value, b.sizes, spec.pad_value))
+        else:
+            # A mask is zero in the padding along the sizes that it is summed over.
+            zero = b.plan.zeroed.get(spec.node.name, set())
+            masking = [d for d, n in enumerate(spec.value.shape) if expr_of(n) in zero]
+            b.program.prologue.extend(fill_padding(target, spec.value, b.sizes, 0, masking))
+            for dim in masking:
+                target = target.narrow(dim, 0, real.shape[dim])
+            load = padded_load(spec.position, target, tuple(real.shape), expanded)
+    if load is not None:
+        b.program.padded.append(load)
+    elif expanded:
+        b.program.expanded.append((unexpanded(real, expanded), spec.position, expanded))
     else:
         b.program.targets.append(real)
         b.program.sources.append(spec.position)
-    padding = tails(target, spec.value, b.sizes)
-    if pad_value is not None:
-        b.program.prologue.extend(partial(t.fill_, pad_value) for t in padding)
-    elif padding and spec.value.dtype in _INTEGERS:
-        _pad_like_the_first(b.args[spec.position], spec, padding)
 
 
-def _pad_like_the_first(argument: torch.Tensor, spec: InputSpec, padding: Sequence[torch.Tensor]) -> None:
-    """Integers may become an index: where no step has put any yet, the zeros of fresh memory need not make a good one.
-
-    Once for each program is enough: from then on padding is what steps leave there.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        for dim, size in enumerate(spec.value.shape):
-            if symbols_of(size):
-                argument = argument.narrow(dim, 0, 1)
-        for tail in padding:
-            assign(tail, argument.expand_as(tail))
-
-
-def _pick_real_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
-    """Where to copy row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
+def _look_up_rows(b: Building, spec: InputSpec, indices: torch.Tensor, size: int, bucket: int) -> torch.Tensor:
+    """Where to load row indices, which are looked up in ``0 .. size - 1`` on their way to ``indices``.
 
     So a negative one counts from the real size, and one that is out of range is the error that eager raises, where
     at the bucket's size it would silently be a padding row. ``index_select`` has no negative ones.

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..graph.facts import storage_of
 from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, is_scalar, shape_at, strides_at, symbols_of
+from ..graph.scalars import evaluate, expr_of, is_scalar, symbols_of
 from .building import Building
 from .calls import attribute
 from .views import assign, copier, real_rows
@@ -23,12 +24,17 @@ __all__ = ["emitter"]
 def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
     """Makes what turns a step's arguments, and what the program computed, into the results."""
     leaves, spec = tree_flatten(b.plan.outputs, is_leaf=lambda x: isinstance(x, fx.Node))
+    tensors = [s for s in b.plan.inputs if isinstance(s.value, torch.Tensor)]
     # By value: what an op in place returns is the argument itself.
-    positions = {id(s.value): s.position for s in b.plan.inputs if s.position >= 0}
-    bases = {storage_of(s.value): s for s in b.copied}
+    positions = {id(s.value): s.position for s in tensors if s.position >= 0}
+    bases = {storage_of(s.value): s for s in tensors if s.position >= 0}
+    from_step = {storage_of(s.value) for s in tensors if s.position < 0}
     groups: dict[int, list[int]] = {}
     makers: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
     constants = list(leaves)
+    #: Results that are one object, as what an op in place gives and was given are.
+    first: dict[int, int] = {}
+    again: list[tuple[int, int]] = []
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, fx.Node):
             continue
@@ -36,9 +42,7 @@ def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
             constants[i] = attribute(b.plan.gm, str(leaf.target))
             continue
         value = b.plan.value(leaf)
-        if id(value) in positions and not is_scalar(value):
-            makers.append((i, itemgetter(positions[id(value)])))
-        elif is_scalar(value):
+        if is_scalar(value):
             if symbols_of(value) <= b.sizes.keys():
                 constants[i] = evaluate(value, b.sizes)
             else:
@@ -46,15 +50,23 @@ def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
         elif not isinstance(value, torch.Tensor):
             # A device mesh, for one, which a DTensor that leaves the graph is made of.
             makers.append((i, _from_frame(b, leaf)))
-        elif storage_of(value) in bases:
+        elif id(value) in first:
+            again.append((i, first[id(value)]))
+            continue
+        elif id(value) in positions:
+            makers.append((i, itemgetter(positions[id(value)])))
+        elif b.bucket is not None and storage_of(value) in bases:
             makers.append((i, _view_of_argument(b, value, bases[storage_of(value)])))
         elif leaf in b.static:
-            if b.shared.options.outputs == "view" or storage_of(value) in b.plan.users_memory:
-                constants[i] = real_rows(b.static[leaf], value, b.sizes)
+            if b.shared.options.outputs == "view" or storage_of(value) in from_step:
+                # Not the tensor that the next step uses: the caller may change its shape in place.
+                view = real_rows(b.static[leaf], value, b.sizes)
+                makers.append((i, lambda args, view=view: view.detach()))  # type: ignore[misc]
             else:
                 groups.setdefault(storage_of(value), []).append(i)
         else:
             makers.append((i, _from_frame(b, leaf)))
+        first[id(value)] = i
     copies = [(indices, _copier(b, [leaves[i] for i in indices])) for indices in groups.values()]
     back = [
         (spec.position, real_rows(b.static[spec.node], spec.value, b.sizes))
@@ -71,6 +83,8 @@ def emitter(b: Building) -> Callable[[Sequence[Any]], Any]:
                 results[i] = result
         for i, make in makers:
             results[i] = make(args)
+        for i, same in again:
+            results[i] = results[same]
         return tree_unflatten(results, spec)
 
     return emit
@@ -88,21 +102,33 @@ def _late_number(b: Building, value: Any) -> Callable[[Sequence[Any]], Any]:
 
 
 def _view_of_argument(b: Building, fake: torch.Tensor, base: InputSpec) -> Callable[[Sequence[Any]], torch.Tensor]:
-    """A result that is a view of an argument in eager is one here, after what was written came back."""
-    shape, strides = shape_at(fake, b.sizes), strides_at(fake, b.sizes)
-    first = int(evaluate(base.value.storage_offset(), b.sizes)) * base.value.itemsize // fake.itemsize
-    offset = int(evaluate(fake.storage_offset(), b.sizes)) - first
+    """A result that is a view of an argument in eager is one here, after what was written came back.
+
+    It keeps its place in the argument, wherever that lies in its storage now.
+    """
+    apart = fake.storage_offset() * fake.itemsize - base.value.storage_offset() * base.value.itemsize
+    numbers = (fake.shape, fake.stride(), apart)
+    layout = evaluate(numbers, b.sizes) if symbols_of(numbers) <= b.sizes.keys() else None
+    learned = b.program.sizes
 
     def view(args: Sequence[Any]) -> torch.Tensor:
         argument = args[base.position]
+        # Strides of the argument may be numbers of their own, and data may tell where a slice ends.
+        shape, strides, distance = layout or evaluate(numbers, {**_strides(base.value, argument), **learned})
         if argument.dtype == fake.dtype:
-            return argument.as_strided(shape, strides, argument.storage_offset() + offset)
+            return argument.as_strided(shape, strides, argument.storage_offset() + distance // fake.itemsize)
         # Counted in the result's elements, as torch.real's are.
-        start = argument.storage_offset() * argument.itemsize // fake.itemsize + offset
+        start = (argument.storage_offset() * argument.itemsize + distance) // fake.itemsize
         typed = torch.empty(0, dtype=fake.dtype, device=argument.device)
         return typed.set_(argument.untyped_storage(), start, shape, strides)
 
     return view
+
+
+def _strides(fake: torch.Tensor, real: torch.Tensor) -> dict[sympy.Symbol, int]:
+    """The symbols that stand for strides of a tensor."""
+    found = zip(map(expr_of, fake.stride()), real.stride(), strict=True)
+    return {expr: stride for expr, stride in found if isinstance(expr, sympy.Symbol)}
 
 
 def _from_frame(b: Building, node: fx.Node) -> Callable[[Sequence[Any]], Any]:

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..report.stats import Counters
 from ..torch_internals import foreach_copy
+from .padding import PaddedLoad, StackedLoad
 from .views import unexpanded
 from .whole import WholeStep
 
@@ -49,6 +50,8 @@ class Program:
     sources: list[int] = field(default_factory=list)
     #: (static memory, argument, dimensions) of arguments that are expanded: the first entries along those.
     expanded: list[tuple[torch.Tensor, int, list[int]]] = field(default_factory=list)
+    #: Loads of arguments with padding behind their rows.
+    padded: list[PaddedLoad | StackedLoad] = field(default_factory=list)
     late_inputs: list[tuple[int, int]] = field(default_factory=list)
     frame: list[Any] = field(default_factory=list)
     #: Sizes, and sizes that only the data tell, as the step goes on.
@@ -60,8 +63,14 @@ class Program:
     #: bucket, whatever its real sizes.
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
     bucket_fallbacks: int = 0
+    #: ``fn(args, wait)``: whether a padding request covers the padding of a call, or None where nothing asks.
+    covered: Callable[[Sequence[Any], bool], bool] | None = None
+    #: Addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
+    apart: set[tuple[int, ...]] = field(default_factory=set)
     #: Whether the program can serve again; not after a failed recording.
     complete: bool = True
+    #: Whether the next step of the same sizes is to be built anew.
+    provisional: bool = False
 
     def fall_back_with_bucket(self, reason: str, where: str) -> None:
         """Counts a fallback, once a step whatever the number of places, that all programs of the bucket share."""
@@ -75,6 +84,8 @@ class Program:
             foreach_copy(self.targets, [args[i] for i in self.sources])
         for target, position, dims in self.expanded:
             target.copy_(unexpanded(args[position], dims))
+        for load in self.padded:
+            load.run(args)
         for slot, position in self.late_inputs:
             self.frame[slot] = args[position]
 

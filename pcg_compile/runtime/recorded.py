@@ -21,13 +21,15 @@ from .agreement import RankFailed
 from .buffers import extent
 from .building import Building
 from .capture import StaticReplay
-from .probe import Argument, probe
+from .probe import Argument, NoVerdict, few_rows, probe
 from .views import assign, has_layout
 
 __all__ = ["conformer", "run_recorded"]
 
 #: A recording keeps its results: logits of 4,096 tokens would hold a gigabyte.
 _RESULT_LIMIT = 256 << 20
+#: Probes without a verdict after which steps of sizes that were met are built for good.
+_MOST_PROBES = 8
 
 
 def run_recorded(b: Building, site: PieceSite) -> bool:
@@ -41,14 +43,15 @@ def run_recorded(b: Building, site: PieceSite) -> bool:
         return False
     weight = _result_bytes(b, site)
     if weight > _result_limit(b):
-        reason = f"the results of a piece would hold {weight >> 20} MiB; it runs without a recording"
+        share = ", more than a quarter of memory_budget" if b.shared.options.memory_budget is not None else ""
+        reason = f"the results of a piece would hold {weight >> 20} MiB{share}; it runs without a recording"
         b.program.fallbacks.append((reason, site.where))
         return _run_unrecorded(b, site)
     key = (site.index, tuple(b.bucket[s] for s in site.piece.symbols))
     if b.binding.failures.get(key, 0) > 1:
         b.program.fallbacks.append(("a piece could not be recorded, twice; it runs without a recording", site.where))
         return _run_unrecorded(b, site)
-    if site.needs_probe and site.probed is None and not _probe(b, site):
+    if site.needs_probe and not site.probed and key[1] not in site.probed_at and not _probe(b, site, key):
         return False
     if site.probed:
         b.program.fallbacks.append((f"opaque, and by the probe mixing: {site.probed}", site.where))
@@ -87,36 +90,52 @@ def _run_unrecorded(b: Building, site: PieceSite) -> bool:
     return True
 
 
-def _probe(b: Building, site: PieceSite) -> bool:
-    """Probes a piece once, with this step's rows; False where this bucket leaves no room for padding."""
+def _probe(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> bool:
+    """Probes a piece at a bucket, with this step's rows; False where there is no verdict."""
     assert b.bucket is not None
     piece = site.piece
+    from_step = {s.node for s in b.plan.inputs if s.kind == "step"}
+    rows = b.plan.row_indices
+    padded = {s.node for s in b.plan.inputs if s.pad_value is not None or s.node.name in b.plan.zeroed}
+    fixed = padded | from_step | rows.keys()
+    arguments = [
+        Argument(
+            b.static[node], b.plan.value(node), i in piece.writes, node in fixed, int(node in from_step), rows.get(node)
+        )
+        for i, node in enumerate(piece.inputs)
+    ]
+    blank = blank_results(b.plan, site)
+    filled = [b.plan.value(node) for i, node in enumerate(piece.outputs) if i not in blank]
     # Where the step fills its bucket, its last row plays the padding.
-    sizes = {s: n - 1 if n == b.bucket[s] and s in piece.symbols else n for s, n in b.sizes.items()}
-    if any(sizes[s] < 1 for s in piece.symbols):
+    dims = b.plan.dims & set(piece.symbols)
+    sizes: Mapping[sympy.Symbol, int] = {s: n - 1 if n == b.bucket[s] and s in dims else n for s, n in b.sizes.items()}
+    few = few_rows(arguments, filled, b.sizes, b.bucket, sorted(dims, key=str), b.shared.chooser.allows)
+    if not few:
         reason = f"opaque: {site.safety.reason}; too small a bucket to probe it"
         b.program.fallbacks.append((reason, site.where))
         return False
-    from_step = {s.node for s in b.plan.inputs if s.kind == "step"}
-    fixed = {s.node for s in b.plan.inputs if s.pad_value is not None} | from_step | b.plan.row_indices.keys()
-    arguments = [
-        Argument(b.static[node], b.plan.value(node), i in piece.writes, node in fixed, int(node in from_step))
-        for i, node in enumerate(piece.inputs)
-    ]
-
-    holds = site.compiled.broken_at(piece.symbols, sizes) is None
-    function = site.compiled.function if holds else piece.gm.forward
+    if not b.shared.chooser.allows(sizes):
+        sizes = few[-1]
 
     def run(tensors: Sequence[Any], at: Mapping[sympy.Symbol, int]) -> Sequence[torch.Tensor]:
+        holds = site.compiled.broken_at(piece.symbols, at) is None
+        function = site.compiled.function if holds else piece.gm.forward
         results = function(*(at[s] for s in piece.symbols), *tensors)
         return [result for i, result in enumerate(results) if i not in blank]
 
-    blank = blank_results(b.plan, site)
-    filled = [b.plan.value(node) for i, node in enumerate(piece.outputs) if i not in blank]
-    with _rng_unchanged(b.shared.device):
-        verdict = probe(run, arguments, filled, sizes, b.bucket)
-    # "" once the probe found nothing.
+    try:
+        with _rng_unchanged(b.shared.device):
+            verdict = probe(run, arguments, filled, sizes, b.bucket, few)
+    except NoVerdict as unknown:
+        reason = f"opaque: {site.safety.reason}; the probe could not tell: {unknown}"
+        b.program.fallbacks.append((reason, site.where))
+        # Other rows may tell more: the next steps try again, those of this size too for some time.
+        site.no_verdicts += 1
+        b.program.provisional = site.no_verdicts <= _MOST_PROBES
+        return False
+    # "" where the probe found nothing, at any bucket so far.
     site.probed = verdict or ""
+    site.probed_at.add(key[1])
     return True
 
 
@@ -126,7 +145,7 @@ def _result_bytes(b: Building, site: PieceSite) -> int:
 
 def _result_limit(b: Building) -> int:
     budget = b.shared.options.memory_budget
-    return _RESULT_LIMIT if budget is None else budget // 8
+    return _RESULT_LIMIT if budget is None else budget // 4
 
 
 def _record(b: Building, site: PieceSite, key: tuple[int, tuple[int, ...]]) -> Any:

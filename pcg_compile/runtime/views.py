@@ -19,15 +19,21 @@ _ALIGNMENT = 16
 
 
 def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """The view of a bucket-sized tensor that holds the real rows, along every dynamic dimension."""
+    """The view of a bucket-sized tensor that holds the real rows, along every dynamic dimension.
+
+    Dimensions of size 1, whose strides nothing follows, have eager's: Dynamo looks at them in the graph behind.
+    """
     shape = shape_at(fake, sizes)
-    if static.shape == shape:
-        return static
     view = static
     with torch.inference_mode(False), torch.no_grad():
         for dim, size in enumerate(shape):
             if view.shape[dim] != size:
                 view = view.narrow(dim, 0, size)
+        if 1 in shape or 0 in shape:
+            both = zip(shape, view.stride(), strides_at(fake, sizes), strict=True)
+            strides = tuple([eager if size <= 1 else own for size, own, eager in both])
+            if strides != view.stride():
+                view = view.as_strided(shape, strides, view.storage_offset())
     return view
 
 
@@ -66,23 +72,10 @@ def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> 
     if len(views) == 1:
         view, fake = views[0]
         shape, strides = shape_at(fake, sizes), strides_at(fake, sizes)
-        if _clone_keeps(view, fake, sizes):
+        if _clone_keeps(view, strides):
             return lambda: [view.clone()]
-
-        def copy_one() -> list[torch.Tensor]:
-            result = torch.empty_strided(shape, strides, dtype=view.dtype, device=view.device)
-            return [result.copy_(view)]
-
-        if _overlaps(shape, strides):
-            # An expanded result: eager's rows share memory, which copying element by element may not.
-            def copy_expanded() -> list[torch.Tensor]:
-                base = view.as_strided(
-                    [1 if st == 0 else n for n, st in zip(shape, strides, strict=True)], view.stride()
-                )
-                return [base.clone().expand(shape)]
-
-            return copy_expanded
-        return copy_one
+        # Of an expanded result, entries share memory in eager too.
+        return lambda: [assign(torch.empty_strided(shape, strides, dtype=view.dtype, device=view.device), view)]
 
     # In bytes: a view may be of another dtype.
     layouts = [(shape_at(f, sizes), strides_at(f, sizes), _offset(f, sizes) * f.itemsize) for _, f in views]
@@ -111,13 +104,9 @@ def _offset(fake: torch.Tensor, sizes: Sizes) -> int:
     return int(offset)
 
 
-def _clone_keeps(view: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> bool:
+def _clone_keeps(view: torch.Tensor, strides: Sequence[int]) -> bool:
     probe = torch.empty_strided(tuple(view.shape), view.stride(), dtype=view.dtype, device="meta")
-    return looks_like(probe.clone(), fake, sizes)
-
-
-def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True))
+    return probe.clone().stride() == tuple(strides)
 
 
 def assign(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

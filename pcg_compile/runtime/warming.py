@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,8 +26,13 @@ from .whole import WholeStep
 
 __all__ = ["WarmUp", "requested_warm_up", "warm_up", "warming_up"]
 
+_LOG = logging.getLogger("pcg_compile")
+
 #: A bucket that takes longer than this many times the step without recordings is not used.
 _GAIN_LIMIT = 1.05
+
+#: Combinations of buckets that a first call captures at most.
+_MOST_AT_FIRST = 64
 
 
 @dataclass
@@ -43,6 +50,8 @@ class WarmUp:
     buckets: Sequence[int | tuple[int, ...]] | None = None
     report: Callable[[int, int, Any], None] = lambda done, total, name: None
     observe: Callable[[GraphState, Sequence[Any], StepState | None], None] = lambda runtime, args, step: None
+    #: ``capture="first_call"``: of a graph with several dynamic sizes, every combination of buckets.
+    first_call: bool = False
     served: int = 0
     dynamic: bool = False
     counters: list[Counters] = field(default_factory=list)
@@ -82,20 +91,21 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     with graph.shared.engine.session():
         for done, bucket in enumerate(wanted):
             request.report(done, len(wanted), graph.name(tuple(bucket[s] for s in graph.plan.symbols)))
-            real = {s: min(n, bucket[s]) for s, n in sizes.items()}
+            real = {s: min(n, bucket[s]) if s in graph.plan.dims else n for s, n in sizes.items()}
             doubtful = _record_bucket(graph, _shrunk(graph, args, real), real, bucket, doubtful)
     request.report(len(wanted), len(wanted), None)
     with _no_effects(graph, args):
         request.observe(graph, args, step)
-    with _no_effects(graph, args):
-        if step is None:
-            binding = graph.binding(args, None)
-            _, result = build_and_run(binding, sizes, None, args, None)
-            return result
-        with scratch_step(graph.tokens(tuple(sizes.values())), step.cache) as scratch:
-            binding = graph.binding(args, scratch)
-            _, result = build_and_run(binding, sizes, None, args, scratch)
-            return result
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_effects(graph, args))
+        if step is not None:
+            step = stack.enter_context(scratch_step(graph.tokens(tuple(sizes.values())), step.cache))
+        binding = graph.binding(args, step)
+        if graph.plan.eager is not None or graph.memory.overlapping(binding, args, step):
+            # What the graph does to a tensor itself happens to others over the same memory.
+            return graph.run_eagerly([a.detach() if isinstance(a, torch.Tensor) else a for a in args])
+        _, result = build_and_run(binding, sizes, None, args, step)
+        return result
 
 
 def _wanted(graph: GraphState, request: WarmUp, sizes: Mapping[sympy.Symbol, int]) -> list[dict[sympy.Symbol, int]]:
@@ -104,12 +114,23 @@ def _wanted(graph: GraphState, request: WarmUp, sizes: Mapping[sympy.Symbol, int
     if not graph.bucketed:
         return [dict(sizes)]
     groups = _alike(graph, sizes)
-    if request.buckets is None and len(groups) > 1:
+    table: Sequence[int | tuple[int, ...]] = graph.shared.chooser.table
+    if request.buckets is not None:
+        table = request.buckets
+    elif len(groups) > 1 and request.first_call:
+        if len(table) ** len(groups) > _MOST_AT_FIRST:
+            _LOG.warning(
+                'capture="first_call": %d buckets for each of %d dynamic sizes (%s) are too many to capture ahead; '
+                "each combination is captured when it is first met",
+                *(len(table), len(groups), _named(graph, groups)),
+            )
+            return []
+        table = list(itertools.product(graph.shared.chooser.table, repeat=len(groups)))
+    elif len(groups) > 1:
         raise ValueError(
             f"the model has {len(groups)} dynamic sizes ({_named(graph, groups)}): pass buckets=[(b, ...), ...] to "
             "pcg.warmup(), one tuple a bucket"
         )
-    table = request.buckets if request.buckets is not None else graph.shared.chooser.table
     wanted: list[dict[sympy.Symbol, int]] = []
     for entry in table:
         entries = entry if isinstance(entry, tuple) else (entry,) * len(groups)

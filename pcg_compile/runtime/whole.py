@@ -91,11 +91,6 @@ class WholeStep:
         for node, until in plan.last_use.items():
             self._ends.setdefault(until, []).append(node)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the recordings hold."""
-        return sum(recording.nbytes for recording in self.recordings.values())
-
     def prepare(self) -> Hashable:
         """Brings the step's metadata to the device; returns the key of the recording that serves it.
 

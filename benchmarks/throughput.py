@@ -1,0 +1,324 @@
+"""New tokens a second of generate_batch: nano-vllm's workload, a rollout of GRPO's kind, and one request alone."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import pcg_compile as pcg
+
+from .common import Results, one_line, synchronize
+
+__all__ = ["add_arguments", "run"]
+
+_WORKLOADS = ("nano", "llama", "grpo", "single")
+_VARIANTS = ("pcg", "transformers", "static")
+_NOTES = {
+    "nano": "256 requests, 100 to 1,024 tokens in and out, a model of Qwen3-0.6B's shape (bench.py of nano-vllm)",
+    "llama": "64 requests of the same kind, a Llama of 1B parameters",
+    "grpo": "32 prompts, 8 samples each, one LoRA adapter of rank 16, a Llama of 1B parameters",
+    "single": "one request, 128 new tokens, a Llama of 1B parameters",
+    "pcg": "pcg_compile.integrations.transformers.generate_batch",
+    "transformers": "generate_batch of transformers with its best attention that is installed",
+    "static": 'generate(cache_implementation="static"), one request at a time',
+    "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
+    "busy": "share of the wall time in which a kernel runs, by torch's profiler, over the middle of a run",
+    "first_s": "seconds of the first run: compiling and capturing",
+}
+
+
+@dataclass
+class Workload:
+    """Prompts, new tokens of each, and samples of each prompt."""
+
+    prompts: list[list[int]]
+    news: list[int]
+    samples: int = 1
+    adapter: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """All new tokens."""
+        return sum(self.news) * self.samples
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workloads", help=f"comma-separated, of {', '.join(_WORKLOADS)} (all)")
+    parser.add_argument("--variants", help=f"comma-separated, of {', '.join(_VARIANTS)} (all)")
+    parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pcg compiles with (tiny: eager)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every workload with every variant; greedy answers are compared with each other first."""
+    variants = args.variants.split(",") if args.variants else list(_VARIANTS)
+    with Results(args, "throughput", _NOTES) as results:
+        for name in args.workloads.split(",") if args.workloads else _WORKLOADS:
+            workload = _workload(name, args.tiny, args.quick)
+            model = _model(name, args)
+            for variant in variants:
+                if variant == "static" and name != "single":
+                    continue
+                if variant != "pcg" and workload.adapter:
+                    continue
+                row: dict[str, Any] = {"workload": name, "variant": variant, "requests": len(workload.prompts)}
+                row |= {"samples": workload.samples, "new_tokens": workload.tokens}
+                try:
+                    row |= _measure(_RUN[variant], model, workload, args)
+                except Exception as failure:
+                    # A rival that does not run on this machine is a remark, not the end of the benchmark.
+                    results.say(f"{name}: {variant} is left out: {one_line(failure)}")
+                    continue
+                results.add(**row)
+            del model
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _workload(name: str, tiny: bool, quick: bool) -> Workload:
+    chance = random.Random(0)
+    count, least, most = {
+        "nano": (256, 100, 1024),
+        "llama": (64, 100, 1024),
+        "grpo": (32, 100, 256),
+        "single": (1, 128, 128),
+    }[name]
+    if tiny:
+        count, least, most = min(count, 4), 3, 9
+    elif quick:
+        count = min(count, 32)
+    prompts = [[chance.randrange(3, 60) for _ in range(chance.randint(least, most))] for _ in range(count)]
+    news = [chance.randint(least, most) for _ in range(count)]
+    return Workload(prompts, news, 8 if name == "grpo" else 1, name == "grpo")
+
+
+def _model(name: str, args: argparse.Namespace) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    torch.manual_seed(0)
+    if args.tiny:
+        config: Any = LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=64,
+        )  # fmt: skip
+    elif name == "nano":
+        config = Qwen3Config(
+            hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, vocab_size=32000, max_position_embeddings=8192,
+        )  # fmt: skip
+    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    with args.device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def _measure(make: Callable[..., Any], model: Any, workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    serve = make(model, workload, args)
+    try:
+        started = time.perf_counter()
+        serve()
+        first = time.perf_counter() - started
+        times = []
+        for _ in range(1 if args.quick else 3):
+            synchronize(args.device)
+            started = time.perf_counter()
+            tokens = serve()
+            synchronize(args.device)
+            times.append(time.perf_counter() - started)
+        if tokens != workload.tokens:
+            raise RuntimeError(f"{tokens} new tokens, {workload.tokens} wanted")
+        seconds = statistics.median(times)
+        row = {"tokens_per_s": round(tokens / seconds, 1), "ms_per_token": round(1e3 * seconds / tokens, 4)}
+        return row | {"seconds": round(seconds, 3), "first_s": round(first, 2)} | serve.remarks(tokens / seconds)
+    finally:
+        serve.close()
+
+
+class _Pcg:
+    """generate_batch's session, with a number of new tokens for each request."""
+
+    def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
+        from pcg_compile.integrations.generation import Engine, Request, Sampling
+        from pcg_compile.integrations.transformers import cache_for
+
+        self.workload, self.model, self.args = workload, model, args
+        self.folder = tempfile.TemporaryDirectory()
+        self.adapter = self._add_adapter() if workload.adapter else None
+        lengths = [len(prompt) + new for prompt, new in zip(workload.prompts, workload.news, strict=True)]
+        pages = 1 + sum(-(-length // 16) for length in lengths) * workload.samples
+        self.most = max(lengths)
+        cache = cache_for(model, num_pages=pages, max_requests=256)
+        compiler = args.compiler or ("inductor" if args.device.type == "cuda" else "eager")
+        options = {"compiler": compiler, "max_tokens": 64 if args.tiny else 2048}
+        self.engine = Engine(model, cache, 64 if args.tiny else 256, options["max_tokens"], options)
+        self.request, self.sampling = Request, Sampling
+
+    def _add_adapter(self) -> str:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "v_proj"]
+        with self.args.device:
+            base = type(self.model)(self.model.config)
+        config = LoraConfig(r=16, target_modules=targets, init_lora_weights=False)
+        get_peft_model(base, config).save_pretrained(self.folder.name)
+        self.pool = pcg.lora.AdapterPool(self.model, max_adapters=2, max_rank=16, target_modules=targets)
+        self.pool.load("adapter", self.folder.name)
+        return "adapter"
+
+    @torch.no_grad()
+    def __call__(self) -> int:
+        from pcg_compile.integrations.generation import Session
+        from pcg_compile.integrations.generation.engine import attending_through_pcg
+
+        work, tokens = self.workload, 0
+        heat = 1.0 if work.samples > 1 else 0.0
+        with attending_through_pcg(self.model), Session(self.engine, self.most) as session:
+            for i, (prompt, new) in enumerate(zip(work.prompts, work.news, strict=True)):
+                for sample in range(work.samples):
+                    sampling = self.sampling(temperature=heat, seed=i * work.samples + sample)
+                    session.add(self.request(f"{i}.{sample}", i, prompt, new, sampling, adapter=self.adapter))
+            for _, token in session.run():
+                tokens += token is not None
+            errors = [request.error for request in session.requests.values() if request.error is not None]
+            if errors:
+                raise errors[0]
+        return tokens
+
+    def remarks(self, rate: float) -> dict[str, Any]:
+        """Fallbacks, and the share of the limit."""
+        stats = pcg.stats(self.engine.forward)
+        row: dict[str, Any] = {"fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks]}
+        if self.args.device.type == "cuda":
+            limit = self._limit()
+            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3), "busy": self._busy()}
+        return row
+
+    @torch.no_grad()
+    def _limit(self, steps: int = 40) -> float:
+        """Tokens a second of decoding steps launched one after the other, at the middle of the requests' lengths."""
+        from pcg_compile.integrations.generation.engine import attending_through_pcg
+
+        engine, work = self.engine, self.workload
+        count = min(engine.slots, len(work.prompts) * work.samples)
+        lengths = [len(work.prompts[i % len(work.prompts)]) + work.news[i % len(work.news)] // 2 for i in range(count)]
+        pages = [engine.cache.allocate(-(-length // 16)) for length in lengths]
+        batch = pcg.Batch([1] * count, lengths, pages, adapters=[self.adapter] * count if self.adapter else None)
+        ids, source, rows, slots, counter = engine.to_device(
+            [5] * count, [-1] * count, range(count), range(count), lengths
+        )
+        sample, state = engine.sampler(work.samples > 1, False, False), engine.state
+        with attending_through_pcg(self.model), pcg.step(batch, engine.cache):
+            positions = batch.positions
+
+            def one() -> None:
+                logits = engine.forward(ids, source, positions, rows, state.last)
+                sample(
+                    logits, slots, counter, state.temperature, state.top_k, state.top_p, state.min_p, state.penalty,
+                    state.seed, state.seen,
+                )  # fmt: skip
+
+            for _ in range(5):
+                one()
+            synchronize(self.args.device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                one()
+            synchronize(self.args.device)
+            seconds = (time.perf_counter() - started) / steps
+        for some in pages:
+            engine.cache.free(some)
+        return count / seconds
+
+    def _busy(self) -> float:
+        """The share of a run's wall time in which a kernel runs."""
+        from torch.profiler import ProfilerActivity, profile
+
+        started = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            started = time.perf_counter()
+            self()
+            synchronize(self.args.device)
+            wall = time.perf_counter() - started
+        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
+        busy, end = 0.0, 0.0
+        for start, stop in spans:
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        return round(busy * 1e-6 / wall, 3)
+
+    def close(self) -> None:
+        """Takes the adapters off the model."""
+        if self.adapter:
+            self.pool.close()
+        self.folder.cleanup()
+
+
+class _Transformers:
+    """transformers' own continuous batching."""
+
+    def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
+        from transformers import GenerationConfig
+        from transformers.utils import import_utils
+
+        self.model, self.workload = model, workload
+        better = [
+            f"flash_attention_{i}" for i in (3, 2) if getattr(import_utils, f"is_flash_attn_{i}_available", bool)()
+        ]
+        self.attention = better[0] if better else "sdpa"
+        # One number of new tokens a call: the mean, so that the number of tokens is the same.
+        self.new = round(sum(workload.news) / len(workload.news))
+        self.config = GenerationConfig(max_new_tokens=self.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def __call__(self) -> int:
+        found = self.model.generate_batch(self.workload.prompts, generation_config=self.config, progress_bar=False)
+        made = sum(len(output.generated_tokens) for output in found.values())
+        # Rounded to whole tokens a request.
+        return self.workload.tokens if made == self.new * len(self.workload.prompts) else made
+
+    def remarks(self, rate: float) -> dict[str, Any]:
+        """Its attention."""
+        return {"attention": self.attention}
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class _Static:
+    """generate() with a static cache, which transformers compiles."""
+
+    def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
+        self.model, self.workload, self.device = model, workload, args.device
+
+    @torch.no_grad()
+    def __call__(self) -> int:
+        tokens = 0
+        for prompt, new in zip(self.workload.prompts, self.workload.news, strict=True):
+            ids = torch.tensor([prompt], device=self.device)
+            found = self.model.generate(
+                ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static"
+            )
+            tokens += found.shape[1] - len(prompt)
+        return tokens
+
+    def remarks(self, rate: float) -> dict[str, Any]:
+        """Nothing to say."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+_RUN: dict[str, Callable[..., Any]] = {"pcg": _Pcg, "transformers": _Transformers, "static": _Static}

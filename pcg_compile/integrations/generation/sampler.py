@@ -1,0 +1,131 @@
+"""Sampling on the device: one function of logits and per-request settings, the same whoever shares the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+__all__ = ["SamplingState", "make_sampler"]
+
+#: The multipliers of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), signed.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+@dataclass
+class SamplingState:
+    """Settings of the running requests, one entry a slot, on the device.
+
+    Attributes:
+        temperature: ``[slots]`` float32, 0 for greedy. top_k: int64, the vocabulary's size for all tokens.
+        top_p, min_p: float32, 1 and 0 for all tokens. penalty: float32, the repetition penalty, 1 for none.
+        seed: int64.
+        last: ``[slots]`` int64, the token that each slot sampled last.
+        seen: ``[slots, vocabulary]`` bool, tokens that a penalty applies to; ``[slots, 1]`` while no request has one.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    penalty: torch.Tensor
+    seed: torch.Tensor
+    last: torch.Tensor
+    seen: torch.Tensor
+
+    @classmethod
+    def empty(cls, slots: int, device: torch.device) -> SamplingState:
+        """Greedy settings for every slot."""
+        longs = {"top_k", "seed", "last"}
+        made = {
+            f.name: torch.zeros(slots, dtype=torch.int64 if f.name in longs else torch.float32, device=device)
+            for f in fields(cls)
+            if f.name != "seen"
+        }
+        return cls(**made, seen=torch.zeros(slots, 1, dtype=torch.bool, device=device))
+
+
+def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Returns ``sample(logits, slots, counter, ...) -> (tokens, logprobs)`` for batches that need only so much.
+
+    ``sampling``: some request has a temperature. ``filtering``: some has top_k, top_p or min_p. ``penalizing``: some
+    has a repetition penalty. A request gets the same token from each variant that covers its settings.
+
+    The function takes ``logits [rows, vocabulary]``, ``slots [rows]`` int64, ``counter [rows]`` int64 (the number of
+    tokens before the one that is sampled) and the settings of :class:`SamplingState`. It returns tokens ``[rows]``
+    int64, and float32 log probabilities under the distribution that was sampled from, as transformers does.
+    """
+
+    def sample(
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        counter: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        penalty: torch.Tensor,
+        seed: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.float()
+        if penalizing:
+            factor = penalty[slots][:, None]
+            penalized = torch.where(scores < 0, scores * factor, scores / factor)
+            scores = torch.where(seen[slots], penalized, scores)
+        best = scores.argmax(-1)
+        if not sampling:
+            return best, _chosen(torch.log_softmax(scores, -1), best)
+        heat = temperature[slots][:, None]
+        greedy = heat <= 0
+        scores = torch.where(greedy, scores, scores / torch.where(greedy, 1.0, heat))
+        if filtering:
+            scores = _filtered(scores, top_k[slots], top_p[slots][:, None], min_p[slots][:, None])
+        noise = _gumbel(seed[slots], counter, scores.shape[-1])
+        tokens = torch.where(greedy[:, 0], best, (scores + noise).argmax(-1))
+        return tokens, _chosen(torch.log_softmax(scores, -1), tokens)
+
+    return sample
+
+
+def _chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _filtered(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Scores with -inf for tokens that top-k, top-p or min-p leave out, in transformers' order."""
+    ordered = scores.sort(-1, descending=True).values
+    least = ordered.gather(-1, (top_k - 1)[:, None])
+    ordered = torch.where(ordered < least, -torch.inf, ordered)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    # The most likely token always stays: nothing comes before it.
+    keep = (before < top_p) & (probabilities >= min_p * probabilities[:, :1]) & (ordered > -torch.inf)
+    keep = keep | (torch.arange(scores.shape[-1], device=scores.device) == 0)
+    least = torch.where(keep, ordered, torch.inf).amin(-1, keepdim=True)
+    return torch.where(scores < least, -torch.inf, scores)
+
+
+def _gumbel(seed: torch.Tensor, counter: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """``[rows, vocabulary]`` standard Gumbel noise, a function of seed, counter and token alone.
+
+    The largest score with such noise is a sample of the softmax. No generator is advanced, so a request's tokens depend
+    neither on the batch that it runs in nor on the order of steps.
+    """
+    row = _mixed(seed * _GOLDEN + counter)[:, None]
+    bits = _mixed(row + torch.arange(vocabulary, device=seed.device) * _GOLDEN)
+    # 23 bits and a half are exact in float32: neither 0 nor 1 comes up.
+    uniform = (_shifted(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """A logical shift to the right of int64."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)

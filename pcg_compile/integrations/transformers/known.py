@@ -1,0 +1,53 @@
+"""What is known of a model that has ``attn_implementation="pcg"``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["NAME", "Known", "known_of", "outermost"]
+
+#: What to pass as ``attn_implementation``.
+NAME = "pcg"
+#: Where the module keeps it.
+_ATTRIBUTE = "pcg_known"
+
+
+class Known:
+    """What is known of one model.
+
+    Attributes:
+        config: the config of its text part, which names the attention that is used.
+        names: names of forward's parameters, in order.
+        proven: whether a trial has shown that the model computes with packed requests what it computes with one.
+        trying: whether a trial is running in some thread.
+        warned: whether a user was told that a mask costs a look at the device.
+        offset: where the model's own positions begin, which is added to the step's: RoBERTa's begin at padding_idx + 1.
+        layers: by ``layer_idx`` that the trial saw, key heads and elements a head.
+    """
+
+    def __init__(self, config: Any, names: tuple[str, ...]) -> None:
+        self.config, self.names = config, names
+        self.proven = self.trying = self.warned = False
+        self.offset = 0
+        self.layers: dict[int, tuple[int, int]] = {}
+
+    def keep(self, module: torch.nn.Module) -> None:
+        """Makes it what :func:`known_of` finds for a module."""
+        setattr(module, _ATTRIBUTE, self)
+
+
+def known_of(module: torch.nn.Module) -> Known | None:
+    """What is known of a module; None where it is no model, or never had ``attn_implementation="pcg"``."""
+    found = vars(module).get(_ATTRIBUTE)
+    return found if isinstance(found, Known) else None
+
+
+def outermost(module: Any) -> Any:
+    """The outermost model with ``attn_implementation="pcg"`` in a module (PEFT's, a compiled one), or None."""
+    for inner in module.modules():
+        known = known_of(inner)
+        if known is not None and known.config._attn_implementation == NAME:
+            return inner
+    return None

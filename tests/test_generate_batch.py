@@ -1,0 +1,317 @@
+"""generate_batch: every answer equals the request's generated alone, and every page comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import CONFIG, llama, save_with_peft
+
+import pcg_compile as pcg
+from pcg_compile.integrations import generation
+from pcg_compile.integrations.generation import Engine, Request, Sampling, Session, generate_batch
+from pcg_compile.integrations.generation.engine import attending_through_pcg
+from pcg_compile.integrations.generation.pages import PagePool
+from pcg_compile.integrations.generation.sampler import SamplingState, make_sampler
+from pcg_compile.integrations.transformers import cache_for
+
+GENERATOR = torch.Generator().manual_seed(0)
+LENGTHS = (5, 1, 40, 17, 3, 33, 16, 32, 21)
+PROMPTS = [torch.randint(3, 60, (n,), generator=GENERATOR).tolist() for n in LENGTHS] + [[7] * 20] * 3
+SMALL = {"max_batch_tokens": 32, "options": {"buckets": [4, 8, 16, 32]}}
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    made = llama("sdpa")
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
+    return made
+
+
+def tokens(outputs):
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def greedily(model, prompt, most):
+    with torch.no_grad():
+        return model.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def free_pages(model):
+    return generation.generate._ENGINES[model].cache.free_pages
+
+
+def all_pages(model):
+    return generation.generate._ENGINES[model].cache.num_pages - 1
+
+
+def test_greedy_equals_generate(model):
+    outputs = generate_batch(model, PROMPTS, max_new_tokens=12, **SMALL)
+    assert list(outputs) == [f"req_{i}" for i in range(len(PROMPTS))]
+    for prompt, output in zip(PROMPTS, outputs.values(), strict=True):
+        assert output.prompt_ids == prompt
+        assert output.generated_tokens == greedily(model, prompt, 12)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + output.generated_tokens])).logits[0].log_softmax(-1)
+        want = logprobs[len(prompt) - 1 : -1].gather(-1, torch.tensor(output.generated_tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-4, rtol=1e-4)
+    assert free_pages(model) == all_pages(model)
+    engine = generation.generate._ENGINES[model]
+    stats = pcg.stats(engine.forward)
+    assert stats.replays > 0 and stats.graphs == 1 and not stats.fallbacks, stats
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2, "temperature": 2.0},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_sampling_does_not_depend_on_the_company(model, settings):
+    seeds = list(range(100, 100 + len(PROMPTS)))
+    settings = {"do_sample": True, "max_new_tokens": 8, "top_k": None, **SMALL, **settings}
+    together = tokens(generate_batch(model, PROMPTS, seeds=seeds, **settings))
+    alone = [tokens(generate_batch(model, [p], seeds=[s], **settings))[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone
+    assert together != tokens(generate_batch(model, PROMPTS, seeds=[s + 1 for s in seeds], **settings))
+
+
+def test_a_full_cache_preempts_and_loses_nothing(model):
+    want = tokens(generate_batch(model, PROMPTS, max_new_tokens=30, **SMALL))
+    # The longest request alone needs 5 of these 7 pages.
+    assert tokens(generate_batch(model, PROMPTS, max_new_tokens=30, num_pages=8, **SMALL)) == want
+    assert free_pages(model) == all_pages(model) == 7
+
+
+def test_identical_prompts_share_their_pages(model):
+    prompt = PROMPTS[2]
+    computed = []
+    engine_forward = Session._ids
+
+    class Counting(Session):
+        def _ids(self, scheduled):
+            computed.append(int(scheduled.lengths.sum()))
+            return engine_forward(self, scheduled)
+
+    want = greedily(model, prompt, 6)
+    cache = cache_for(model.config, num_pages=64)
+    with attending_through_pcg(model), torch.no_grad():
+        engine = Engine(model, cache, 16, 64, {"compiler": "eager"})
+        with Counting(engine, 64) as session:
+            for i in range(8):
+                session.add(Request(f"r{i}", i, prompt, 6, Sampling()))
+            list(session.run())
+            assert all(request.generated == want for request in session.requests.values())
+    # The first computes 40 tokens; each other one shares two full pages and copies 7 tokens of the third.
+    # As the number of tokens is known, no step runs that nobody needs.
+    assert sum(computed) == 40 + 7 * 1 + 8 * 5
+    assert cache.free_pages == 63
+
+
+def test_samples_of_one_prompt(model):
+    outputs = generate_batch(
+        model, PROMPTS[:3], do_sample=True, num_return_sequences=3, max_new_tokens=5, seeds=list(range(9)), **SMALL
+    )
+    assert list(outputs)[:4] == ["req_0_0", "req_0_1", "req_0_2", "req_1_0"]
+    assert len({tuple(t) for t in tokens(outputs)}) > 3
+
+
+def test_end_tokens_and_stop_strings(model):
+    class Tokenizer:
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    long = greedily(model, PROMPTS[0], 12)
+    cut = long.index(long[4])
+    assert tokens(generate_batch(model, PROMPTS[:1], max_new_tokens=12, eos_token_id=long[4], **SMALL)) == [
+        long[: cut + 1]
+    ]
+    stop = f"{long[2]} {long[3]}"
+    (found,) = tokens(
+        generate_batch(model, PROMPTS[:1], max_new_tokens=12, stop_strings=[stop], tokenizer=Tokenizer(), **SMALL)
+    )
+    assert found == long[: len(found)] and Tokenizer().decode(found).endswith(stop)
+    assert free_pages(model) == all_pages(model)
+
+
+def test_streams_and_cancels(model):
+    seen: dict[str, list] = {}
+
+    def streamer(name, token):
+        seen.setdefault(name, []).append(token)
+        return not (name == "req_1" and len(seen[name]) == 3)
+
+    outputs = generate_batch(model, PROMPTS[:4], max_new_tokens=9, streamer=streamer, **SMALL)
+    assert len(outputs["req_1"].generated_tokens) == 3
+    for name, output in outputs.items():
+        assert seen[name] == [*output.generated_tokens, None]
+    assert free_pages(model) == all_pages(model)
+
+
+def test_a_streamer_that_raises_fails_its_request_alone(model):
+    want = tokens(generate_batch(model, PROMPTS[:4], max_new_tokens=9, **SMALL))
+
+    def streamer(name, token):
+        if name == "req_2":
+            raise RuntimeError("broken pipe")
+
+    with pytest.raises(pcg.errors.GenerationError, match="prompt 2 failed: RuntimeError: broken pipe") as caught:
+        generate_batch(model, PROMPTS[:4], max_new_tokens=9, streamer=streamer, **SMALL)
+    outputs = tokens(caught.value.outputs)
+    assert [outputs[i] for i in (0, 1, 3)] == [want[i] for i in (0, 1, 3)]
+    assert caught.value.outputs["req_2"].error == "RuntimeError: broken pipe"
+    assert free_pages(model) == all_pages(model)
+
+
+def test_an_error_in_a_step_fails_its_requests_alone(model):
+    want = greedily(model, PROMPTS[0], 4)
+    cache = cache_for(model.config, num_pages=16)
+    with attending_through_pcg(model), torch.no_grad():
+        engine = Engine(model, cache, 8, 8, {"compiler": "eager"})
+        with Session(engine, 64) as session:
+            session.add(Request("bad", 0, [59] * 5, 4, Sampling()))
+            forward, engine.forward = engine.forward, lambda *args: (_ for _ in ()).throw(RuntimeError("no memory"))
+            list(session.run())
+            engine.forward = forward
+            session.add(Request("good", 1, PROMPTS[0], 4, Sampling()))
+            list(session.run())
+            assert str(session.requests["bad"].error) == "no memory"
+            assert session.requests["good"].generated == want
+    assert cache.free_pages == 15
+
+
+def test_weights_updated_in_place_are_used_at_once(model):
+    first = tokens(generate_batch(model, PROMPTS[:2], max_new_tokens=6, **SMALL))
+    forward = generation.generate._ENGINES[model].forward
+    captured = pcg.stats(forward).captured
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=GENERATOR) * 0.2)
+    second = tokens(generate_batch(model, PROMPTS[:2], max_new_tokens=6, **SMALL))
+    assert second != first and second == [greedily(model, p, 6) for p in PROMPTS[:2]]
+    assert pcg.stats(forward).captured == captured
+
+
+def test_an_adapter_for_each_request(model, tmp_path):
+    targets = ["q_proj", "v_proj"]
+    pool = pcg.lora.AdapterPool(model, max_adapters=1, max_rank=8, target_modules=targets)
+    for name in ("a", "b"):
+        pool.load(name, save_with_peft(tmp_path / name, llama("sdpa"), r=4, lora_alpha=16, target_modules=targets))
+    mix = ["a", None, "b", "a", "b"]
+    together = tokens(generate_batch(model, PROMPTS[:5], max_new_tokens=6, adapters=mix, **SMALL))
+    alone = [
+        tokens(generate_batch(model, [p], max_new_tokens=6, adapters=[a], **SMALL))[0]
+        for p, a in zip(PROMPTS, mix, strict=False)
+    ]
+    assert together == alone
+    assert together[1] == greedily(llama("sdpa"), PROMPTS[1], 6)
+    with pytest.raises(pcg.errors.OptionsError, match="prompt 1 names the adapter 'nobody'"):
+        generate_batch(model, PROMPTS[:2], adapters=[None, "nobody"], **SMALL)
+
+
+def test_the_model_is_as_before(model):
+    model.train()
+    generate_batch(model, PROMPTS[:2], max_new_tokens=2, **SMALL)
+    assert model.training and model.config._attn_implementation == "sdpa" and model.config.use_cache
+    loss = model(torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_accelerate_gives_a_model_the_method(model):
+    assert pcg.integrations.generation.accelerate(model, max_batch_tokens=32) is model
+    config = model.generation_config
+    config.max_new_tokens = 4
+    outputs = model.generate_batch(
+        [PROMPTS[0]], generation_config=config, continuous_batching_config=None, progress_bar=False
+    )
+    assert tokens(outputs) == [greedily(model, PROMPTS[0], 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"prompts": [[3], []]}, "prompt 1 is empty"),
+        ({"prompts": [[3], [4, 99]]}, "prompt 1 is no list of token ids"),
+        ({"prompts": ["text"]}, "prompt 0 is no list of token ids"),
+        ({"max_new_tokens": 10_000}, "prompt 0 has 5 tokens and wants 10000 more; the model takes 2048"),
+        ({"max_new_tokens": 64, "num_pages": 3}, "prompt 0 has 5 tokens and wants 64 more; the cache holds 32"),
+        ({"num_beams": 4}, "does not support num_beams=4"),
+        ({"beams": 4}, "does not know beams"),
+        ({"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
+        ({"stop_strings": [""], "tokenizer": object()}, "a stop string is empty"),
+        ({"adapters": ["a", "b"]}, "adapters has 2 entries for 1 prompts"),
+        ({"adapters": ["a"]}, "prompt 0 names the adapter 'a', which is not loaded"),
+        ({"seeds": [1, 2]}, "seeds has 2 entries for 1 results"),
+        ({"streamer": 3}, "the streamer is a int"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_input_is_refused_before_anything_runs(model, arguments, text):
+    arguments = {"prompts": PROMPTS[:1], **SMALL, **arguments}
+    with pytest.raises(pcg.errors.OptionsError, match=text.replace("(", r"\(")):
+        generate_batch(model, arguments.pop("prompts"), **arguments)
+    assert model.config._attn_implementation == "sdpa"
+    assert tokens(generate_batch(model, PROMPTS[:1], max_new_tokens=3, **SMALL)) == [greedily(model, PROMPTS[0], 3)]
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_draws_from_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    rows = 20_000
+    state = SamplingState.empty(1, torch.device("cpu"))
+    state.temperature.fill_(0.8), state.top_k.fill_(3), state.top_p.fill_(1), state.penalty.fill_(1)
+    sample = make_sampler(True, True, False)
+    found, logprobs = sample(
+        logits.expand(rows, 4), torch.zeros(rows, dtype=torch.long), torch.arange(rows), state.temperature, state.top_k,
+        state.top_p, state.min_p, state.penalty, state.seed, state.seen,
+    )  # fmt: skip
+    want = (logits[0, :3] / 0.8).softmax(-1)
+    shares = torch.bincount(found, minlength=4) / rows
+    assert shares[3] == 0
+    torch.testing.assert_close(shares[:3], want, atol=0.015, rtol=0)
+    torch.testing.assert_close(logprobs.exp(), want[found])
+
+
+def test_filters_equal_transformers():
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    from pcg_compile.integrations.generation.sampler import _filtered
+
+    torch.manual_seed(0)
+    for top_k, top_p, min_p in ((5, 1.0, 0.0), (50, 0.7, 0.0), (50, 1.0, 0.3), (7, 0.8, 0.1), (1, 1.0, 0.0)):
+        scores = torch.randn(40, 50) * 3
+        want = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores))
+        want = MinPLogitsWarper(min_p)(None, want) if min_p else want
+        rows = torch.ones(40)
+        got = _filtered(scores, (rows * top_k).long(), rows[:, None] * top_p, rows[:, None] * min_p)
+        assert torch.equal(got, want), (top_k, top_p, min_p)
+
+
+def test_pages_are_counted_and_evicted():
+    cache = cache_for(CONFIG, num_pages=6, page_size=4)
+    pool = PagePool(cache)
+    tokens = list(range(10))
+    first = [pool.take() for _ in range(3)]
+    node = pool.match(tokens, None).node
+    for i in range(2):
+        node = pool.publish(node, first[i], tokens[4 * i : 4 * i + 4])
+    pool.publish_partial(node, first[2], tokens[8:])
+    match = pool.match([*tokens, 50], None)
+    assert match.pages == first[:2] and (match.source, match.copied, match.tokens) == (first[2], 2, 10)
+    assert pool.match([*tokens, 50], "adapter").pages == []
+    pool.release(first), pool.release(match.pages)
+    assert pool.available == 5
+    again = pool.match(tokens, None)
+    assert again.pages == first[:2] and again.source is None
+    pool.release(again.pages)
+    assert len({pool.take() for _ in range(5)}) == 5 and pool.take() is None
+    pool.close()
+    assert cache.free_pages == 5
