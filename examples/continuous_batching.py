@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pcg_compile as pcg
-from pcg_compile.integrations.generation import generate_batch
+from pcg_compile.integrations.transformers import generate_batch
 
 VOCABULARY = 1000
 TARGETS = ["q_proj", "v_proj"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any as _Any
+
 from . import builtin_ops as builtin_ops  # registers the split ops that need no registration
-from . import errors, lora
+from . import errors, integrations, lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
 from .batch import Batch, step
@@ -19,6 +21,18 @@ from .torch_internals import ensure_backend as _ensure_backend
 from .version import __version__
 from .warmup import warmup
 
+
+def accelerate(model: _Any, **defaults: _Any) -> _Any:
+    """Gives a model of transformers a ``generate_batch`` that runs on captured graphs; returns the model.
+
+    See :func:`pcg_compile.integrations.transformers.generate_batch`, whose keyword arguments ``defaults`` are.
+
+    Raises:
+        OptionsError: the model cannot generate.
+    """
+    return integrations.transformers.accelerate(model, **defaults)
+
+
 __all__ = [
     "Batch",
     "BucketStats",
@@ -28,12 +42,14 @@ __all__ = [
     "Report",
     "Stats",
     "__version__",
+    "accelerate",
     "capture_guard",
     "check",
     "dump",
     "errors",
     "expect",
     "explain",
+    "integrations",
     "lora",
     "piecewise",
     "register_row_rule",

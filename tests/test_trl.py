@@ -42,7 +42,8 @@ def test_grpo(tmp_path):
     model.config.pad_token_id, model.config.eos_token_id = 0, 1
     before = model.lm_head.weight.detach().clone()
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=8,
         use_transformers_continuous_batching=True, use_cpu=True, bf16=False, report_to=[], learning_rate=1e-2,
         save_strategy="no", disable_tqdm=True,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .. import transformers as _transformers  # noqa: F401 - registers attn_implementation="pcg"
 from .engine import Engine, Session
 from .generate import accelerate, generate_batch
 from .scheduler import Request, Sampling

@@ -330,6 +330,9 @@ def routers_of(model: Any) -> list[Any]:
 @contextmanager
 def attending_through_pcg(model: Any) -> Iterator[None]:
     """The model attends through pcg and is in eval mode inside; afterwards everything is as it was."""
+    from ..transformers.known import outermost
+    from ..transformers.trial import prove
+
     config = model.config.get_text_config()
     before, use_cache = model.config._attn_implementation, config.use_cache
     training = [module for module in model.modules() if module.training]
@@ -337,6 +340,8 @@ def attending_through_pcg(model: Any) -> Iterator[None]:
         if before != "pcg":
             model.set_attn_implementation("pcg")
         model.eval()
+        # Ahead of the first trace: a model is tried outside of graphs.
+        prove(outermost(model))
         yield
     finally:
         if before != "pcg":

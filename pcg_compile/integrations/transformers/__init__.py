@@ -24,13 +24,14 @@ import transformers
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 
+from ..generation import accelerate, generate_batch
 from .attention import attention
 from .caches import cache_for
 from .early import prepare
 from .known import NAME
 from .masks import read_mask
 
-__all__ = ["NAME", "attention", "cache_for"]
+__all__ = ["NAME", "accelerate", "attention", "cache_for", "generate_batch"]
 
 
 def _prepare_after(check: Any) -> Any:

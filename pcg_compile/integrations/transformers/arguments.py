@@ -21,8 +21,8 @@ _LOG = logging.getLogger("pcg_compile")
 _CACHES = ("past_key_values", "cache", "cache_params")
 #: What to do instead of calling generate(), which knows nothing of steps.
 _GENERATE = (
-    "generate() makes no steps: call the model once a token in a step of its own, as examples/continuous_batching.py "
-    'does, or generate with model.set_attn_implementation("sdpa").'
+    "generate() makes no steps: write pcg_compile.integrations.transformers.generate_batch(model, prompts), or "
+    'generate with model.set_attn_implementation("sdpa").'
 )
 #: What Dynamo says under fullgraph=True.
 _OUTSIDE = (
