@@ -115,6 +115,9 @@ def _small(kind: Any, own: dict[str, Any]) -> Any:
     names = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "attribute_map", {}))
     names |= set(getattr(kind, "__dataclass_fields__", {}))
     fields = {name: value for name, value in SMALL.items() if name in names}
+    if {"kv_lora_rank", "qk_rope_head_dim", "num_key_value_heads"} <= names:
+        # Latent attention has a key for each query head.
+        fields["num_key_value_heads"] = SMALL["num_attention_heads"]
     parts = getattr(kind, "sub_configs", None) or {}
     for name, part in parts.items():
         # Where any config may stand, the default says which.

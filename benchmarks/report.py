@@ -256,6 +256,7 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "throughput": _throughput,
     "tensor_parallel": _tensor_parallel,
     "soak": lambda rows: [],
+    "attention": lambda rows: [],
     "lora": _lora,
     "lora_kernels": _lora_kernels,
 }

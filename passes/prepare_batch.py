@@ -12,7 +12,7 @@ becomes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,7 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     rewriter.ahead_of_all(calls[0], torch.ops.pcg.prepare_batch.default, rewriter.tokens, encoded)
     context.notes.append(
         f"pcg::prepare_batch ahead of {len(calls)} attention layers: {len(shapes)} distinct shapes to plan a step"
+        + rewriter.computed_by(shapes)
     )
     return rewriter.done()
 
@@ -147,6 +148,14 @@ class _Attention(Rewriter):
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
         return text
+
+    def computed_by(self, shapes: Iterable[str]) -> str:
+        """What computes attention in the step's cache, and why it is not something faster."""
+        if self.cache is None:
+            return ""
+        names = sorted({type(self.cache.impl(text)).__name__ for text in shapes})
+        reasons = sorted({self.cache.reasons[text] for text in shapes if text in self.cache.reasons})
+        return f", by {' and '.join(names)}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def _cache_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
         # Traced by pcg.check() outside a step, any number of slots does.

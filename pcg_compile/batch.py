@@ -121,6 +121,27 @@ class Batch:
         batch._finish(tokens)
         return batch
 
+    def advance(self) -> Batch:
+        """The decode step that follows: the same requests on the same pages, each with one more token.
+
+        Nothing is read from lists. A request whose pages are full is a ``BatchError`` when the step is entered: give
+        every request pages to spare, or make a new batch then.
+
+        Raises:
+            BatchError: adapters given as a tensor of slots, where a request has several tokens.
+        """
+        batch = Batch.__new__(Batch)
+        batch._qo = np.ones(self.num_requests, dtype=np.int64)
+        batch._kv = self._kv + 1
+        batch._pages, batch._spans = self._pages, None
+        batch._finish(self.num_requests)
+        batch.adapters = self.adapters
+        if isinstance(self.adapters, torch.Tensor) and self.num_tokens != self.num_requests:
+            raise BatchError(
+                message("the adapters of the next step are unknown", why="The tensor of slots has one for each token.")
+            )
+        return batch
+
     def __repr__(self) -> str:
         return f"Batch({self.num_requests} requests, {self.num_tokens} tokens)"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -148,8 +148,6 @@ class StepState:
         prepared = self._written(bucket, bucket, entries)
         if not prepared.static:
             raise DoesNotFit("the page tables are longer than the cache has pages")
-        if self.longest is not None:
-            prepared.longest = self.longest
         for shape in shapes:
             self._planned(prepared, shape)
         return tuple(impl.capture_key(prepared) for impl in impls)
@@ -168,6 +166,15 @@ class StepState:
             cache.impl(shape).enqueue(plan)
         return plan
 
+    def each_kind(self, tokens: int) -> Iterator[None]:
+        """Has the step look like one of short requests, then like one of long ones: attention has kernels for both."""
+        # So many tokens are not all of short requests.
+        shortest = max(1, tokens // (2 * self.require_cache().max_requests))
+        for longest in dict.fromkeys((shortest, tokens)):
+            self.longest, self.prepared = longest, None
+            yield
+        self.longest = self.prepared = None
+
     def enqueue_again(self) -> None:
         """Has plans do their work on the device once more: what is captured or replayed now must hold it."""
         if self.prepared is not None:
@@ -181,6 +188,8 @@ class StepState:
             if bucket < rows:
                 raise BatchError(f"the batch has {rows} tokens, the bucket {bucket}")
             prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size, slots), bucket)
+            if self.longest is not None:
+                prepared.longest = self.longest
         return prepared
 
     def _planned(self, prepared: Prepared, shape: str) -> Any:

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 OF_MODULES = {name: options for name, options in FEATURES.items() if "tiling" not in options and "spans" not in options}
 #: Where the interpreter is slow: what passes tensors of its own to the kernels.
 IN_SHORT = ("causal", "sinks and a window", "alibi", "fp8, softcap, window", "values of another size")
-SMALL_LENGTHS = {} if CUDA else {"longest": 40, "prompt": 20}
+SMALL_LENGTHS = {} if CUDA else {"longest": 30, "prompt": 12}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _fresh():
 @pytest.mark.skipif(CUDA or INTERPRETED or sys.platform != "linux", reason="the kernels run as they are")
 def test_this_file_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -177,7 +177,8 @@ def test_groups_of_tokens_see_each_other(backend, mode):
         scores = torch.einsum("qhd,kd->hqk", x, x[:, 0]) * 16**-0.5
         weights = torch.softmax(scores.masked_fill(~seen.to(DEVICE), -torch.inf), -1)
         torch.testing.assert_close(got, torch.einsum("hqk,kd->qhd", weights, x[:, 1]), rtol=1e-4, atol=1e-4)
-    assert not pcg.stats(compiled).fallbacks
+    # On a GPU plain PyTorch plans on the host.
+    assert backend == "reference" or not pcg.stats(compiled).fallbacks
 
 
 def test_groups_that_make_no_sense():
@@ -277,3 +278,15 @@ def test_sinks_and_slopes_are_state_of_the_module():
     assert [n for n, _ in attention.named_buffers()] == ["alibi_slopes"]
     assert attention.sinks is sinks and (attention.chunk, attention.causal, attention.v_head_dim) == (8, False, 16)
     assert "chunk=8" in repr(attention) and "causal=False" in repr(attention) and "sinks" in repr(attention)
+
+
+def test_explain_says_what_computes_attention():
+    cache = PagedKVCache(1, 8, 4, num_kv_heads=2, head_dim=16)
+    attention = PagedAttention(0, 4, 2, 16)
+
+    def forward(x):
+        return attention(x, x[:, :2] * 1, x[:, 2:] * 1) * 1
+
+    compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[8])(forward)
+    with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
+        assert "by ReferenceAttention" in str(pcg.explain(compiled, torch.randn(3, 4, 16)))

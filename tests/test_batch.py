@@ -438,3 +438,21 @@ def test_a_step_inside_a_compiled_function(made, dynamic):
         want = run(x, batch, n)
         torch.testing.assert_close(compiled(x, batch, n), want)
         assert current_step() is None and torch.is_grad_enabled()
+
+
+def test_advance_is_the_next_decode_step():
+    """As a new batch from lists would be, until a request has no room; prompts and adapters included."""
+    tables = [[3, 1], [4, 2, 7]]
+    batch = Batch([5, 2], [5, 9], tables, adapters=["a", None])
+    for step_ahead in range(1, 4):
+        batch = batch.advance()
+        fresh = Batch([1, 1], [5 + step_ahead, 9 + step_ahead], tables, adapters=["a", None])
+        assert (batch.qo_lens, batch.kv_lens, batch.num_tokens) == (fresh.qo_lens, fresh.kv_lens, fresh.num_tokens)
+        assert batch.adapters == fresh.adapters
+        for bucket in (2, 5):
+            one, other = batch.padded(bucket, 4, 6), fresh.padded(bucket, 4, 6)
+            assert one.flat.tolist() == other.flat.tolist() and one.slots.tolist() == other.slots.tolist()
+    with pytest.raises(BatchError, match="request 0 has 2 pages and needs 3"):
+        batch.advance().tables(4)
+    with pytest.raises(BatchError, match="adapters of the next step"):
+        Batch([2], [2], [[1]], adapters=torch.zeros(2, dtype=torch.int32)).advance()

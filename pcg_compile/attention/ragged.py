@@ -55,7 +55,7 @@ class Tiling:
 @functools.cache
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` when they were first imported)."""
-    return not hasattr(attend, "cache_hook") and type(attend).__name__ == "InterpretedFunction"
+    return type(attend).__name__ == "InterpretedFunction"
 
 
 @functools.cache
@@ -225,7 +225,7 @@ class RaggedAttention:
             BLOCK=128, num_warps=4 if requests <= 1024 else 8,
         )  # fmt: skip
 
-    def attend(
+    def arguments(
         self,
         items: Schedule,
         q: torch.Tensor,
@@ -241,11 +241,8 @@ class RaggedAttention:
         k_scales: torch.Tensor | None = None,
         v_scales: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
-    ) -> Launch | None:
-        """Attends. Can be captured.
-
-        Returns:
-            What launches the same kernel again; None under the interpreter.
+    ) -> tuple[Any, ...]:
+        """What the kernel takes, in order.
 
         Args:
             q: ``[rows, num_heads, head_dim]``. out: ``[rows, num_heads, v_head_dim]``. Last dimensions contiguous.
@@ -261,7 +258,7 @@ class RaggedAttention:
             "FP8": k_scales is not None, "ALIKE": k_cache.stride()[:3] == v_cache.stride()[:3],
             "WIDE": is_interpreted() and q.dtype == torch.bfloat16,
         }  # fmt: skip
-        args = (
+        return (
             q, k_cache, v_cache, out, lse if lse is not None else rest, items.items, kv_indices,
             spans if spans is not None else rest, sinks if sinks is not None else rest,
             slopes if slopes is not None else rest, k_scales if k_scales is not None else rest,
@@ -270,7 +267,15 @@ class RaggedAttention:
             k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), out.stride(0), out.stride(1),
             lse.stride(0) if lse is not None else 0, *(constants[name] for name in _CONSTANTS),
         )  # fmt: skip
+
+    def attend(self, items: Schedule, *args: Any, **kwargs: Any) -> Launch | None:
+        """Attends, with what :meth:`arguments` takes. Can be captured.
+
+        Returns:
+            What launches the same kernel again; None under the interpreter.
+        """
+        every = self.arguments(items, *args, **kwargs)
         grid = (items.most * self.num_kv_heads, 1, 1)
-        compiled = attend[grid](*args, num_warps=self.tiling.warps, num_stages=self.tiling.stages)
+        compiled = attend[grid](*every, num_warps=self.tiling.warps, num_stages=self.tiling.stages)
         # The interpreter compiles nothing.
-        return None if compiled is None else Launch(compiled, self.num_kv_heads, args)
+        return None if compiled is None else Launch(compiled, self.num_kv_heads, every)

@@ -150,8 +150,12 @@ def _find_whole(b: Building) -> None:
 
 
 def _is_full_by_default(b: Building) -> bool:
-    """Whether "auto" takes one CUDA graph a step without a measurement; on a CPU a replay runs the same calls."""
-    return b.shared.device.type == "cuda" and b.shared.agreement is None
+    """Whether "auto" takes one CUDA graph a step without a measurement.
+
+    An op of someone else's is compared with pieces first, by warm-up. On a CPU a replay runs the same calls.
+    """
+    ours = all(site.op.own_metadata for site in b.plan.sites if isinstance(site, CallSite))
+    return ours and b.shared.device.type == "cuda" and b.shared.agreement is None
 
 
 def _is_recorded(b: Building, site: PieceSite) -> bool:

@@ -207,6 +207,13 @@ def _record_bucket(
         if program.complete:
             if doubtful and not _pays(graph, binding, program, bucket, args, step):
                 return True
+            if step is not None and step.cache is not None and graph.shared.device.type == "cuda":
+                # Kernels that a kind of batch needs are compiled now, not while serving.
+                replays = graph.shared.counters.replays
+                program.start(args)
+                for _ in step.each_kind(tokens):
+                    program.run_pieces()
+                graph.shared.counters.replays = replays
             if program.whole is not None and _may_record_whole(graph, program.whole):
                 program.start(args)
                 program.whole.warm_up(program.run_pieces)

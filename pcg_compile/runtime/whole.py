@@ -215,13 +215,12 @@ class WholeStep:
         ``between_pieces`` runs the same step piece by piece.
         """
         step, counters = current_step(), self.shared.counters
-        # Of decode requests, and of prompts.
-        lengths = [1, self.at_tokens()] if step is not None and step.cache is not None else [None]
-        replays = counters.replays
-        if not self._agrees(step, lengths[-1], between_pieces):
-            self.wanted, lengths = False, []
+        paged = step is not None and step.cache is not None
+        longest, replays = self.at_tokens() if paged else None, counters.replays
+        if not self._agrees(step, longest, between_pieces):
+            self.wanted = False
         elif self.wanted is None or self.measure:
-            _set_longest(step, lengths[-1])
+            _set_longest(step, longest)
             full = seconds_of(step, self.run, self.shared.device)
             _set_longest(step, None)
             between = seconds_of(step, between_pieces, self.shared.device)
@@ -229,12 +228,14 @@ class WholeStep:
             chosen = "full" if self.wanted else "piecewise"
             times = f"full {1e3 * full:.2f} ms, piecewise {1e3 * between:.2f} ms"
             counters.bucket(self.name).attention = f"{chosen} ({times})"
-        for longest in lengths if self.wanted else ():
-            _set_longest(step, longest)
-            self.run()
+        _set_longest(step, None)
         if not self.wanted:
             self.recordings.clear()
-        _set_longest(step, None)
+        elif step is not None and paged:
+            for _ in step.each_kind(self.at_tokens()):
+                self.run()
+        else:
+            self.run()
         counters.replays = replays
 
     def _agrees(self, step: Any, longest: int | None, between_pieces: Callable[[], Any]) -> bool:

@@ -29,7 +29,8 @@ def attention(
     """Paged attention as transformers calls it.
 
     Args:
-        query: ``[1, heads, tokens, head_dim]``. key, value: ``[1, kv_heads, tokens, head_dim]``, the new tokens only.
+        query: ``[1, heads, tokens, head_dim]``. key, value: ``[1, kv_heads, tokens, head_dim]``, the new tokens only;
+            values may have heads of another size, as with latent attention.
         attention_mask: what the mask function made (:class:`Sees`). It alone decides what a token sees, as in
             transformers' own eager attention: a model may pass a ``sliding_window`` that its mask does not have, or
             have one that it does not pass.
@@ -39,7 +40,7 @@ def attention(
 
     Raises:
         BatchError: requests in rows instead of packed, a mask of the caller's, a cache of transformers', dropout,
-            sinks, attention that is not causal or not over the tokens themselves.
+            a bias, attention that is not causal or not over the tokens themselves.
     """
     # Each look at a shape takes Dynamo some 3 ms, in every layer of a model.
     of_query, of_key, of_value = query.shape, key.shape, value.shape
@@ -52,13 +53,20 @@ def attention(
     heads, kv_heads, head_dim = of_query[1], of_key[1], of_query[3]
     # The transposes first: they undo those of the model, so that Inductor need not ask whether there are two tokens.
     q, k, v = query.transpose(1, 2)[0], key.transpose(1, 2)[0], value.transpose(1, 2)[0]
+    v_head_dim = of_value[3]
     if of_key != of_value or of_key[3] != head_dim or not q.dtype == k.dtype == v.dtype:
-        check_qkv(q, k, v, heads, kv_heads, head_dim)
+        check_qkv(q, k, v, heads, kv_heads, head_dim, v_head_dim)
     farthest = attention_mask.farthest
     window = None if farthest is None else farthest + 1
     scale = head_dim**-0.5 if scaling is None else float(scaling)
-    shape = encode_shape(heads, kv_heads, head_dim, window, None if softcap is None else float(softcap), scale, q.dtype)
-    return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape).unsqueeze(0), None
+    cap, sinks = None if softcap is None else float(softcap), kwargs.get("s_aux")
+    shape = encode_shape(
+        heads, kv_heads, head_dim, window, cap, scale, q.dtype,
+        v_head_dim=None if v_head_dim == head_dim else v_head_dim, extras="" if sinks is None else "s",
+    )  # fmt: skip
+    if sinks is None:
+        return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape).unsqueeze(0), None
+    return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape, sinks).unsqueeze(0), None
 
 
 def _why_not_paged(
@@ -90,14 +98,10 @@ def _why_not_paged(
         return f"{name} is not causal; paged attention is"
     if dropout and attention_mask.trial is None:
         return message(f"{name} has a dropout of {dropout}", why="Serving has none.", cure="Write: model.eval()")
-    for extra in ("s_aux", "position_bias"):
-        if kwargs.get(extra) is not None:
-            return f"{name} passes {extra}, which paged attention does not have"
-    if value[3] != query[3] or key[3] != query[3]:
-        return (
-            f"{name} has queries of {query[3]}, keys of {key[3]} and values of {value[3]} elements a head; "
-            "they must agree"
-        )
+    if kwargs.get("position_bias") is not None:
+        return f"{name} passes position_bias, which paged attention does not have"
+    if key[3] != query[3]:
+        return f"{name} has queries of {query[3]} and keys of {key[3]} elements a head; they must agree"
     if getattr(module, "layer_idx", None) is None:
         return f"{name} has no layer_idx, so that its place in the cache is unknown"
     return None

@@ -38,7 +38,7 @@ def cache_for(
             elements a head, one that packed requests would get wrong numbers from.
     """
     config = getattr(model, "config", model).get_text_config()
-    layers: dict[int, tuple[int, int]] = {}
+    layers: dict[int, tuple[int, int, int]] = {}
     if isinstance(model, torch.nn.Module):
         parameter = next(model.parameters())
         dtype, device = dtype or parameter.dtype, device if device is not None else parameter.device
@@ -46,10 +46,10 @@ def cache_for(
     if layers:
         number, shapes = max(layers) + 1, sorted(set(layers.values()))
         if len(shapes) > 1:
-            raise OptionsError(_differ(config, "keys of " + " and ".join(f"{h} heads of {d}" for h, d in shapes)))
-        ((kv_heads, head_dim),) = shapes
+            raise OptionsError(_differ(config, "keys of " + " and ".join(f"{h} heads of {d}" for h, d, _ in shapes)))
+        ((kv_heads, head_dim, v_head_dim),) = shapes
     else:
-        number, kv_heads, head_dim = _by_config(config)
+        number, kv_heads, head_dim, v_head_dim = _by_config(config)
     return PagedKVCache(
         number,
         num_pages,
@@ -57,12 +57,13 @@ def cache_for(
         max_requests,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        v_head_dim=v_head_dim,
         dtype=dtype or getattr(config, "dtype", None),
         device=device,
     )
 
 
-def _layers_of(model: torch.nn.Module) -> dict[int, tuple[int, int]]:
+def _layers_of(model: torch.nn.Module) -> dict[int, tuple[int, int, int]]:
     served = outermost(model)
     if served is None or any(parameter.is_meta for parameter in served.parameters()):
         return {}
@@ -71,15 +72,16 @@ def _layers_of(model: torch.nn.Module) -> dict[int, tuple[int, int]]:
     return known.layers if known is not None else {}
 
 
-def _by_config(config: Any) -> tuple[int, int, int]:
-    """Layers, key heads and elements a head, as far as a config tells."""
+def _by_config(config: Any) -> tuple[int, int, int, int]:
+    """Layers, key heads, elements of a key's and of a value's, as far as a config tells."""
     heads = _field(config, "num_attention_heads")
     if heads is None:
         raise OptionsError(f"{type(config).__name__} has no num_attention_heads, so that there is nothing to cache")
     kv_heads = _field(config, "num_key_value_heads") or heads
     # With latent attention, config.head_dim is its rotary part.
-    head_dim = _field(config, "qk_head_dim") or _field(config, "head_dim") or config.hidden_size // heads
-    return config.num_hidden_layers, kv_heads, head_dim
+    latent = _field(config, "qk_head_dim")
+    head_dim = latent or _field(config, "head_dim") or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim, (latent and _field(config, "v_head_dim")) or head_dim
 
 
 def _field(config: Any, name: str) -> Any:

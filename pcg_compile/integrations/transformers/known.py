@@ -24,14 +24,14 @@ class Known:
         trying: whether a trial is running in some thread.
         warned: whether a user was told that a mask costs a look at the device.
         offset: where the model's own positions begin, which is added to the step's: RoBERTa's begin at padding_idx + 1.
-        layers: by ``layer_idx`` that the trial saw, key heads and elements a head.
+        layers: by ``layer_idx`` that the trial saw, key heads, and elements of a key's and of a value's.
     """
 
     def __init__(self, config: Any, names: tuple[str, ...]) -> None:
         self.config, self.names = config, names
         self.proven = self.trying = self.warned = False
         self.offset = 0
-        self.layers: dict[int, tuple[int, int]] = {}
+        self.layers: dict[int, tuple[int, int, int]] = {}
 
     def keep(self, module: torch.nn.Module) -> None:
         """Makes it what :func:`known_of` finds for a module."""

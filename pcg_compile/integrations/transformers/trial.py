@@ -9,7 +9,7 @@ few calls of the model do, with an attention that mixes no tokens:
 * others at late positions: the same numbers, or rotary frequencies follow the longest request;
 * others' results not a number: finite, or tokens mix elsewhere (a convolution, a state, attention of its own);
 * transformers' own attention function of the layer, on the same queries and keys: the same numbers, or it has more to
-  it (a bias, sinks) than it says.
+  it (a bias) than it says.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Call:
     layer: int
     kv_heads: int
     head_dim: int
+    v_head_dim: int
     sees: tuple[int | None, int | None]
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -87,7 +88,7 @@ class Trial:
         if query.shape[1] % key.shape[1]:
             raise BatchError(f"{type(module).__name__} has {query.shape[1]} query heads for {key.shape[1]} key heads")
         limits = (sees.nearest, sees.farthest)
-        self.calls.append(Call(layer, key.shape[1], key.shape[3], limits, (query, key, value)))
+        self.calls.append(Call(layer, key.shape[1], key.shape[3], value.shape[3], limits, (query, key, value)))
         if self.compare and not query.is_meta:
             _compare(module, query.shape[1], key.shape[1], query.shape[3], sees.farthest, scaling, options)
         result = value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2).contiguous()
@@ -128,7 +129,11 @@ def _compare(
     softcap = options.get("softcap")
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(unseen, -torch.inf), -1)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    sinks = options.get("s_aux")
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(1, heads, _TOKENS, 1)], -1)
+    weights = torch.softmax(scores, -1)[..., :_TOKENS]
     ours = (weights @ v.repeat_interleave(heads // kv_heads, 1)).transpose(1, 2)
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
         raise BatchError(f"{type(module).__name__} computes more than softmax(q k) v, and does not say what")
@@ -164,9 +169,9 @@ def refused(name: str, reason: str) -> str:
 
 @dataclass
 class Seen:
-    """What a trial has shown: key heads and elements a head by layer, and where positions begin."""
+    """What a trial has shown: key heads, and elements of a key's and of a value's, by layer; where positions begin."""
 
-    layers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     offset: int = 0
 
 
@@ -187,7 +192,7 @@ def refusal(model: Any, structure: bool = False) -> tuple[str | None, Seen]:
         runs.run(first, runs.straight)
         if not first.calls:
             return f"{name} computes attention by itself, whatever attn_implementation says.", seen
-        seen.layers = {call.layer: (call.kv_heads, call.head_dim) for call in first.calls}
+        seen.layers = {call.layer: (call.kv_heads, call.head_dim, call.v_head_dim) for call in first.calls}
         if structure:
             return None, seen
         offset = _offset(runs, first)
