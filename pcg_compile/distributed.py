@@ -15,7 +15,7 @@ from .graph.plan import CallSite, Site
 from .graph.scalars import expr_of
 from .registry import runtimes
 from .runtime.agreement import Agreement, release_channels
-from .torch_compat.distributed import group_backend, ranks_of_group
+from .torch_compat.process_groups import group_backend, ranks_of_group
 from .torch_compat.subclasses import functionalized_call, is_subclass, lower_subclasses
 
 __all__ = [
