@@ -82,6 +82,7 @@ def main() -> None:
         torch._dynamo.reset()
         _measure(model, settings, device, ranks, rank, wants, alone=False)
     dist.barrier()
+    pcg.release_collectives()
     dist.destroy_process_group()
 
 

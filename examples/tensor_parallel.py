@@ -78,6 +78,7 @@ def main() -> None:
         stats = pcg.stats(compiled)
         print(f"{stats.pieces} pieces, {stats.captured} recordings, {stats.replays} replays", stats.fallbacks)
     dist.barrier()
+    pcg.release_collectives()  # NCCL waits for captured graphs that use a communicator
     dist.destroy_process_group()
 
 

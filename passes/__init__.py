@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,14 @@ from torch import fx
 
 if TYPE_CHECKING:
     from .context import PassContext
+
+if __name__ == "passes":
+    # Imported by the folder's own name, from a checkout: the same modules as pcg_compile.passes, not second copies of
+    # their registries and classes. Python takes what it finds in sys.modules afterwards.
+    _package = importlib.import_module("pcg_compile.passes")
+    for _found in pkgutil.walk_packages(_package.__path__, "pcg_compile.passes."):
+        sys.modules[_found.name.removeprefix("pcg_compile.")] = importlib.import_module(_found.name)
+    sys.modules[__name__] = _package
 
 Pass = Callable[[fx.GraphModule, "PassContext"], fx.GraphModule]
 

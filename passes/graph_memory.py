@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from pcg_compile.graph.facts import NodeFacts, alias_of, storage_of, tensors_in
-from pcg_compile.torch_internals import FakeTensor
+from pcg_compile.torch_compat.fake_tensors import FakeTensor
 
 from .findings import tensor_arguments
 

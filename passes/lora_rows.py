@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pcg_compile.graph.facts import NodeFacts, OpCall, storage_of, tensors_in, written_tensors
 from pcg_compile.graph.where import place_of
 from pcg_compile.ops import registered_split_ops
-from pcg_compile.torch_internals import is_static_input
+from pcg_compile.torch_compat.dynamo_graphs import is_static_input
 
 from . import lora_row_indexing  # noqa: F401 - it enters its rules
 from .bodies import bodies_of

@@ -11,7 +11,8 @@ from torch import fx
 
 from pcg_compile.graph.facts import NodeFacts
 from pcg_compile.graph.scalars import expr_of
-from pcg_compile.torch_internals import expression_nodes, fake_mode_of
+from pcg_compile.torch_compat.expressions import expression_nodes
+from pcg_compile.torch_compat.fake_tensors import fake_mode_of
 
 from .context import PassContext, StepInput
 

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pcg_compile.graph.scalars import SymType, expr_of
-from pcg_compile.torch_internals import expression_nodes
+from pcg_compile.torch_compat.expressions import expression_nodes
 
 from .safety_dims import Mixing, as_expr, has_tokens, is_prefix, size_of
 from .safety_rules import Call, axis_of

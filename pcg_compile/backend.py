@@ -14,13 +14,19 @@ from torch import fx
 
 from .attention.ops import refuse_gradients
 from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
-from .distributed import agreement_of, collective_outside_recordings, first_collective, has_subclasses, lowered
+from .distributed import (
+    agreement_of,
+    collective_outside_recordings,
+    first_collective,
+    has_subclasses,
+    lowered,
+    release_at_exit,
+)
 from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
 from .graph.attributes import attributes_as_inputs
 from .graph.contexts import region_without_gradients, switches_gradients_on
 from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .graph.inplace_shapes import shape_by_views
-from .graph.inside import one_inside_another
 from .graph.numbers import REASON as CHANGES
 from .graph.numbers import isolate_numbers
 from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
@@ -40,32 +46,20 @@ from .registry import (
     add_runtime,
     graphs_of_caller,
     present_caller,
-    release_collectives,
     reset,
     runtimes_of_caller,
 )
 from .report.stats import Counters
-from .runtime.agreement import release_channels
 from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.graph import GraphRuntime
-from .torch_internals import (
-    before_groups_end,
-    calling_wrapper,
-    changing_floats,
-    compile_whole_with_inductor,
-    fake_inputs,
-    fake_mode_of,
-    graph_break_of,
-    is_asked_for,
-    layouts_apart,
-    prepare_inductor,
-    shape_guards,
-    start_inductor_workers,
-    traced_function,
-    watch_traces,
-)
+from .torch_compat.dynamo_graphs import changing_floats, graph_break_of, is_asked_for, traced_function
+from .torch_compat.dynamo_traces import watch_traces
+from .torch_compat.dynamo_wrappers import calling_wrapper
+from .torch_compat.fake_tensors import fake_inputs, fake_mode_of
+from .torch_compat.guards import layouts_apart, shape_guards
+from .torch_compat.inductor import compile_whole_with_inductor, prepare_inductor, start_inductor_workers
 
 __all__ = ["compile_graph", "pcg", "watched"]
 
@@ -127,11 +121,6 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
 
 def _with_weights(function: Callable[..., Any], weights: Sequence[torch.Tensor], *args: Any) -> Any:
     return function(*args, *weights)
-
-
-def _release_groups() -> None:
-    release_collectives()
-    release_channels()
 
 
 def _compile(
@@ -214,7 +203,7 @@ def _compile(
     agreement = agreement_of(plan.facts)
     if agreement is not None:
         plan.first_collective = first_collective(plan.sites, plan.facts)
-        before_groups_end(_release_groups)
+        release_at_exit()
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     # Compiling has made further conditions.
     check_shown_sizes(fake_mode_of(example_inputs))
@@ -367,9 +356,9 @@ def plan_pieces(
     for site in sites:
         if not site.trivial:
             distinct.setdefault(keys[site.index], site)
-    makers = [partial(compile_piece, site.piece, options.compiler, fake_mode) for site in distinct.values()]
-    compiled = dict(zip(distinct, one_inside_another(makers), strict=True))
+    compiled: dict[Any, Compiled] = {}
     for key, first in distinct.items():
+        compiled[key] = compile_piece(first.piece, options.compiler, fake_mode)
         failure = compiled[key].failure
         if failure is not None:
             counters.fall_back(f"a piece runs eagerly: {failure}", first.where)

@@ -31,21 +31,12 @@ from .options import Options
 from .registry import add_runtime
 from .report.stats import Counters
 from .step import current_step
-from .torch_internals import (
-    FakeTensorMode,
-    Marks,
-    Trace,
-    breaks_since,
-    breaks_so_far,
-    dynamo_refused,
-    freezes_weights,
-    guards_hold_at,
-    requested_marks,
-    settings_of_trace,
-    show_more_rows,
-    watch_traces,
-    with_each_call,
-)
+from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused
+from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace, watch_traces, with_each_call
+from .torch_compat.fake_tensors import FakeTensorMode
+from .torch_compat.guards import guards_hold_at
+from .torch_compat.inductor import freezes_weights
+from .torch_compat.shown_sizes import show_more_rows
 
 __all__ = [
     "Call",
@@ -101,7 +92,10 @@ _CALL: ContextVar[Call | None] = ContextVar("pcg_call", default=None)
 
 
 def graph_ran() -> None:
-    """Notes that a graph of the running call runs; what its trace had set ends here at the latest."""
+    """Notes that a graph of the running call runs.
+
+    Another thread's callbacks may keep Dynamo from telling of the end of a trace; what it had set ends here then.
+    """
     call = _CALL.get()
     if call is not None:
         call.graphs += 1
@@ -293,9 +287,16 @@ def begin_trace(options_of: Callable[[Any], tuple[object, Options] | None], trac
     call.watch.traced(call, trace)
 
 
+def end_trace() -> None:
+    """Dynamo's trace has ended, perhaps with an error: nothing that runs from here on sees what was set for it."""
+    call = _CALL.get()
+    if call is not None:
+        call.settings_end()
+
+
 def watch_all(options_of: Callable[[Any], tuple[object, Options] | None]) -> None:
-    """Has :func:`begin_trace` called ahead of each trace, and :func:`check_shown_sizes` after it."""
-    watch_traces(partial(begin_trace, options_of), check_shown_sizes)
+    """Has :func:`begin_trace` called ahead of each trace, :func:`check_shown_sizes` and :func:`end_trace` after it."""
+    watch_traces(partial(begin_trace, options_of), check_shown_sizes, end_trace)
 
 
 def _token_dims(trace: Trace) -> Marks:

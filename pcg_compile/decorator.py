@@ -17,7 +17,9 @@ from .calls import Watch
 from .errors import OptionsError, message
 from .options import Options
 from .registry import called_on, reset_backend
-from .torch_internals import Marks, compile_for_all_sizes, inline_when_traced, inputs_only
+from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
+from .torch_compat.dynamo_wrappers import inline_when_traced
+from .torch_compat.guards import inputs_only
 
 __all__ = ["piecewise"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,20 @@ from torch import fx
 from .graph.node_facts import NodeFacts, OpCall
 from .graph.plan import CallSite, Site
 from .graph.scalars import expr_of
-from .runtime.agreement import Agreement
-from .torch_internals import functionalized_call, group_backend, is_subclass, lower_subclasses, ranks_of_group
+from .registry import runtimes
+from .runtime.agreement import Agreement, release_channels
+from .torch_compat.process_groups import group_backend, ranks_of_group
+from .torch_compat.subclasses import functionalized_call, is_subclass, lower_subclasses
 
-__all__ = ["agreement_of", "collective_outside_recordings", "first_collective", "has_subclasses", "lowered"]
+__all__ = [
+    "agreement_of",
+    "collective_outside_recordings",
+    "first_collective",
+    "has_subclasses",
+    "lowered",
+    "release_at_exit",
+    "release_collectives",
+]
 
 #: Ops whose result is their argument in another shape.
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -164,3 +175,23 @@ def collective_outside_recordings(node: fx.Node, facts: NodeFacts | None) -> str
         if backend != "nccl":
             return f"{call.op} runs on {backend}, whose collectives no recording can hold"
     return None
+
+
+def release_collectives() -> None:
+    """Drops the captured graphs that may hold collectives. Call it ahead of ``dist.destroy_process_group()``.
+
+    NCCL waits in ``ncclCommDestroy`` until every CUDA graph that holds one of its collectives is gone
+    (pytorch/pytorch#115388), so destroying a process group that captured graphs still use never returns. Statistics
+    stay; a later step captures again. pcg calls this when Python exits; a program that leaves its process groups to
+    the exit need not. No captured graph may be running: every rank calls it between two steps.
+    """
+    for runtime in runtimes():
+        if runtime.shared.agreement is not None:
+            runtime.release()
+    release_channels()
+
+
+def release_at_exit() -> None:
+    """Has :func:`release_collectives` called when Python exits, ahead of exit handlers registered so far."""
+    atexit.unregister(release_collectives)
+    atexit.register(release_collectives)

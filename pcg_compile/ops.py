@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import OptionsError, message
-from .torch_internals import types_of_arguments
+from .torch_compat.functionalize import types_of_arguments
 
 __all__ = ["SplitOp", "register_split_op", "registered_split_ops", "split_op"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .report.stats import Counters, Stats, expect_increase
-from .torch_internals import calling_wrapper, wrapper_of
+from .torch_compat.dynamo_wrappers import calling_wrapper, wrapper_of
 
 __all__ = [
     "add_runtime",
@@ -25,7 +25,6 @@ __all__ = [
     "graphs_of_caller",
     "is_compiled",
     "present_caller",
-    "release_collectives",
     "reset",
     "reset_backend",
     "runtimes",
@@ -245,13 +244,6 @@ def reset(compiled: Any = None) -> None:
     with _LOCK:
         # Until here also the figures of graphs that are gone belong to the totals.
         _GRAPHS[:] = [entry for entry in _GRAPHS if entry.alive()]
-
-
-def release_collectives() -> None:
-    """Drops the recordings that may hold collectives; figures stay, and a later step records again."""
-    for runtime in runtimes():
-        if runtime.shared.agreement is not None:
-            runtime.release()
 
 
 def reset_backend(backend: object) -> None:

@@ -13,7 +13,7 @@ from .batch import current_step
 from .errors import PCGError, message
 from .registry import is_compiled, runtimes
 from .runtime.warming import WarmUp, warming_up
-from .torch_internals import Marks, compile_for_all_sizes
+from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 
 __all__ = ["mark_sizes", "warmup"]
 

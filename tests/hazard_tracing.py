@@ -15,7 +15,7 @@ from pcg_compile.options import Options
 from pcg_compile.passes.capture_hazards import capture_hazards
 from pcg_compile.passes.context import PassContext
 from pcg_compile.passes.scalar_writes import scalar_writes
-from pcg_compile.torch_internals import fake_inputs
+from pcg_compile.torch_compat.fake_tensors import fake_inputs
 
 
 @dataclass

@@ -255,4 +255,5 @@ if __name__ == "__main__":
     print("RESULT " + json.dumps(result), flush=True)
     if name != "split_op_raises":
         dist.barrier()
+        pcg.release_collectives()
         dist.destroy_process_group()

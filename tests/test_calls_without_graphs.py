@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import warnings
@@ -306,6 +307,41 @@ def test_another_thread_that_compiles_meanwhile_is_unaffected():
     assert stats.graphs == 1 and not stats.fallbacks
     assert len(seen) >= 2 and set(seen) == {(False, False, False)}
     assert not shapes.backed_size_oblivious and not torch._dynamo.config.allow_empty_graphs
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "dynamic=True", "piecewise", "an error", "no graph"])
+def test_code_that_runs_sees_no_setting_of_a_trace(way):
+    """Not even ahead of the first graph: settings end with the trace that they are for."""
+    import torch.fx.experimental._config as shapes
+
+    seen: list[tuple[bool, ...]] = []
+
+    @torch.compiler.disable
+    def look(x):
+        config = torch._dynamo.config
+        marked = any(name.startswith("_dynamo_") and "dynamic" in name for name in vars(x))
+        seen.append((shapes.backed_size_oblivious, config.specialize_float, config.allow_empty_graphs, marked))
+
+    def function(x):
+        look(x)
+        if way == "no graph":
+            return x
+        y = x * 2
+        look(x)
+        return y.relu() + 1
+
+    if way == "piecewise":
+        run = pcg.piecewise(**OPTIONS)(function)
+    elif way == "an error":
+        run = torch.compile(function, backend="pcg", options={**OPTIONS, "compiler": "eager", "split_ops": ["no::op"]})
+    else:
+        run = torch.compile(function, backend="pcg", options=OPTIONS, dynamic=True if way == "dynamic=True" else None)
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        with contextlib.suppress(Exception):
+            run(x)
+    look(x)
+    assert len(seen) >= 3 and set(seen) == {(False, False, False, False)}
 
 
 @pytest.mark.parametrize("kind", ["size beyond the largest bucket", "overlapping arguments", "mixing piece"])

@@ -17,8 +17,8 @@ from pcg_compile.report import doctor
 from pcg_compile.report.doctor import Check
 
 NAMES = [
-    "python", "torch", "gpu", "backend", "scalar writes", "inductor", "attention", "depyf", "safetensors",
-    "transformers",
+    "python", "torch", "torch's private parts", "gpu", "backend", "scalar writes", "inductor", "attention", "depyf",
+    "safetensors", "transformers",
 ]  # fmt: skip
 
 

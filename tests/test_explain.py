@@ -15,7 +15,7 @@ from test_paged_model import LAYERS, Model, Traffic
 import pcg_compile as pcg
 from pcg_compile.graph.where import place_parts
 from pcg_compile.registry import runtimes
-from pcg_compile.torch_internals import inductor_output
+from pcg_compile.torch_compat.inductor import inductor_output
 
 OPTIONS = {"buckets": [4, 8], "compiler": "eager"}
 

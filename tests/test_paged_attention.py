@@ -18,7 +18,7 @@ from pcg_compile.graph.pieces import copy_graph
 from pcg_compile.options import Options
 from pcg_compile.passes.context import PassContext
 from pcg_compile.passes.prepare_batch import prepare_batch
-from pcg_compile.torch_internals import fake_inputs
+from pcg_compile.torch_compat.fake_tensors import fake_inputs
 
 
 class Requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 
 import pcg_compile as pcg
 import pcg_compile.passes
+from pcg_compile.torch_compat import probe
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pcg_compile"
@@ -98,6 +100,14 @@ def test_archives_hold_every_module(tmp_path):
 CUSTOMARY = ("torch._ops", "torch.utils._pytree", "torch.utils._python_dispatch.TorchDispatchMode")
 
 
+def declared_names() -> set[str]:
+    """Names of torch that the files of ``torch_compat`` declare, with the versions that they were read in."""
+    for path in sorted((PACKAGE / "torch_compat").glob("*.py")):
+        importlib.import_module(f"pcg_compile.torch_compat.{path.stem}")
+    assert all(re.fullmatch(r"2\.\d+( to 2\.\d+)?", entry.versions) for entry in probe.declared())
+    return {entry.name for entry in probe.declared()}
+
+
 def private_parts(tree: ast.AST) -> list[str]:
     """Private modules of torch that are imported, and private attributes of ``torch`` that are read."""
     found = []
@@ -114,11 +124,63 @@ def private_parts(tree: ast.AST) -> list[str]:
 
 @IN_A_CHECKOUT
 @pytest.mark.parametrize("path", sorted(EVERY_MODULE))
-def test_private_parts_of_torch_are_named_in_one_file(path):
-    if path.endswith("torch_internals.py"):
-        assert private_parts(ast.parse((ROOT / path).read_text()))
-    else:
-        assert private_parts(ast.parse((ROOT / path).read_text())) == []
+def test_private_parts_of_torch_are_named_in_torch_compat(path):
+    found = private_parts(ast.parse((ROOT / path).read_text()))
+    if not path.startswith("pcg_compile/torch_compat/"):
+        assert found == []
+        return
+    # What is not looked up by its name there is declared beside; a module counts by what is declared in it.
+    names = declared_names()
+    assert [name for name in found if not any(one == name or one.startswith(name + ".") for one in names)] == []
+
+
+@IN_A_CHECKOUT
+def test_files_are_small():
+    for path in (PACKAGE / "torch_compat").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 350, path
+
+
+def test_this_torch_has_every_private_name():
+    assert declared_names() and probe.missing() == []
+
+
+def test_a_torch_without_a_private_name():
+    """Importing goes on; using the name raises, and the doctor tells."""
+    script = (
+        "import torch, torch._dynamo.cache_size as c; del c.exceeds_recompile_limit; import pcg_compile\n"
+        "from pcg_compile.report.doctor import CHECKS\n"
+        "from pcg_compile.torch_compat import dynamo_traces\n"
+        "(check,) = [c() for c in CHECKS if c.__name__ == '_private_names']\n"
+        "assert check.status == 'fail' and 'torch._dynamo.cache_size.exceeds_recompile_limit' in check.found\n"
+        "try:\n    dynamo_traces._exceeds_recompile_limit(1, 2)\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "has no torch._dynamo.cache_size.exceeds_recompile_limit" in run.stdout
+    assert "2.11" in run.stdout and "doctor" in run.stdout
+
+
+@IN_A_CHECKOUT
+@pytest.mark.parametrize("first", ["passes", "pcg_compile.passes", "passes.scalar_writes"])
+def test_passes_by_either_name_are_one_module(first):
+    """From a checkout the folder can be imported by its own name too, in either order."""
+    script = (
+        "import importlib, pkgutil, sys\n"
+        f"importlib.import_module({first!r})\n"
+        "import passes, pcg_compile.passes\n"
+        "assert passes is pcg_compile.passes and sys.modules['passes'] is passes\n"
+        "names = [m.name for m in pkgutil.walk_packages(passes.__path__, 'passes.')]\n"
+        "assert 'passes.scalar_writes' in names and len(names) > 10\n"
+        "for name in names:\n"
+        "    assert importlib.import_module(name) is importlib.import_module('pcg_compile.' + name), name\n"
+        "import passes.scalar_writes\n"
+        "from passes.padding_safety import register_row_rule\n"
+        "assert passes.scalar_writes is pcg_compile.passes.scalar_writes\n"
+        "assert register_row_rule is pcg_compile.register_row_rule\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @IN_A_CHECKOUT

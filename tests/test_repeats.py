@@ -15,14 +15,16 @@ from test_facts import compare
 from torch import fx
 
 import pcg_compile as pcg
-from pcg_compile import backend, decorator, torch_internals
+from pcg_compile import backend, decorator
 from pcg_compile.graph import functional
 from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
 from pcg_compile.graph.pieces import Compiled, copy_graph
 from pcg_compile.graph.storages import Storage, told_apart, twin_of
 from pcg_compile.options import Options
 from pcg_compile.passes import padding_safety
-from pcg_compile.torch_internals import fake_inputs, fake_mode_of
+from pcg_compile.torch_compat.fake_tensors import fake_inputs, fake_mode_of
+from pcg_compile.torch_compat.functionalize import functional_aten
+from pcg_compile.torch_compat.inductor import prepare_inductor
 
 LAYERS = 4
 W = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(LAYERS)]
@@ -199,7 +201,7 @@ def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = functional._recorded
 
     def both(*args: Any) -> fx.GraphModule:
-        verdicts.append(padding_safety._Analysis(torch_internals.functional_aten(*args), ()).run())
+        verdicts.append(padding_safety._Analysis(functional_aten(*args), ()).run())
         made = short(*args)
         verdicts.append(padding_safety._Analysis(made, ()).run())
         return made
@@ -217,19 +219,19 @@ def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_start_before_the_graph_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's processes take seconds to start; pieces are compiled once its keys are made."""
-    from torch._inductor import async_compile, codecache
+    from pcg_compile.torch_compat import inductor
 
     events: list[str] = []
-    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: events.append("pool"))
+    monkeypatch.setattr(inductor, "_maybe_warm_pool", lambda: lambda: events.append("pool"))
 
     def fails() -> bytes:
         events.append("key")
         raise OSError("unreadable")
 
-    monkeypatch.setattr(codecache, "torch_key", fails)
-    torch_internals.prepare_inductor(torch.device("cuda"))()
+    monkeypatch.setattr(inductor, "_torch_key", lambda: fails)
+    prepare_inductor(torch.device("cuda"))()
     assert events == ["pool", "key"]
-    torch_internals.prepare_inductor(torch.device("cpu"))()
+    prepare_inductor(torch.device("cpu"))()
     assert events == ["pool", "key", "key"]
 
 
@@ -326,7 +328,7 @@ def test_a_number_that_code_branches_on_may_change_at_every_call(dynamic: bool |
 def test_traces_are_watched_from_the_import_on_and_after_a_reset() -> None:
     code = (
         "import torch, pcg_compile; from torch._dynamo.utils import get_hook_for_recompile_user_context as hooks; "
-        "from pcg_compile.torch_internals import _before_trace; assert hooks() == [_before_trace]; "
+        "from pcg_compile.torch_compat.dynamo_traces import _before_trace; assert hooks() == [_before_trace]; "
         "torch._dynamo.reset(); "
         "torch.compile(lambda x: x + 1, backend='pcg', options={'compiler': 'eager'})(torch.ones(3)); "
         "assert hooks() == [_before_trace]"

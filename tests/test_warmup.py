@@ -109,7 +109,7 @@ def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
 
 
 def test_addresses_are_compared_at_their_inputs_positions():
-    from pcg_compile.torch_internals import data_ptrs_equal
+    from pcg_compile.torch_compat.cuda import data_ptrs_equal
 
     a, b, c = (torch.ones(3) for _ in range(3))
     assert data_ptrs_equal([a, b, c], [0, b.data_ptr(), c.data_ptr()], [1, 2])

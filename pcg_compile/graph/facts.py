@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..torch_internals import (
+from ..torch_compat.fake_tensors import (
     NEEDS_DATA,
     FakeTensor,
     fake_mode_of,

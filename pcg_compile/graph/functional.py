@@ -15,14 +15,8 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..torch_internals import (
-    FakeTensor,
-    fake_mode_of,
-    functional_aten,
-    is_decomposed,
-    python_dispatcher,
-    run_functionally,
-)
+from ..torch_compat.fake_tensors import FakeTensor, fake_mode_of, python_dispatcher
+from ..torch_compat.functionalize import functional_aten, is_decomposed, run_functionally
 from .scalars import SymType
 
 __all__ = ["functional_form"]

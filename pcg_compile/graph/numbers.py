@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import is_real
+from ..torch_compat.fake_tensors import is_real
 
 __all__ = ["isolate_numbers"]
 

@@ -12,16 +12,12 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ..torch_internals import (
-    FakeTensorMode,
-    compile_with_inductor,
-    expression_nodes,
-    guards_apart,
-    isolated_tracing,
-    keep_traced_function,
-    shown_larger,
-    while_kernels_compile,
-)
+from ..torch_compat.dynamo_graphs import keep_traced_function
+from ..torch_compat.expressions import expression_nodes
+from ..torch_compat.fake_tensors import FakeTensorMode, isolated_tracing
+from ..torch_compat.guards import guards_apart
+from ..torch_compat.inductor import compile_with_inductor
+from ..torch_compat.shown_sizes import shown_larger
 from .contexts import Autocast
 from .facts import NodeFacts, storage_of
 from .scalars import SymType, expr_of, is_scalar, plain, symbols_of
@@ -262,14 +258,11 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
     return (*map(of_input, piece.example), *map(of_node, piece.graph.nodes))
 
 
-def compile_piece(
-    piece: Piece, compiler: Any, fake_mode: FakeTensorMode, beside: Callable[[], None] | None = None
-) -> Compiled:
+def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
     """Compiles one distinct piece. What no compiler can take, and what fails, is left to eager, and says why.
 
     Args:
         compiler: "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
-        beside: what to do where it waits for kernels.
     """
     if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.graph.nodes):
         return Compiled(piece.gm.forward)
@@ -285,8 +278,6 @@ def compile_piece(
         torch.no_grad(),
         guards_apart(fake_mode) as conditions,
         shown_larger(example, piece.symbols, fake_mode, conditions) as shown,
-        # Sizes that are shown as others are shown so to this piece alone.
-        while_kernels_compile(beside if shown is example and not conditions and compiler == "inductor" else None),
     ):
         for node, value in zip(copy.graph.find_nodes(op="placeholder"), shown, strict=True):
             node.meta["example_value"] = value

@@ -14,7 +14,8 @@ from torch import fx
 from ..ops import SplitOp
 from ..options import Options
 from ..passes.context import StepInput
-from ..torch_internals import is_static_input, number_of_symbol
+from ..torch_compat.dynamo_graphs import is_static_input
+from ..torch_compat.expressions import number_of_symbol
 from .contexts import Autocast, autocast_regions
 from .facts import NodeFacts, alias_of, storage_of
 from .layouts import Layouts

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..torch_internals import FakeTensor, holds_data, modes_of_trace
+from ..torch_compat.fake_tensors import FakeTensor, holds_data, modes_of_trace
 from .node_facts import CopiedCall, NodeFacts, tensors_in
 from .scalars import SymType, expr_of, symbols_of
 from .storages import Storage, storage_behind, storage_of, twin_of

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..torch_internals import evaluate_expression
+from ..torch_compat.expressions import evaluate_expression
 
 __all__ = [
     "SymType",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..torch_internals import FakeTensor, empty_fake, fake_twin, holds_data, without_transforms
+from ..torch_compat.fake_tensors import FakeTensor, empty_fake, fake_twin, holds_data, without_transforms
 
 __all__ = ["Storage", "in_own_memory", "settle", "storage_behind", "storage_of", "told_apart", "twin_of"]
 

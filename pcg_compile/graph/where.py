@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 from torch import fx
 
-from ..torch_internals import traced_function
+from ..torch_compat.dynamo_graphs import traced_function
 
 __all__ = ["Place", "name_of_input", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
 

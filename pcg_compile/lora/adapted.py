@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import AdapterError, BatchError, message
 from ..step import current_step
-from ..torch_internals import drop_forward_hook, with_forward_hook
+from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
 
 __all__ = ["FACTORS", "adapt", "unadapt"]

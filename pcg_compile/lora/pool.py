@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, BatchError, message
-from ..torch_internals import foreach_copy
+from ..torch_compat.cuda import foreach_copy
 from .fit import Stored, read_fitting
 from .layers import LoRALayer, find_layers
 from .routing import Router

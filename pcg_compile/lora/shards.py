@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, message
-from ..torch_internals import is_subclass
+from ..torch_compat.subclasses import is_subclass
 from .peft_folder import Factors
 
 __all__ = ["WHOLE", "Share", "is_distributed", "own_tensors", "refuse_plain_part", "share_of"]

@@ -109,6 +109,17 @@ def _torch() -> Check:
     return Check("torch", "ok", found)
 
 
+def _private_names() -> Check:
+    """Whether torch still has the private parts that pcg reads."""
+    from ..torch_compat.probe import declared, missing
+
+    absent = missing()
+    if absent:
+        cure = f"install a torch of the versions in parentheses, or {_REPORT}"
+        return Check("torch's private parts", "fail", f"this torch lacks {', '.join(absent)}", cure)
+    return Check("torch's private parts", "ok", f"all {len(declared())} names that pcg uses are there")
+
+
 def _gpu() -> Check:
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
@@ -264,6 +275,7 @@ def _version(distribution: str) -> Any:
 
 #: In the order they are printed.
 CHECKS: tuple[Callable[[], Check], ...] = (
-    _python, _torch, _gpu, _backend, _scalar_writes, _inductor, _attention, _depyf, _safetensors, _transformers,
+    _python, _torch, _private_names, _gpu, _backend, _scalar_writes, _inductor, _attention, _depyf, _safetensors,
+    _transformers,
 )  # fmt: skip
-_ESSENTIAL = (_python, _torch, _backend)
+_ESSENTIAL = (_python, _torch, _private_names, _backend)

@@ -14,7 +14,7 @@ import torch
 
 from ..graph.plan import CallSite, PieceSite
 from ..registry import runtimes
-from ..torch_internals import inductor_output
+from ..torch_compat.inductor import inductor_output
 from .sites import name_calls, name_sites
 
 __all__ = ["dump"]

@@ -14,7 +14,8 @@ from ..errors import Hazard
 from ..graph.plan import PieceSite
 from ..registry import forget, is_compiled, runtimes, stats
 from ..runtime.warming import WarmUp, warming_up
-from ..torch_internals import compile_for_all_sizes, graph_breaks
+from ..torch_compat.dynamo_graphs import graph_breaks
+from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
 from .private import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 from .render import as_html, as_rich, longest_path

@@ -17,7 +17,7 @@ from ..graph.pieces import copy_graph
 from ..graph.where import place_of, place_of_stack
 from ..options import Options
 from ..passes.findings import Finding, hazard_at
-from ..torch_internals import fake_inputs
+from ..torch_compat.fake_tensors import fake_inputs
 
 __all__ = ["CheckBackend", "ReportBackend", "compile_apart", "hazards_of_breaks"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import BatchError, PCGError, message
-from ..torch_internals import GroupMaximum, default_store
+from ..torch_compat.process_groups import GroupMaximum, default_store
 
 __all__ = ["Agreement", "RankFailed", "release_channels"]
 

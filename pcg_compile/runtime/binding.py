@@ -15,7 +15,7 @@ from ..graph.plan import CallSite, Plan
 from ..graph.scalars import symbols_of
 from ..options import Options
 from ..report.stats import Counters
-from ..torch_internals import unowned_alias
+from ..torch_compat.cuda import unowned_alias
 from .agreement import Agreement
 from .buckets import BucketChooser
 from .buffers import FlatBuffers

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..torch_internals import abandon_capture
+from ..torch_compat.cuda import abandon_capture
 from .views import assign
 
 __all__ = ["CudaGraphs", "Engine", "Recording", "StaticReplay", "gc_frozen"]

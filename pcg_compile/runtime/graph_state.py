@@ -16,7 +16,7 @@ from ..errors import StaleAddress, message
 from ..graph.plan import CallSite, PieceSite, Plan
 from ..graph.scalars import evaluate
 from ..registry import runtimes_of_caller
-from ..torch_internals import CurrentStream, data_ptrs_equal
+from ..torch_compat.cuda import CurrentStream, data_ptrs_equal
 from .binding import Binding, Shared
 from .buffers import FlatBuffers
 from .memory import StepMemory

@@ -9,7 +9,7 @@ import torch
 
 from ..graph.plan import InputSpec
 from ..graph.scalars import evaluate, expr_of, shape_at, strides_at, symbols_of
-from ..torch_internals import FEW_COPIES
+from ..torch_compat.cuda import FEW_COPIES
 from .binding import wants_static
 from .buffers import extent
 from .building import Building

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..report.stats import Counters
-from ..torch_internals import foreach_copy
+from ..torch_compat.cuda import foreach_copy
 from .padding import PaddedLoad, StackedLoad
 from .views import unexpanded
 from .whole import WholeStep

@@ -16,7 +16,7 @@ from ..graph.blank import blank_results
 from ..graph.facts import storage_of
 from ..graph.plan import PieceSite
 from ..graph.scalars import evaluate
-from ..torch_internals import unowned_alias
+from ..torch_compat.cuda import unowned_alias
 from .agreement import RankFailed
 from .buffers import extent
 from .building import Building

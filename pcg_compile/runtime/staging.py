@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..torch_internals import CurrentStream
+from ..torch_compat.cuda import CurrentStream
 
 __all__ = ["StagingBuffer", "StagingRing"]
 

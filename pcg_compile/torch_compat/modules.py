@@ -1,0 +1,30 @@
+"""Forward hooks of modules without their handles (torch 2.11 to 2.13)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .probe import attributes
+
+__all__ = ["drop_forward_hook", "with_forward_hook"]
+
+attributes("torch.nn.Module", "2.11 to 2.13", "_forward_hooks", torch.nn.Module)
+
+
+def with_forward_hook(state: dict[str, Any], hook: Callable[..., Any]) -> dict[str, Any]:
+    """The state of a module, as pickle and deepcopy have it, with one more forward hook (2.11 to 2.13)."""
+    hooks = OrderedDict(state["_forward_hooks"])
+    hooks[torch.utils.hooks.RemovableHandle(hooks).id] = hook
+    return {**state, "_forward_hooks": hooks}
+
+
+def drop_forward_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
+    """Takes a hook off a module without the handle that registering it gave; whether it was there (2.11 to 2.13)."""
+    keys = [key for key, one in module._forward_hooks.items() if one is hook]
+    for key in keys:
+        del module._forward_hooks[key]
+    return bool(keys)
