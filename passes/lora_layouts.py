@@ -154,6 +154,8 @@ def meet(states: Iterable[State], shape: Sequence[Any]) -> State:
             return state
         if state is not None:
             own = aligned(state, shape)
+            if any(moving(dim) and size_of(dim) != expanded(size) for dim, size in zip(own.dims, shape, strict=True)):
+                return Lost("it combines some of its rows with others")
             if found is not None and own != found:
                 return Lost("it combines rows in several orders")
             found = own

@@ -53,6 +53,11 @@ class Indices:
         """Equal for equal values."""
         return self.keys.get(id(tensor), id(tensor))
 
+    def quotient(self, key: Hashable) -> tuple[Hashable, torch.Tensor, int] | None:
+        """The index that this one is divided from, and by what, where it has not been written since."""
+        found = self.quotients.get(key)
+        return found if found is not None and self.key(found[1]) == found[0] else None
+
     def note(self, name: str, given: dict[str, Any], result: torch.Tensor) -> None:
         """Notes what the values of an index are, where they follow from another's."""
         source, key = given.get("self"), self.key(result)
@@ -239,8 +244,6 @@ def joined(c: RowCall) -> Result:
 
 def over_dims(c: RowCall, rows: Rows) -> Result:
     """Entries along some dimensions become one, or get an order of their own; the others stay."""
-    if isinstance(c.get("other"), torch.Tensor):
-        return together(c)  # max and min of two tensors
     rank = len(rows.dims)
     given = c.get("dim", default=-1 if c.op in ("aten::topk", "aten::sort", "aten::kthvalue", "aten::mode") else [])
     chosen = {d % max(1, rank) for d in (given if isinstance(given, (list, tuple)) else [given])} or set(range(rank))
@@ -300,9 +303,9 @@ def picked(
     key, dim = c.indices.key(index), rows.dims[d]
     if moving(*rows.replaced(d).dims):
         return Lost("it picks tokens of each sequence")
-    if key in c.indices.quotients:
+    if (quotient := c.indices.quotient(key)) is not None and along is None:
         # x[i // k] is x.repeat_interleave(k)[i]: the tokens of a dispatch to k experts each.
-        key, index, count = c.indices.quotients[key]
+        key, index, count = quotient
         dim = (*dim, (count, 0))
     if rows.order.index is not None and (inverse := c.indices.permutations.get(key)) is not None:
         found = unpicked(rows, d) if rows.order.key == inverse else None
@@ -343,8 +346,8 @@ def put(c: RowCall) -> Result:
         return state
     if isinstance(given, Rows) and len(used) == 1 and index.dim() == 1 and len(given.dims) == len(shape):
         key, count = c.indices.key(index), 1
-        if key != given.order.key and key in c.indices.quotients:
-            key, _, count = c.indices.quotients[key]
+        if key != given.order.key and (quotient := c.indices.quotient(key)) is not None:
+            key, _, count = quotient
         picks = given.order.index is not None and given.order.along is None and given.order.key == key
         found = unpicked(given, d) if picks else None
         if found is not None and count != 1:
@@ -377,7 +380,8 @@ _RULES: dict[Any, Rule] = {
     safety_shapes.split: with_rows(divided),
     safety_shapes.cat: joined,
     safety_sums.matmul: product,
-    safety_sums.reduction: with_rows(over_dims),
+    # ``max`` and ``min`` may be of two tensors.
+    safety_sums.reduction: lambda c: (together if len(c.tensors) > 1 else with_rows(over_dims))(c),
     safety_sums.along_static: with_rows(over_dims),
     safety_sums.topk: with_rows(over_dims),
     safety_sums.flip: with_rows(turned),

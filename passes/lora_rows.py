@@ -82,6 +82,7 @@ class _Follower:
         self.layers: dict[fx.Node, dict[fx.Node, State]] = {}
         #: Inputs that may hold tokens, each with one that stands for all whose rows it is combined with.
         self.class_of: dict[fx.Node, fx.Node] = {}
+        self.dynamic: set[fx.Node] = set()
         #: Inputs whose rows are rows of the graph's results, and why those are not tokens in order.
         self.results: set[fx.Node] = set()
         self.moved = ""
@@ -126,6 +127,8 @@ class _Follower:
             dims = [fused([(as_expr(factor[0]), factor[1])]) for factor in zip(sizes, strides, strict=True)]
             dims += [columns(size) for size in value.shape[len(sizes) :]]
             self.class_of[node] = node
+            if any(isinstance(as_expr(size), sympy.Basic) for size in value.shape):
+                self.dynamic.add(node)
             self.states[id(value)] = {node: Rows(Order(size_of((size, 0) for size in sizes)), 0, tuple(dims))}
 
     def _result(self, tensor: torch.Tensor) -> None:
@@ -179,13 +182,15 @@ class _Follower:
         given = list(tensors_in((call.args, dict(call.kwargs))))
         if not targets or isinstance(call.op, torch._ops.HigherOrderOperator):
             return
+        for tensor in given:
+            self.by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
         name = str(call.op.name()).split(".")[0]
         name = name if name == "aten::copy_" else name.removesuffix("_")
         names = [argument.name for argument in call.op._schema.arguments]
         arguments = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         found: list[dict[fx.Node, State]] = [{} for _ in targets]
         sources = [root for t in given[:1] for root, s in self.of(t).items() if name in _LOOK_UPS]
-        for root in sources if any(map(self._is_dynamic, sources)) else self.class_of:
+        for root in self.class_of if self.dynamic.isdisjoint(sources) else sources:
             # Of what is picked from rows by an index, the index's own rows are nothing.
             def state_of(tensor: torch.Tensor, root: fx.Node = root) -> State:
                 return self.of(tensor).get(root)
@@ -208,7 +213,9 @@ class _Follower:
 
     def _after(self, op: Any, call: RowCall) -> list[State]:
         try:
-            if call.op == "pcg::paged_attention" or _attends(op):
+            if call.op == "pcg::paged_attention":
+                found = queried(call, call.tensors[0])
+            elif _attends(op):
                 # A row for each query.
                 found = queried(call, next(t for t in call.tensors if call.state(t) is not None))
             else:
@@ -243,7 +250,7 @@ class _Follower:
     def _tokens(self) -> tuple[list[fx.Node], str]:
         """The inputs that are the step's tokens, or why that is unknown."""
         groups = [[root for root, of in self.class_of.items() if of is own] for own in set(self.class_of.values())]
-        groups = [g for g in groups if any(map(self._is_dynamic, g))] or groups
+        groups = [g for g in groups if not self.dynamic.isdisjoint(g)] or groups
         serving = [g for g in groups if any(_of(states, g)[0] is not None for states in self.layers.values())]
         asked = [g for g in groups if not self.results.isdisjoint(g)] or serving
         if len(asked) > 1:
@@ -253,9 +260,6 @@ class _Follower:
         names = ", ".join(sorted(root.name for group in asked for root in group))
         reason = f"which input has the step's tokens is unknown: {names}" if names else "no input has its rows"
         return [], reason
-
-    def _is_dynamic(self, root: fx.Node) -> bool:
-        return any(isinstance(as_expr(size), sympy.Basic) for size in self.facts[root].value.shape)
 
     def verdicts(self) -> dict[fx.Node, LayerRows]:
         """What each layer's rows are."""

@@ -57,6 +57,34 @@ def inverse_by_scatter(p, x):
     return p.lin(2, p.add(p.lin(1, h[order])[inverse], h))
 
 
+def added_back(p, x, key):
+    """Top-2 routing as an index_add_ of each expert's rows; the number of a row's token is not added up."""
+    h = p.lin(0, x)
+    order = h[:, :3].topk(2, dim=-1).indices.reshape(-1).argsort(stable=True)
+    tokens = key(order, x.shape[0])
+    out = torch.zeros_like(h)
+    out[:, :WIDTH].index_add_(0, tokens, p.lin(1, h[tokens])[:, :WIDTH])
+    return p.lin(2, p.add(torch.cat([out[:, :WIDTH], h[:, WIDTH:]], -1), h))
+
+
+def column_by_column(p, x):
+    h = p.lin(0, x)
+    copy = torch.empty_like(h)
+    copy[:, :2], copy[:, 2:] = h[:, :2], h[:, 2:]
+    return p.lin(1, copy)
+
+
+def index_written(p, x, change):
+    """An index that changes between two uses: rows are not put back to where they came from."""
+    h = p.lin(0, x)
+    order = h[:, 0].argsort()
+    y = p.lin(1, h[order])
+    change(order)
+    out = torch.zeros_like(h)
+    out[order] = y
+    return p.lin(2, out)
+
+
 FLAT = {
     "as they came": lambda p, x: p.lin(1, p.act(p.lin(0, x))),
     "reversed": lambda p, x: p.lin(1, p.act(p.lin(0, x)).flip(0)),
@@ -77,6 +105,11 @@ FLAT = {
     "dispatched, repeated": lambda p, x: dispatched(
         p, x, p.lin(0, x), lambda h, order: h.repeat_interleave(2, 0)[order]
     ),
+    "added back, divided": lambda p, x: added_back(p, x, lambda order, n: order // 2),
+    "added back, looked up": lambda p, x: added_back(
+        p, x, lambda order, n: torch.arange(n).repeat_interleave(2)[order]
+    ),
+    "column by column": column_by_column,
     "written in place": in_place,
     "written through a view": through_a_buffer,
 }
@@ -152,6 +185,14 @@ def test_tokens_in_two_dimensions(program, dynamic):
         found = check([s] * b, names, torch.randn(b, s, WIDTH))
         # Where padding lies between tokens, only rows in their order are served.
         assert found == outcome or (dynamic == (0, 1) and found == REFUSED and program not in IN_ORDER)
+
+
+@pytest.mark.parametrize("change", [lambda o: o.copy_(o.flip(0)), lambda o: o.view(-1).copy_(o.flip(0))])
+def test_an_index_that_is_written_between(change):
+    check = Check(lambda p, x: index_written(p, x, change), {"x": 0})
+    for n in (5, 3, 4):
+        assert check([1] * n, ["a", "b", *[None] * (n - 2)], torch.randn(n, WIDTH)) == REFUSED
+        assert check([1] * n, ["a"] * n, torch.randn(n, WIDTH)) == RIGHT
 
 
 @pytest.mark.parametrize("program", ["reversed", "dispatched"])
