@@ -24,7 +24,8 @@ from pcg_compile.torch_internals import is_static_input
 
 from .bodies import bodies_of
 from .lora_layouts import Lost, Order, Rows, State, columns, fused, meet, moving, regroup, size_of
-from .lora_row_rules import Indices, RowCall, queried, rows_after
+from .lora_row_calls import Indices, RowCall
+from .lora_row_rules import queried, rows_after
 from .safety_dims import as_expr
 
 __all__ = ["LayerRows", "follow_rows"]
