@@ -14,8 +14,8 @@ Which token each row of x is comes from the graph (:mod:`.lora_rows`), never fro
 
 - Row i is token i: the routing is the step's.
 - The rows are tokens in another order (sorted, picked, reversed, cut): the slots of the step's tokens are static memory
-  too, the graph brings them into that order as it does the rows (:mod:`.lora_emit`), and ``pcg::lora_route_rows`` makes
-  the routing of them, inside the piece.
+  too, the graph brings them into that order as it does the rows (:mod:`.lora_slots`), and ``pcg::lora_route_rows``
+  makes the routing of them, inside the piece.
 - It cannot be told: the layer serves a batch of one adapter or of none, since then all rows have it. A batch that mixes
   adapters is refused by ``pcg::prepare_one_lora``, ahead of everything, with the layer's name.
 """
@@ -38,9 +38,8 @@ from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router
 
 from .context import PassContext, StepInput
 from .group_lora import LoRACall, group_calls
-from .lora_emit import SlotsOfRows
-from .lora_orders import Dim, Rows
 from .lora_rows import LayerRows, follow_rows
+from .lora_slots import SlotsOfRows
 from .rewriting import Rewriter
 
 __all__ = ["route_lora"]
@@ -136,9 +135,8 @@ class _Opening:
             return ("tokens", *self._tokens(node, layer, pool))
         if layer.rows is not None and not any(symbols_of(size) for size in layer.tokens[1:]):
             number = self._tokens(node, layer, pool)
-            leading: Dim = tuple(factor for dim in layer.rows.dims[:-1] for factor in dim)
             self.context.notes.append(f"{layer.name} gets the adapters of its rows, which are not in the tokens' order")
-            return ("rows", *number, layer.rows.order, leading)
+            return ("rows", *number, layer.rows)
         reason = layer.reason or "its tokens lie in two dynamic dimensions, in another order"
         self._refuse(layer.name, reason, node, pool)
         if not self._is_known(_product(y.shape[:-1])):
@@ -241,8 +239,7 @@ class _Opening:
         emitted = self.slots[key]
         rows = self.layers[call.node].rows
         assert rows is not None
-        slots_of_rows = emitted.of(Rows(rows.order, rows.dims[:-1]))
-        routed = emitted.call(torch.ops.pcg.lora_route_rows.default, slots_of_rows, memory.max_adapters)
+        routed = emitted.call(torch.ops.pcg.lora_route_rows.default, emitted.of(rows), memory.max_adapters)
         return emitted.call(operator.getitem, routed, 0), emitted.call(operator.getitem, routed, 1)
 
     def _prepare(self, pool: _Pool) -> None:
