@@ -93,7 +93,7 @@ def _record(args: argparse.Namespace, shape: Any, model: Any, compiler: str, buc
         "seconds": round(seconds[1], 3),
         "per_bucket_ms": round(1e3 * seconds[1] / max(1, recorded), 2),
         "lazy_ms": round(sum(lazy) / len(lazy), 2),
-        "mib": round(sum(r.nbytes() for r in runtimes(compiled)) / 2**20, 1),
+        "mib": round(sum(r.nbytes() for r in runtimes(compiled)) / 2**20, 3),
         "device_mib": round((_device_bytes(device) - before) / 2**20, 1) if device.type == "cuda" else None,
         "bytes": {str(size): use.bytes for size, use in stats.buckets.items()},
         "fallbacks": [f.reason for f in stats.fallbacks],

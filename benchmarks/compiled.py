@@ -55,6 +55,8 @@ class Compiled(Variant):
     about = "torch.compile, dynamic sizes; attention bound by hand, its metadata from pcg's planner"
     mode: dict[str, Any] = {}
     padded = False
+    #: Whether the model was called: its graph serves all sizes then.
+    compiled = False
 
     def build(self, example: Lists) -> None:
         if self.world.compiler == "eager":

@@ -20,6 +20,7 @@ from .registry import called_on, reset_backend
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
+from .torch_compat.modules import completed_call
 
 __all__ = ["piecewise"]
 
@@ -148,6 +149,8 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         # The module that a method is called on; a plain function's first argument may be one just as well.
         module = args[0] if args and isinstance(args[0], torch.nn.Module) else backend
+        if isinstance(on, torch.nn.Module) and function.__name__ == "forward":
+            args, kwargs = completed_call(on, args, kwargs)
         with called_on(backend, module):
             return call(args, kwargs, True)
 

@@ -10,9 +10,24 @@ import torch
 
 from .probe import attributes
 
-__all__ = ["drop_forward_hook", "with_forward_hook"]
+__all__ = ["completed_call", "drop_forward_hook", "with_forward_hook"]
 
-attributes("torch.nn.Module", "2.11 to 2.13", "_forward_hooks", torch.nn.Module)
+attributes("torch.nn.Module", "2.11 to 2.13", "_forward_hooks _forward_pre_hooks", torch.nn.Module)
+
+
+def completed_call(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module's forward after the pre-hooks that complete a call (2.11 to 2.13).
+
+    Those have ``completes_call``: the forward is not right without them, also where it is not called by the module.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if getattr(hook, "completes_call", False):
+            result: Any = hook(module, args, kwargs)
+            if result is not None:
+                args, kwargs = result
+    return args, kwargs
 
 
 def with_forward_hook(state: dict[str, Any], hook: Callable[..., Any]) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Arguments:
     Dynamo traces it where the model is inside of what is compiled, and runs it as it is on the outermost module.
     """
 
+    #: pcg calls it also where a forward is compiled by itself, as ``pcg.piecewise(model.forward)``.
+    completes_call = True
+
     def __init__(self, known: Known) -> None:
         self.known = known
 
