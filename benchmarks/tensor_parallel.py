@@ -14,6 +14,8 @@ import torch
 
 import pcg_compile as pcg
 
+from pcg_compile.integrations.transformers import cache_for
+
 from .common import Clock, Results, sizes_of, synchronize
 from .models import SHAPES, Lists, make_cache, make_lists
 
@@ -101,7 +103,10 @@ def _model(settings: dict[str, Any], device: torch.device) -> Any:
     torch.manual_seed(0)
     with device:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return AutoModel.from_config(config, attn_implementation="pcg", dtype=dtype).eval()
+        model = AutoModel.from_config(config, attn_implementation="pcg", dtype=dtype).eval()
+    # Tries the model on every rank, while it is whole: in parts, all ranks would have to do it together.
+    cache_for(model, num_pages=2)
+    return model
 
 
 def _measure(

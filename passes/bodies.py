@@ -42,7 +42,7 @@ def bodies_of(
         if count > len(operands):
             continue
         try:
-            inner = trace_facts(body, operands[len(operands) - count :])
+            inner = trace_facts(body, operands[len(operands) - count :], keep_results=True)
         except _MISTRACED as error:
             first = str(error).splitlines()[0] if str(error) else ""
             notes.append(f"{node.name} is judged as a whole: its body cannot be traced alone ({first})")

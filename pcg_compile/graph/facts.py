@@ -64,9 +64,9 @@ def squeezed_sizes(facts: Mapping[fx.Node, NodeFacts]) -> list[torch.SymInt]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list[OpCall]) -> None:
+    def __init__(self, calls: list[OpCall], keep_results: bool) -> None:
         super().__init__()
-        self.calls = calls
+        self.calls, self.keep_results = calls, keep_results
 
     def __torch_dispatch__(
         self,
@@ -77,7 +77,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.calls.append(OpCall(func, args, kwargs, result))
+        self.calls.append(OpCall(func, args, kwargs, result if self.keep_results else None))
         return result
 
 
@@ -94,6 +94,8 @@ class _Tracer(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.repeats = repeats
         self.facts: dict[fx.Node, NodeFacts] = {}
+        #: Only the rows of layers with adapters are followed from op to op.
+        self.keep_results = any(str(node.target).startswith("pcg.lora") for node in gm.graph.nodes)
         #: Whose memory something lies in cannot be told: the facts are of no use.
         self.ambiguous = False
 
@@ -117,7 +119,7 @@ class _Tracer(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             calls.append(OpCall(n.target, args, kwargs, value))
         else:
-            with _Recorder(calls):
+            with _Recorder(calls, self.keep_results):
                 value = super().run_node(n)
         if any(_reshapes(call) for call in calls):
             self.repeats.stop()
@@ -131,23 +133,26 @@ class _Tracer(fx.Interpreter):
         return NodeFacts(value, tuple(calls), frozenset(storage_of(t) for call in calls for t in written_tensors(call)))
 
 
-def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
+def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any], keep_results: bool = False) -> dict[fx.Node, NodeFacts]:
     """Facts of every node of ``gm``, from one interpretation on fake ``inputs`` (tensors, ints, SymInts).
 
     Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
     caller's fake tensors. Each lies in memory of its own, whatever the call that was traced had.
 
+    Args:
+        keep_results: what ops give stays known, as it does where the graph has layers with adapters.
+
     Raises:
         DataDecide: only the data tell what a node gives.
     """
-    return _trace(gm, inputs, _repeats_of(gm)) or trace_all_facts(gm, inputs)
+    return _trace(gm, inputs, _repeats_of(gm), keep_results) or trace_all_facts(gm, inputs, keep_results)
 
 
-def trace_all_facts(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, NodeFacts]:
+def trace_all_facts(gm: fx.GraphModule, inputs: Sequence[Any], keep_results: bool = False) -> dict[fx.Node, NodeFacts]:
     """The same, with repeated calls traced again each time."""
     repeats = Repeats()
     repeats.stop()
-    return _trace(gm, inputs, repeats) or {}
+    return _trace(gm, inputs, repeats, keep_results) or {}
 
 
 def _repeats_of(gm: fx.GraphModule) -> Repeats:
@@ -158,10 +163,13 @@ def _repeats_of(gm: fx.GraphModule) -> Repeats:
     return repeats
 
 
-def _trace(gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats) -> dict[fx.Node, NodeFacts] | None:
+def _trace(
+    gm: fx.GraphModule, inputs: Sequence[Any], repeats: Repeats, keep_results: bool
+) -> dict[fx.Node, NodeFacts] | None:
     fake_mode = fake_mode_of(inputs)
     fresh = [_detached(x) for x in in_own_memory(inputs)]
     tracer = _Tracer(gm, repeats)
+    tracer.keep_results |= keep_results
     with fake_mode, python_dispatcher(), unbacked_symbols_may_stay(fake_mode), torch.no_grad():
         tracer.run(*fresh)
     return None if tracer.ambiguous else tracer.facts

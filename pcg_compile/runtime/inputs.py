@@ -103,9 +103,11 @@ def _copy_in(b: Building, spec: InputSpec, target: torch.Tensor | None) -> None:
     b.static[spec.node] = target
     b.copied.append(spec)
     rows = b.plan.row_indices.get(spec.node)
-    if rows is not None:
-        target = _look_up_rows(b, spec, target, b.sizes[rows], b.at[rows])
     expanded = expanded_dims(target)
+    if rows is not None:
+        # Entries that share memory are looked up once.
+        given = _look_up_rows(b, spec, unexpanded(target, expanded), b.sizes[rows], b.at[rows])
+        target = given.expand(target.shape) if expanded else given
     with torch.inference_mode(False), torch.no_grad():
         real, load = real_rows(target, spec.value, b.sizes), None
         if spec.pad_value is not None and rows is None:
