@@ -314,8 +314,8 @@ def test_a_bucket_that_fits_alone_is_captured_again():
     alone = serve([8])[0][0]
     held, graph = serve(sizes, memory_budget=alone)
     assert held == [alone // 2, 0, alone, alone, alone] and not any(one.given_up for one in graph.bindings)
-    counted = graph.shared.counters.fallbacks.items()
-    assert [count for (reason, _), count in counted if "dropped with all" in reason] == [1]
+    counted = graph.shared.counters.snapshot().fallbacks
+    assert [one.count for one in counted if "dropped with all" in one.reason] == [1]
     held, graph = serve(sizes, memory_budget=alone - 1)
     assert max(held) == held[-1] == alone // 2 and any(one.given_up for one in graph.bindings)
 

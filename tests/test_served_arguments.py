@@ -114,7 +114,7 @@ def test_generate_says_what_to_call_instead():
     _, model = pair("llama")
     cache, ids = cache_for(model, num_pages=4), torch.ones(1, 4, dtype=torch.int64)
     for run in (model, torch.compile(model, backend="pcg")):
-        with pytest.raises(BatchError, match=r"continuous_batching.py(.|\n)*set_attn_implementation\(\"sdpa\"\)"):
+        with pytest.raises(BatchError, match=r"generate_batch(.|\n)*set_attn_implementation\(\"sdpa\"\)"):
             run.generate(ids, max_new_tokens=3)
         with (
             pcg.step(pcg.Batch([4], [4], [[1]]), cache),

@@ -17,7 +17,7 @@ def _from_values(x):
 
 
 KINDS = {
-    "jagged": (_jagged, lambda x: (x * 2 + 1).values(), r"L\['x'\] is a nested tensor"),
+    "jagged": (_jagged, lambda x: (x * 2 + 1).values(), r"input x is a nested tensor"),
     "jagged, made inside": (lambda n: torch.randn(n, 4), _from_values, "gives a nested tensor"),
     "mkldnn": (lambda n: torch.randn(n, 4).to_mkldnn(), lambda x: x.to_dense() * 2, "layout torch._mkldnn"),
 }
