@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import pcg_compile as pcg
-
 from pcg_compile.integrations.transformers import cache_for
 
 from .common import Clock, Results, sizes_of, synchronize

@@ -24,6 +24,7 @@ from .lora_layouts import (
     listed,
     meet,
     moving,
+    quotient,
     regroup,
     size_of,
     unpicked,
@@ -103,7 +104,9 @@ def cut(c: RowCall, rows: Rows, d: int, start: Any, size: Any, step: Any = 1) ->
     if (size == size_of(dim) and step == 1) or not moving(dim):
         return rows.replaced(d, dim if moving(dim) else columns(size))
     if len(dim) > 1:
-        return c.lost()
+        # One of several repetitions.
+        repetition = dim[0][1] == 0 and step == 1 and size == size_of(dim[1:]) and quotient(as_expr(start), size)
+        return c.lost() if repetition is None or repetition is False else rows.replaced(d, dim[1:])
     ((_, stride),) = dim
     offset = expanded(rows.offset + as_expr(start) * stride)
     return Rows(rows.order, offset, rows.replaced(d, fused([(size, expanded(stride * step))])).dims)
@@ -280,6 +283,31 @@ def copied(c: RowCall) -> Result:
     return meet([c.state(t) for name in ("src", "other") if isinstance(t := c.get(name), torch.Tensor)], c.shape)
 
 
+def padded(c: RowCall, rows: Rows) -> Result:
+    """More columns; more rows would be of no token."""
+    dims, pads = list(rows.dims), c.arguments["pad"]
+    for i in range(len(pads) // 2):
+        d = len(dims) - 1 - i
+        if any(as_expr(pad) != 0 for pad in pads[2 * i : 2 * i + 2]):
+            if moving(dims[d]):
+                return c.lost()
+            dims[d] = columns(c.shape[d])
+    return rows.like(dims)
+
+
+def collected(c: RowCall, rows: Rows) -> Result:
+    """Every rank's part, one behind the other: of columns, where each rank has all tokens; else of who knows which."""
+    strides = [entry for dim in rows.dims for entry in dim if entry[1] != 0]
+    if rows.offset != 0 or size_of(strides) != rows.order.size:
+        return Lost("ranks may have other tokens each")
+    return rows.replaced(0, (*columns(c.get("group_size")), *rows.dims[0]))
+
+
+def scattered(c: RowCall, rows: Rows) -> Result:
+    """This rank's part of the first dimension."""
+    return c.lost() if moving(rows.dims[0]) else rows.replaced(0, columns(c.shape[0]))
+
+
 #: By the rule of the padding analysis.
 _RULES: dict[Any, Rule] = {
     safety_rules.pointwise: together,
@@ -319,6 +347,10 @@ for _rule in (safety_shapes._created, safety_shapes.scalar_tensor, safety_shapes
     _RULES[_rule] = lambda c: None
 _NAMED: dict[str, Rule] = {
     **dict.fromkeys(("aten::nonzero", "aten::bincount", "aten::histc", "aten::repeat_interleave"), lambda c: None),
+    **{f"_c10d_functional::{name}": of_first for name in ("all_reduce", "all_reduce_", "broadcast", "wait_tensor")},
+    "aten::constant_pad_nd": with_rows(padded),
+    "_c10d_functional::all_gather_into_tensor": with_rows(collected),
+    "_c10d_functional::reduce_scatter_tensor": with_rows(scattered),
     **dict.fromkeys(("aten::_grouped_mm", "transformers::grouped_mm_fallback"), of_first),
 }
 
