@@ -358,7 +358,7 @@ def plan_pieces(
             distinct.setdefault(keys[site.index], site)
     compiled: dict[Any, Compiled] = {}
     for key, first in distinct.items():
-        compiled[key] = compile_piece(first.piece, options.compiler, fake_mode)
+        compiled[key] = compile_piece(first.piece, options.compiler, fake_mode, CHANGES in context.splits.values())
         failure = compiled[key].failure
         if failure is not None:
             counters.fall_back(f"a piece runs eagerly: {failure}", first.where)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ..torch_compat.dynamo_graphs import keep_traced_function
+from ..torch_compat.dynamo_graphs import TRACE_AGAIN, keep_traced_function
 from ..torch_compat.expressions import expression_nodes
 from ..torch_compat.fake_tensors import FakeTensorMode, isolated_tracing
 from ..torch_compat.guards import guards_apart
@@ -258,11 +258,13 @@ def structure_of(piece: Piece) -> tuple[Any, ...]:
     return (*map(of_input, piece.example), *map(of_node, piece.graph.nodes))
 
 
-def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Compiled:
+def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode, floats_change: bool = False) -> Compiled:
     """Compiles one distinct piece. What no compiler can take, and what fails, is left to eager, and says why.
 
     Args:
         compiler: "inductor", "eager" or a Dynamo-style ``fn(gm, example_inputs) -> callable``.
+        floats_change: whether the graph has floats that change from call to call. Where none does, Inductor may have
+            Dynamo trace again with all floats as constants; else that would go on for each value.
     """
     if compiler == "eager" or not any(n.op.startswith("call_") for n in piece.graph.nodes):
         return Compiled(piece.gm.forward)
@@ -283,6 +285,10 @@ def compile_piece(piece: Piece, compiler: Any, fake_mode: FakeTensorMode) -> Com
             node.meta["example_value"] = value
         try:
             function = compile_it(copy, list(shown))
+        except TRACE_AGAIN:
+            if not floats_change:
+                raise
+            return Compiled(piece.gm.forward, "the compiler takes no float that changes")
         except Exception as error:
             # Anybody's compiler, which may fail in any way; the caller counts it.
             first = str(error).splitlines()[0] if str(error) else ""

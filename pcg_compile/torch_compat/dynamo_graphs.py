@@ -16,6 +16,7 @@ from .fake_tensors import fake_mode_of
 from .probe import attributes, exceptions, private
 
 __all__ = [
+    "TRACE_AGAIN",
     "breaks_since",
     "breaks_so_far",
     "changing_floats",
@@ -35,6 +36,8 @@ _breaks = private("torch._dynamo.utils.graph_break_reasons", _READ)
 _pgo = private("torch._dynamo.pgo", _READ)
 _TensorifyState = private("torch._dynamo.symbolic_convert.TensorifyState", _READ)
 _TraceAgain = private("torch._dynamo.exc.TensorifyScalarRestartAnalysis", _READ)
+#: What has Dynamo trace once more, with floats that a compiler cannot take as numbers as constants.
+TRACE_AGAIN = exceptions("torch._dynamo.exc", _READ, "TensorifyScalarRestartAnalysis")
 _REFUSALS = exceptions(
     "torch._dynamo.exc", _READ, "Unsupported UserError FailOnRecompileLimitHit UncapturedHigherOrderOpError"
 )

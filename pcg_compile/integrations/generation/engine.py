@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Engine:
             return logits if picks_rows else logits[rows]
 
         dynamic = {"ids": 0, "source": 0, "positions": 0, "rows": 0}
-        self.forward = piecewise(dynamic=dynamic, guards="inputs", **options)(forward)
+        self.forward = piecewise(dynamic=dynamic, guards="inputs", **options)(_of_one_model(forward))
         self._samplers: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
         self._ring: deque[tuple[torch.Tensor, Any]] = deque()
 
@@ -62,7 +63,9 @@ class Engine:
         key = (sampling, filtering, penalizing)
         if key not in self._samplers:
             dynamic = {"logits": 0, "slots": 0, "counter": 0}
-            self._samplers[key] = piecewise(dynamic=dynamic, guards="inputs", **self.options)(make_sampler(*key))
+            self._samplers[key] = piecewise(dynamic=dynamic, guards="inputs", **self.options)(
+                _of_one_model(make_sampler(*key))
+            )
         return self._samplers[key]
 
     def to_device(self, *arrays: Any) -> list[torch.Tensor]:
@@ -108,6 +111,15 @@ class Engine:
         source, target = self.to_device(*np.array(copies, dtype=np.int64).T)
         for pages in (*self.cache.k, *self.cache.v):
             pages.index_copy_(0, target, pages.index_select(0, source))
+
+
+def _of_one_model(function: Any) -> Any:
+    """The function, its code named like no other: Dynamo remembers by the name what changed from call to call.
+
+    Another model's vocabulary or scale would make a dynamic size, or a changing float, of this one's.
+    """
+    function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{uuid4().hex}")
+    return function
 
 
 class _Launched:
