@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import CONFIG, llama, save_with_peft
+from adapters import llama, save_with_peft
 
 import pcg_compile as pcg
 from pcg_compile.integrations import generation
@@ -296,7 +296,7 @@ def test_filters_equal_transformers():
 
 
 def test_pages_are_counted_and_evicted():
-    cache = cache_for(CONFIG, num_pages=6, page_size=4)
+    cache = pcg.PagedKVCache(1, 6, 4, num_kv_heads=1, head_dim=8)
     pool = PagePool(cache)
     tokens = list(range(10))
     first = [pool.take() for _ in range(3)]
