@@ -93,7 +93,7 @@ def main() -> None:
                 (runtime,) = runtimes(compiled)
                 sizes = {n} if dims == 0 else {n, m}
                 program = next(p for key, p in runtime.bindings[0].steps.items() if set(key) == sizes)
-                arguments_of = {s.node.name.strip("l_").lower(): s.position for s in runtime.plan.inputs}
+                arguments_of = {s.node.name.lower().strip("l_"): s.position for s in runtime.plan.inputs}
                 args: list[Any] = [None] * (1 + max(s.position for s in runtime.plan.inputs))
                 for i, tensor in enumerate(given):
                     args[arguments_of[f"x{i}"]] = tensor
