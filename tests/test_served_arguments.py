@@ -204,3 +204,9 @@ def test_a_cache_is_made_for_what_layers_store():
     assert cache.num_kv_heads == 4
     with pcg.step(pcg.Batch([6], [6], [cache.allocate(1)]), cache):
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_dtype_of_a_config_may_be_a_name():
+    config = tf.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
+    config.dtype = "float64"
+    assert cache_for(config, num_pages=2).dtype == torch.float64

@@ -58,7 +58,7 @@ def cache_for(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        dtype=dtype or getattr(config, "dtype", None),
+        dtype=dtype or _dtype_of(config),
         device=device,
     )
 
@@ -112,3 +112,9 @@ def _differ(config: Any, what: str) -> str:
         why="A PagedKVCache has one number of key heads, and of elements a head, for all layers.",
         cure='Use another attn_implementation, such as "sdpa", without pcg.step().',
     )
+
+
+def _dtype_of(config: Any) -> torch.dtype | None:
+    """A config's dtype, which may be a name in one that was read from a file."""
+    dtype = getattr(config, "dtype", None)
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
