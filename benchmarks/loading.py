@@ -6,6 +6,7 @@ bucket, and where its inputs are padded, and the host's time of each, in microse
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -93,10 +94,12 @@ def main() -> None:
                 (runtime,) = runtimes(compiled)
                 sizes = {n} if dims == 0 else {n, m}
                 program = next(p for key, p in runtime.bindings[0].steps.items() if set(key) == sizes)
-                arguments_of = {s.node.name.lower().strip("l_"): s.position for s in runtime.plan.inputs}
+                # Dynamo calls the first one l_x0_, or l_args_0_ where it wraps the function.
+                users = [s for s in runtime.plan.inputs if s.kind == "user"]
+                arguments_of = {int(re.sub(r"\D", "", s.node.name)): s.position for s in users}
                 args: list[Any] = [None] * (1 + max(s.position for s in runtime.plan.inputs))
                 for i, tensor in enumerate(given):
-                    args[arguments_of[f"x{i}"]] = tensor
+                    args[arguments_of[i]] = tensor
                 load = lambda program=program, args=args: program.start(args)
                 load()
                 row += [_launches(load), _host_us(load)]
