@@ -228,3 +228,26 @@ def test_a_step_says_which_size_is_the_tokens(order, dynamic):
         assert not any("_dynamo_" in name for name in vars(x))
     stats = pcg.stats(run)
     assert stats.graphs <= 2 and not stats.fallbacks and stats.steps == len(order)
+
+
+class Softened(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.layer = scale, torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.softplus(self.layer(x) * self.scale, self.scale) + self.scale
+
+
+def test_inductor_takes_floats_that_differ_between_models():
+    """Dynamo takes the second model's float for one that changes; what Inductor cannot compile then is counted."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for scale in (0.5, 0.7):
+            model = Softened(scale)
+            compiled = torch.compile(model, backend="pcg", options={"buckets": [4, 8]})
+            for n in (3, 5):
+                x = torch.randn(n, 4)
+                torch.testing.assert_close(compiled(x), model(x))
+            stats = pcg.stats(compiled)
+            assert stats.graphs <= 2 and stats.replays + sum(one.count for one in stats.fallbacks) >= 2, stats
