@@ -13,9 +13,9 @@ from .common import add_common, resolve
 _COMMANDS = {
     "host": "host time: glue, entry, metadata (needs no GPU)",
     "padding": "waste of the default buckets; padding by a request against slices",
-    "step": "one step: eager, torch.compile, pcg, a whole-step CUDA graph",
+    "step": "one step: eager, torch.compile, pcg, a full-graph CUDA graph",
     "capture": "seconds and MiB a bucket",
-    "crossover": "the size from which on a recording no longer pays",
+    "crossover": "the size from which on a captured graph no longer pays",
     "startup": "time to the first step, cold and warm caches",
     "soak": "random traffic, compared with eager as it goes",
     "tensor_parallel": "a model in parts: pcg against eager, and against one GPU",

@@ -1,4 +1,4 @@
-"""Seconds and MiB that recording takes, by number of buckets."""
+"""Seconds and MiB that captured graph takes, by number of buckets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--counts", default="12,50", help="numbers of buckets to record (tiny: 4,6)")
+    parser.add_argument("--counts", default="12,50", help="numbers of buckets to capture (tiny: 4,6)")
     parser.add_argument("--max-tokens", type=int, help="largest bucket (1024; tiny 32)")
     parser.add_argument("--cudagraph-mode", choices=("piecewise", "full"), default="piecewise")
     parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pieces are compiled with (tiny: eager)")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
                     layers=shape.layers,
                     max_tokens=most,
                     compiler=compiler,
-                    **_record(args, shape, model, compiler, spread(count, most)),
+                    **_capture(args, shape, model, compiler, spread(count, most)),
                 )
             except Exception as error:
                 results.say(f"{count} buckets failed: {one_line(error)}")
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 _NOTES = {
-    "seconds": "pcg.warmup of all buckets but the largest, which is recorded first and pays for compiling and tuning",
+    "seconds": "pcg.warmup of all buckets but the largest, which is captured first and pays for compiling and tuning",
     "per_bucket_ms": "of these, by bucket",
-    "first_seconds": "pcg.warmup of the largest bucket: trace, compile, measure, record",
-    "mib": "what recordings and static memory hold, as pcg counts it, over all buckets",
-    "device_mib": "memory of the process on the device: rise from before the first recording",
+    "first_seconds": "pcg.warmup of the largest bucket: trace, compile, measure, capture",
+    "mib": "what captured graphs and static memory hold, as pcg counts it, over all buckets",
+    "device_mib": "memory of the process on the device: rise from before the first captured graph",
     "lazy_ms": "median time of the first step of a bucket that warm-up left out, less that of its second step",
 }
 
@@ -67,7 +67,7 @@ def spread(count: int, most: int) -> list[int]:
     return sorted(sizes)
 
 
-def _record(args: argparse.Namespace, shape: Any, model: Any, compiler: str, buckets: list[int]) -> dict[str, Any]:
+def _capture(args: argparse.Namespace, shape: Any, model: Any, compiler: str, buckets: list[int]) -> dict[str, Any]:
     device = args.device
     cache = make_cache(shape, device, buckets[-1])
     left_out = [buckets[(len(buckets) - 1) // 2]]

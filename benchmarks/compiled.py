@@ -50,7 +50,7 @@ def attending(attend: Attend) -> Iterator[None]:
 
 
 class Compiled(Variant):
-    """Inductor, one graph for all sizes; the limit and breakable graphs record what it compiled."""
+    """Inductor, one graph for all sizes; the limit and breakable graphs capture what it compiled."""
 
     about = "torch.compile, dynamic sizes; attention bound by hand, its metadata from pcg's planner"
     mode: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The size from which on recordings no longer pay: the same compiled pieces, replayed and called."""
+"""The size from which on captured graphs no longer pay: the same compiled pieces, replayed and called."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         cache = make_cache(shape, args.device, max(sizes))
         compiler = args.compiler or ("eager" if args.tiny else "inductor")
         world = World(shape, model, cache, args.device, compiler, sizes)
-        recorded, exact = Recorded(world), Exact(world)
+        recorded, exact = Captured(world), Exact(world)
         example = make_lists(shape, cache, max(sizes), 0)
         for variant in (recorded, exact):
             variant.build(example)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         for bucket in sizes:
             for fill, n in (("full", bucket), ("padded", max(1, int(bucket / _STEP)))):
                 try:
-                    row = _compare(world, {"recorded": recorded, "exact": exact}, n, args.repeats)
+                    row = _compare(world, {"captured": recorded, "exact": exact}, n, args.repeats)
                 except Exception as error:
                     results.say(f"n = {n} failed: {one_line(error)}")
                     continue
@@ -56,15 +56,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 _NOTES = {
-    "recorded": "recordings at the bucket, replayed",
-    "exact": "the same compiled pieces at exactly n tokens, not recorded",
+    "captured": "captured graphs at the bucket, replayed",
+    "exact": "the same compiled pieces at exactly n tokens, not captured",
     "full, padded": f"n is the bucket, or the bucket / {_STEP}, as badly as the default table fits",
-    "crossover": "where the ratio recorded / exact exceeds 1.0, linear between sizes; null: nowhere",
+    "crossover": "where the ratio captured / exact exceeds 1.0, linear between sizes; null: nowhere",
 }
 
 
-class Recorded(Pcg):
-    """Buckets that are recorded whether they pay or not."""
+class Captured(Pcg):
+    """Buckets that are captured whether they pay or not."""
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "buckets": sorted(self.world.sizes), "max_padding": 2.0}
@@ -80,8 +80,8 @@ class Recorded(Pcg):
         return None
 
 
-class Exact(Recorded):
-    """No bucket fits, so that every step runs unrecorded."""
+class Exact(Captured):
+    """No bucket fits, so that every step runs uncaptured."""
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "buckets": [1]}
@@ -100,9 +100,9 @@ def _compare(world: World, variants: dict[str, Variant], n: int, repeats: int) -
             raise ValueError(f"{name} is wrong: error {error:.3g}")
         row[f"{name}_error"] = round(error, 6)
     if replays := variants["exact"].replays:  # type: ignore[attr-defined]
-        raise ValueError(f"the exact step replayed {replays} recordings")
-    if not variants["recorded"].replays:  # type: ignore[attr-defined]
-        raise ValueError("nothing was recorded")
+        raise ValueError(f"the exact step replayed {replays} captured graphs")
+    if not variants["captured"].replays:  # type: ignore[attr-defined]
+        raise ValueError("nothing was captured")
     clocks = {name: Clock(world.device) for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():

@@ -24,7 +24,7 @@ _TOKENS = (256, 1024, 4096)
 _QUICK = (256, 2048)
 _TINY = (128,)
 _VARIANTS = ("eager", "compile", "reduce-overhead", "pcg")
-#: Passes that are not timed: they compile, record, and replay for the first time.
+#: Passes that are not timed: they compile, capture, and replay for the first time.
 _UNTIMED = 3
 #: Largest difference of a sentence's unit vector from eager's, by dtype: rounding in another order, no more.
 _LIMITS = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> None:
 _NOTES = {
     "tokens": "at most, a batch of sentences of similar length; batches are on the device before the clock starts",
     "compile": "torch.compile(model, dynamic=True)",
-    "reduce-overhead": 'torch.compile(model, mode="reduce-overhead"), which records each shape of a batch',
+    "reduce-overhead": 'torch.compile(model, mode="reduce-overhead"), which captures each shape of a batch',
     "pcg": 'torch.compile(model, backend="pcg"), with the buckets of examples/encoder.py',
     "sentences_per_s": "of the median of passes over all sentences, variants taking turns; pooling included",
     "error": "largest distance of a sentence's unit vector from eager's",
     "padding": "share of all tokens: to a batch's longest sentence, and, for pcg, to the buckets",
-    "first_s": f"seconds of the {_UNTIMED} passes before, which compile and record",
+    "first_s": f"seconds of the {_UNTIMED} passes before, which compile and capture",
 }
 
 
@@ -149,7 +149,7 @@ def _compare(
         rows["pcg"] |= {
             "padding": round(example.padding(given), 3),
             "pieces": stats.pieces,
-            "recordings": stats.captured,
+            "captured graphs": stats.captured,
             "made_while_timed": again,
             "fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks],
         }

@@ -1,4 +1,4 @@
-"""What a whole-step CUDA graph takes, recorded by hand: the limit of any scheme with the same kernels."""
+"""What a full-graph CUDA graph takes, captured by hand: the limit of any scheme with the same kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .wrappers import Wrapper
 __all__ = ["Breakable", "LimitBucket", "LimitExact"]
 
 
-class Recorded(Variant):
-    """A recording of what ``compile`` compiled, made anew for each size, with static inputs."""
+class Captured(Variant):
+    """A capture of what ``compile`` compiled, made anew for each size, with static inputs."""
 
     def build(self, example: Lists) -> None:
         if self.world.device.type != "cuda":
             raise NotHere("needs CUDA")
         if "compile" not in self.world.built:
-            raise NotHere("records what the variant compile compiles: name it, too")
+            raise NotHere("captures what the variant compile compiles: name it, too")
         compiled = self.world.built["compile"]
         assert isinstance(compiled, Compiled)
         self.compiled = compiled
@@ -52,7 +52,7 @@ class Recorded(Variant):
         self.slots[n:].zero_()
 
     def record(self, call: Callable[[], torch.Tensor]) -> None:
-        """Records a call, after two that warm it up."""
+        """Captures a call, after two that warm it up."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -68,7 +68,7 @@ class Recorded(Variant):
             self.__dict__.pop(name, None)
 
 
-class LimitExact(Recorded):
+class LimitExact(Captured):
     about = "one CUDA graph of the Inductor-compiled model and FlashInfer, at exactly n tokens: the replay alone"
     serves = False
 
@@ -84,7 +84,7 @@ class LimitExact(Recorded):
         return n
 
     def request_slots(self, batch: pcg.Batch) -> int:
-        """Requests that the recording is made for."""
+        """Requests that the captured graph is made for."""
         return batch.num_requests
 
     def ready(self, examples: Sequence[Lists]) -> None:
@@ -124,7 +124,7 @@ class LimitBucket(LimitExact):
         return max(batch.num_requests + 1, min(64, bucket_of(batch.num_tokens)))
 
 
-class Breakable(Recorded):
+class Breakable(Captured):
     about = "breakable-cuda-graphs on the Inductor-compiled model, attention bound by hand between its segments"
 
     def build(self, example: Lists) -> None:
@@ -133,11 +133,11 @@ class Breakable(Recorded):
             raise NotHere("breakable-cuda-graphs is not installed (pip install breakable-cuda-graphs)")
 
     def ready(self, examples: Sequence[Lists]) -> None:
-        self.recording = False
+        self.captured = False
         self.inputs(self.rows(len(examples[0].ids)))
         with self.enter(examples[0]):
             self.record(lambda: self.compiled._call(self.ids, self.positions, self.slots))
-        self.recording = True
+        self.captured = True
         super().ready(examples)
 
     def record(self, call: Callable[[], torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ class Breakable(Recorded):
             self.slots.copy_(self.bound.slots)
             self.ids[:n].copy_(lists.ids)
             self.positions[:n].copy_(positions)
-            if self.recording:
+            if self.captured:
                 graph, result = self.graph, self.result[:n]
 
                 def call() -> torch.Tensor:
@@ -172,7 +172,7 @@ class Breakable(Recorded):
                 yield call
                 return
 
-            # The recording keeps the function: it asks for the step's plan when it runs.
+            # The captured graph keeps the function: it asks for the step's plan when it runs.
             run = no_graph(lambda q, k_cache, v_cache, out: self.bound.run(q, k_cache, v_cache, out))
 
             def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, layer: int) -> torch.Tensor:

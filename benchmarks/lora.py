@@ -37,11 +37,11 @@ _NOTES = {
     "error, worst": "of the requests' last hidden states, in all and of one request, relative to PEFT's with the same "
     "adapters, or none",
     "effect": "the least change that an adapter makes to a request's last hidden state, by PEFT",
-    "replays": "recordings that a step replays",
+    "replays": "captured graphs that a step replays",
     "lora_over_pcg": "pcg-lora over pcg, ready, wall; most: what it may be at rank 16",
     "floor_ms": "the adapters' least time in a step, as lora_kernels counts it; lora_gpu_ms: pcg-lora less pcg",
     "load": "load_ms: a folder that was just written, and its copy to the device; reload_ms: from the host alone. "
-    "made: recordings, compiled pieces and graphs made since the first, with a step after each load",
+    "made: captured graphs, compiled pieces and graphs made since the first, with a step after each load",
 }
 
 

@@ -66,7 +66,7 @@ class World:
         return make_mix(self.shape, self.cache, self.pages[kind, size], kind, size, names)
 
     def compile(self, results: Results) -> None:
-        """Compiles and records both models, before any adapter is loaded."""
+        """Compiles and captures both models, before any adapter is loaded."""
         compiler = self.args.compiler or ("eager" if self.args.tiny else "inductor")
         options = {"compiler": compiler, "cudagraph_mode": self.args.cudagraph_mode}
         mixes = [self.mix(kind, size, count) for kind, size in self.traffic for count in self.counts]
@@ -81,7 +81,7 @@ class World:
                 pcg.warmup(compiled, **inputs, buckets=buckets, progress=False)
             seconds, stats = time.perf_counter() - started, pcg.stats(compiled)
             results.add(
-                what="recordings", variant=name, seconds=round(seconds, 2), pieces=stats.pieces,
+                what="captured graphs", variant=name, seconds=round(seconds, 2), pieces=stats.pieces,
                 compiled=stats.compiled, captured=stats.captured, buckets=len(stats.buckets),
                 mib=round(sum(bucket.bytes for bucket in stats.buckets.values()) / 2**20, 2),
                 pool_mib=round(self.pool.nbytes() / 2**20, 1) if pooled else None,
@@ -132,7 +132,7 @@ class World:
             compiled_after=after.compiled, made=made,
         )  # fmt: skip
         if made:
-            results.say(f"{made} recordings, compiled pieces or graphs were made while adapters were loaded")
+            results.say(f"{made} captured graphs, compiled pieces or graphs were made while adapters were loaded")
 
     def _serve(self, way: Way, name: str | None) -> None:
         """One step in which all requests but a few have an adapter."""

@@ -85,7 +85,7 @@ def _fake_attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
 
 class BoundAttention(nn.Module):
     """Attention as a hand-made server has it: the write to the cache is compiled with the rest, and one op calls what
-    the step has bound. Nothing says that the op cannot be recorded."""
+    the step has bound. Nothing says that the op cannot be captured."""
 
     k_cache: torch.Tensor
     v_cache: torch.Tensor

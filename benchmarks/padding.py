@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "waste": "padding tokens over real tokens, of the steps that a bucket serves",
-    "unrecorded": "share of steps that no bucket serves",
+    "uncaptured": "share of steps that no bucket serves",
     "request_ms, slice_ms": "wall time of a call, metadata ready, with each kind of padding",
 }
 
@@ -63,12 +63,12 @@ def waste(sizes: Sequence[int], table: Sequence[int] | None) -> dict[str, Any]:
     options = Options(max_tokens=_MOST, buckets=None if table is None else tuple(table))
     symbol = sympy.Symbol("n")
     chooser = BucketChooser(options, (), ((symbol,),))
-    real = padded = unrecorded = 0
+    real = padded = uncaptured = 0
     worst = 1.0
     for n in sizes:
         choice = chooser.choose({symbol: n}, [symbol]).sizes
         if choice is None:
-            unrecorded += 1
+            uncaptured += 1
             continue
         real, padded = real + n, padded + choice[symbol]
         if n > 256:
@@ -78,7 +78,7 @@ def waste(sizes: Sequence[int], table: Sequence[int] | None) -> dict[str, Any]:
         "steps": len(sizes),
         "waste": round(padded / max(1, real) - 1, 4),
         "worst_above_256": round(worst, 3),
-        "unrecorded": round(unrecorded / len(sizes), 4),
+        "uncaptured": round(uncaptured / len(sizes), 4),
     }
 
 

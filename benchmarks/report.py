@@ -50,7 +50,7 @@ def tables(data: Mapping[str, Any]) -> list[str]:
 
 
 _STEP_TABLES = (
-    ("ready_wall_ms", "ms a step, metadata ready (ratio to one graph of the whole step at the bucket)"),
+    ("ready_wall_ms", "ms a step, metadata ready (ratio to one graph of the full CUDA graph at the bucket)"),
     ("lists_wall_ms", "ms a step from host lists"),
     ("ready_host_ms", "host ms of a call, metadata ready"),
     ("ready_gpu_ms", "ms of the GPU alone"),
@@ -190,7 +190,7 @@ def _startup(rows: Sequence[Row]) -> list[Panel]:
 def _capture(rows: Sequence[Row]) -> list[Panel]:
     return [
         ("bars", series(rows, "buckets", y, "compiler"), ("buckets", unit, title))
-        for y, unit, title in (("seconds", "s", "recording"), ("mib", "MiB", "memory held"))
+        for y, unit, title in (("seconds", "s", "captured graph"), ("mib", "MiB", "memory held"))
     ]
 
 
@@ -205,7 +205,7 @@ def _padding(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _crossover(rows: Sequence[Row]) -> list[Panel]:
-    return [("lines", series(rows, "n", "ratio", "fill"), ("tokens", "recorded / exact", "time of a step"))]
+    return [("lines", series(rows, "n", "ratio", "fill"), ("tokens", "captured / exact", "time of a step"))]
 
 
 def _encoder(rows: Sequence[Row]) -> list[Panel]:

@@ -38,7 +38,7 @@ _NOTES = {
     "worst": "largest difference from eager over eager's largest value, over all comparisons",
     "memory_mib": "of the process (GPU: reserved on the device) when a fifth of the steps were made, and at the end",
     "objects": "of Python's garbage collector, at the same two moments",
-    "recordings_mib": "of recordings and their buffers, at the most, and the budget",
+    "recordings_mib": "of captured graphs and their buffers, at the most, and the budget",
     "evicted": "buckets dropped because of the budget, and by the traffic itself, one in 200 steps",
     "recompiled": "graphs that Dynamo made after the first fifth of the steps",
 }
@@ -216,7 +216,7 @@ class Soak:
         gc.collect()
         synchronize(self.device)
         if self.device.type == "cuda":
-            # What nobody uses any more, the memory of recordings that are gone among it.
+            # What nobody uses any more, the memory of captured graphs that are gone among it.
             torch.cuda.empty_cache()
             used = torch.cuda.memory_reserved(self.device)
         else:
@@ -235,7 +235,7 @@ class Soak:
             if end[what] > begin[what] + most:
                 self.faults.append(f"{what} grew from {begin[what]} to {end[what]}")
         if self.most_bytes > self.budget:
-            self.faults.append(f"recordings held {self.most_bytes} bytes, the budget is {self.budget}")
+            self.faults.append(f"captured graphs held {self.most_bytes} bytes, the budget is {self.budget}")
         if end["graphs"] > begin["graphs"]:
             self.faults.append(f"{end['graphs'] - begin['graphs']} graphs were compiled while serving")
         if stats.replays == 0 or evicted + self.dropped == 0:

@@ -18,7 +18,7 @@ from .common import Budget, Clock, Results, one_line, sizes_of
 from .compiled import Compiled, Partition, ReduceOverhead
 from .limit import Breakable, LimitBucket, LimitExact
 from .models import Lists, make_cache, make_lists, make_model, shape_of
-from .variants import Eager, NotHere, Pcg, PcgInputs, PcgSlice, PcgWhole, Variant, World, bucket_of
+from .variants import Eager, NotHere, Pcg, PcgFullGraph, PcgInputs, PcgSlice, Variant, World, bucket_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,18 +30,18 @@ _FIRST: Mapping[str, Callable[[World], Variant]] = {
     "limit-exact": LimitExact,
     "limit-bucket": LimitBucket,
     "pcg-inputs": PcgInputs,
-    "pcg-whole": PcgWhole,
+    "pcg-whole": PcgFullGraph,
     "pcg-slice": PcgSlice,
     "breakable": Breakable,
 }
-#: With graphs that Inductor records: each in a process of its own, since they fail with illegal memory accesses beside
-#: other recordings, and that ends a process.
+#: With graphs that Inductor captures: each in a process of its own, since they fail with illegal memory accesses beside
+#: other captured graphs, and that ends a process.
 _LAST: Mapping[str, Callable[[World], Variant]] = {"partition": Partition, "reduce-overhead": ReduceOverhead}
 VARIANTS = {**_FIRST, **_LAST}
 _SIZES = (1, 3, 7, 13, 30, 61, 120, 250, 500, 1000, 2000, 4000)
 _QUICK = (1, 7, 61, 250, 1000)
 _TINY = (1, 5, 61)
-#: Batches of each size that numbers are checked with; the first is the one that a variant recorded with.
+#: Batches of each size that numbers are checked with; the first is the one that a variant captured with.
 _CHECKED = 4
 
 

@@ -21,9 +21,9 @@ __all__ = [
     "Eager",
     "NotHere",
     "Pcg",
+    "PcgFullGraph",
     "PcgInputs",
     "PcgSlice",
-    "PcgWhole",
     "Variant",
     "World",
     "attention_of",
@@ -83,7 +83,7 @@ class Variant(ABC):
         """
 
     def ready(self, examples: Sequence[Lists]) -> None:
-        """Records what the next size needs; the examples have that size."""
+        """Captures what the next size needs; the examples have that size."""
         for lists in examples[:1]:
             for _ in range(3):
                 with self.enter(lists) as call:
@@ -117,7 +117,7 @@ class Eager(Variant):
 
 
 class Pcg(Eager):
-    """The unmodified model through the backend; buckets of the sizes are recorded by ``pcg.warmup``."""
+    """The unmodified model through the backend; buckets of the sizes are captured by ``pcg.warmup``."""
 
     about = 'torch.compile(model, backend="pcg", options={"cudagraph_mode": "piecewise"})'
     cudagraph_mode = "piecewise"
@@ -137,7 +137,7 @@ class Pcg(Eager):
         self.model = compiled
 
     def buckets(self) -> list[int]:
-        """What is recorded ahead of time."""
+        """What is captured ahead of time."""
         return sorted({bucket_of(n) for n in self.world.sizes})
 
     def ready(self, examples: Sequence[Lists]) -> None:
@@ -151,7 +151,7 @@ class Pcg(Eager):
 
     def remark(self) -> str | None:
         if self.reasons or not self.replays:
-            return "; ".join(self.reasons) or "no recording was replayed"
+            return "; ".join(self.reasons) or "no captured graph was replayed"
         return None
 
 
@@ -169,11 +169,11 @@ class PcgInputs(Pcg):
         return pcg.piecewise(dynamic=dynamic, guards="inputs", **self.options())(model.forward)
 
 
-class PcgWhole(Pcg):
-    about = 'pcg with options={"cudagraph_mode": "full"}: one recording for a whole step'
+class PcgFullGraph(Pcg):
+    about = 'pcg with options={"cudagraph_mode": "full"}: one captured graph for a full CUDA graph'
     cudagraph_mode = "full"
 
     def ready(self, examples: Sequence[Lists]) -> None:
         super().ready(examples)
         if self.replays != 1:
-            raise NotHere(self.remark() or f"{self.replays} recordings were replayed, not one")
+            raise NotHere(self.remark() or f"{self.replays} captured graphs were replayed, not one")

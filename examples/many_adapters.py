@@ -1,4 +1,4 @@
-"""Three LoRA adapters and base traffic in one batch, in the same recordings; PEFT, one request at a time, agrees.
+"""Three LoRA adapters and base traffic in one batch, in the same captured graphs; PEFT, one request at a time, agrees.
 
 python examples/many_adapters.py
 """
@@ -88,7 +88,7 @@ def main() -> None:
                 compiled(input_ids=ids, position_ids=batch.positions[None])
         after = pcg.stats(compiled)
         new = after.captured - before.captured
-        console.print(f"{len(mixes)} other mixes: {new} new recordings, {after.replays - before.replays} replays")
+        console.print(f"{len(mixes)} other mixes: {new} new captured graphs, {after.replays - before.replays} replays")
         assert new == 0
 
 

@@ -1,4 +1,4 @@
-"""A Llama serves a few requests of different lengths: prefill, then decode, eager against recorded pieces.
+"""A Llama serves a few requests of different lengths: prefill, then decode, eager against captured pieces.
 
 python examples/quickstart.py            # about 1B parameters in bf16 on a GPU, a small model in fp32 on a CPU
 """
@@ -56,7 +56,7 @@ def main():
     prompts = [torch.randint(3, config.vocab_size, (n,)).tolist() for n in PROMPTS]
     cache = cache_for(model, num_pages=64)
     runs: dict[str, list] = {"eager": [], "pcg": []}
-    for _ in range(4):  # the first round compiles and records
+    for _ in range(4):  # the first round compiles and captures
         runs["eager"].append(serve(model, cache, prompts))
         runs["pcg"].append(serve(compiled, cache, prompts, given=runs["eager"][-1][0]))
     table = Table("tokens", "bucket", "eager ms", "pcg ms", "speed-up", "max difference", title=f"{DEVICE}, {DTYPE}")

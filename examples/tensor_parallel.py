@@ -1,4 +1,4 @@
-"""A Llama in parts on several processes: PyTorch splits it, pcg records each rank's pieces.
+"""A Llama in parts on several processes: PyTorch splits it, pcg captures each rank's pieces.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
@@ -47,7 +47,7 @@ def main() -> None:
     def serve(call, kv_heads: int, warm_up: bool = False) -> list[tuple[int, float, torch.Tensor]]:
         cache = pcg.PagedKVCache(**sizes, num_kv_heads=kv_heads, dtype=dtype, device=DEVICE)
         pages, steps = [cache.allocate(1) for _ in range(3)], []
-        if warm_up:  # one compile for all sizes, and a recording for each bucket, on all ranks alike
+        if warm_up:  # one compile for all sizes, and a captured graph for each bucket, on all ranks alike
             batch = pcg.Batch(*batches[0], pages)
             ids = torch.zeros(1, batch.num_tokens, dtype=torch.long, device=DEVICE)
             with pcg.step(batch, cache):
@@ -76,7 +76,7 @@ def main() -> None:
             print(f"{n:3d} tokens: {times}, differ {difference:.1e}")
             assert difference < (0.5 if CUDA else 1e-3)
         stats = pcg.stats(compiled)
-        print(f"{stats.pieces} pieces, {stats.captured} recordings, {stats.replays} replays", stats.fallbacks)
+        print(f"{stats.pieces} pieces, {stats.captured} captured graphs, {stats.replays} replays", stats.fallbacks)
     dist.barrier()
     pcg.release_collectives()  # NCCL waits for captured graphs that use a communicator
     dist.destroy_process_group()

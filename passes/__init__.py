@@ -27,7 +27,7 @@ __all__ = ["Pass", "metadata_passes", "safety_passes"]
 
 
 def safety_passes() -> tuple[tuple[bool, Pass], ...]:
-    """What must not reach a recording: (whether the pass rewrites the graph, the pass)."""
+    """What must not reach a captured graph: (whether the pass rewrites the graph, the pass)."""
     from .capture_hazards import capture_hazards
     from .scalar_writes import scalar_writes
 

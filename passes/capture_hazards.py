@@ -1,6 +1,6 @@
-"""Finds what no CUDA graph can record, and isolates it: such nodes run between pieces.
+"""Finds what no CUDA graph can capture, and isolates it: such nodes run between pieces.
 
-On a CPU run the recording device is the CPU, and the same statements get the same verdict as far as they tell what a
+On a CPU run the capture device is the CPU, and the same statements get the same verdict as far as they tell what a
 GPU would do (see :class:`~pcg_compile.passes.graph_memory.GraphMemory`): ``torch.tensor([5], device=x.device)`` copies
 from the host, ``x.copy_(y)`` of two inputs does not. Nothing is ever refused for being unclear: isolating a node is
 always right, and only ``strict`` makes an error of it.
@@ -14,17 +14,17 @@ import torch
 from torch import fx
 
 from pcg_compile.errors import CaptureHazard, Hazard, message
-from pcg_compile.graph.contexts import is_mode_switch
-from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in
-from pcg_compile.graph.split import find_cuts, op_names, segments_of
-from pcg_compile.graph.where import Place, place_of
-from pcg_compile.ops import registered_split_ops
+from pcg_compile.fx.contexts import is_mode_switch
+from pcg_compile.fx.facts import NodeFacts, storage_of, tensors_in
+from pcg_compile.fx.places import Place, place_of
+from pcg_compile.fx.splitting import find_cuts, op_names, segments_of
+from pcg_compile.split_ops import registered_split_ops
 
-from .bodies import bodies_of
 from .context import PassContext
-from .findings import Finding, hazard_at, made_from_data, tensor_arguments
-from .graph_memory import FROM_DATA, GraphMemory, data_of, is_lifted_number
-from .op_rules import finding_of, reads_host_scalars
+from .hazard_rules import finding_of, reads_host_scalars
+from .host_tensors import FROM_DATA, GraphMemory, data_of, is_lifted_number
+from .padding_safety.bodies import bodies_of
+from .padding_safety.findings import Finding, hazard_at, made_from_data, tensor_arguments
 
 __all__ = ["capture_hazards", "node_finding"]
 
@@ -38,7 +38,7 @@ _OPENED = frozenset({"pcg::paged_attention", "pcg::lora"})
 
 
 def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
-    """Puts every node that no recording can hold into ``context.splits``, and a Hazard into ``context.hazards``.
+    """Puts every node that no captured graph can hold into ``context.splits``, and a Hazard into ``context.hazards``.
 
     The graph stays as it is. Registered split ops are left alone: they run between pieces anyway.
 
@@ -170,14 +170,14 @@ _PREDICATES: tuple[Predicate, ...] = (_makes_from_data, _brings_to_host, _moves_
 
 
 def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """What reads or makes host tensors beside a CUDA recording: a replay would see them as they were when recorded."""
+    """Nodes that read or make host tensors beside a CUDA capture: a replay sees what they held when captured."""
     if memory.device.type == "cpu" or node in constants:
         return None
     facts = memory.facts
     if any(memory.on_host(t) for t in tensors_in(facts[node].value)):
         return Finding(
             "host op",
-            "it runs on the host, so a replay would find the result of the recording",
+            "it runs on the host, so a replay would find the result of the captured graph",
             "Give it the device: device=x.device",
         )
     host = [
@@ -191,13 +191,13 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
         return None
     return Finding(
         "host op",
-        f"it reads {host[0].name}, which lies on the host: a replay would find its value at the recording",
+        f"it reads {host[0].name}, which lies on the host: a replay would find its value at the captured graph",
         "Pass the tensor on the device, or a Python number",
     )
 
 
 def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torch.device) -> frozenset[fx.Node]:
-    """Host scalars that no step changes, ``torch.tensor(0.5)`` and what follows from it: a recording may keep them."""
+    """Host scalars that no step changes, ``torch.tensor(0.5)`` and what follows from it: a capture may keep them."""
     if device.type == "cpu":
         return frozenset()
     written = frozenset().union(*(f.writes for f in facts.values()))
@@ -222,7 +222,7 @@ def _constants(graph: fx.Graph, facts: Mapping[fx.Node, NodeFacts], device: torc
 def _scattered_constants(gm: fx.GraphModule, context: PassContext) -> list[fx.Node]:
     """Host constants that no single piece holds together with all readers, and those readers.
 
-    A piece that reads a host tensor from elsewhere could not be recorded as a whole.
+    A piece that reads a host tensor from elsewhere could not be captured as a whole.
     """
     constants = _constants(gm.graph, context.facts, context.device) - context.splits.keys()
     if not constants:
@@ -273,7 +273,7 @@ def _strict_message(found: list[tuple[Hazard, Place]]) -> str:
     (first, place), others = found[0], found[1:]
     lines = [
         message(
-            f"{first.op} cannot be recorded: {first.reason}",
+            f"{first.op} cannot be captured: {first.reason}",
             str(place),
             "strict=True forbids to isolate it.",
             first.cure,

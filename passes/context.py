@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from pcg_compile.errors import Hazard
-from pcg_compile.graph.facts import NodeFacts
+from pcg_compile.fx.facts import NodeFacts
 from pcg_compile.options import Options
 
 __all__ = ["PassContext", "StepInput"]
@@ -44,7 +44,7 @@ class PassContext:
     """Shared by the passes of one graph."""
 
     options: Options
-    #: The recording device: CUDA where an input lies there, else the CPU.
+    #: The capture device: CUDA where an input lies there, else the CPU.
     device: torch.device
     #: Facts of every node of the graph as it stands; made anew after each pass that rewrites.
     facts: dict[fx.Node, NodeFacts]
@@ -52,7 +52,7 @@ class PassContext:
     tokens: Any = None
     #: Nodes that must run between pieces, with the reason (a hazard that can be isolated).
     splits: dict[fx.Node, str] = field(default_factory=dict)
-    #: Those of them that a step counts: an op that its owner marks as unsafe to record is as good as a split op.
+    #: Those of them that a step counts: an op that its owner marks as unsafe to capture is as good as a split op.
     counted: set[fx.Node] = field(default_factory=set)
     #: All findings, for explain() and check().
     hazards: list[Hazard] = field(default_factory=list)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcg_compile.graph.facts import NodeFacts, alias_of
-from pcg_compile.graph.scalars import is_scalar, leaves_of
+from pcg_compile.fx.facts import NodeFacts, alias_of
+from pcg_compile.fx.sizes import is_scalar, leaves_of
 
 __all__ = ["LoRACall", "group_calls"]
 

@@ -16,8 +16,8 @@ from torch import fx
 from torch.nn.functional import pad as pad_tensor
 
 from pcg_compile.errors import BatchError, OptionsError, message
-from pcg_compile.graph.split import op_names
-from pcg_compile.ops import SplitOp, add_split_op, registered_split_ops
+from pcg_compile.fx.splitting import op_names
+from pcg_compile.split_ops import SplitOp, add_split_op, registered_split_ops
 
 from .context import PassContext
 from .request_mode import Unproven, prove_request

@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch import fx
 
-from pcg_compile.graph.facts import storage_of
-from pcg_compile.graph.requests import Request
-from pcg_compile.graph.scalars import SymType, expr_of, symbols_of
-from pcg_compile.ops import SplitOp
+from pcg_compile.fx.facts import storage_of
+from pcg_compile.fx.request_conditions import Request
+from pcg_compile.fx.sizes import SymType, expr_of, symbols_of
+from pcg_compile.split_ops import SplitOp
 
 from .context import PassContext
 

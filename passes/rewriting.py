@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from pcg_compile.graph.facts import NodeFacts
-from pcg_compile.graph.scalars import expr_of
+from pcg_compile.fx.facts import NodeFacts
+from pcg_compile.fx.sizes import expr_of
 from pcg_compile.torch_compat.expressions import expression_nodes
 from pcg_compile.torch_compat.fake_tensors import fake_mode_of
 

@@ -31,15 +31,15 @@ import sympy
 import torch
 from torch import fx
 
-from pcg_compile.graph.facts import tensors_in
-from pcg_compile.graph.scalars import expr_of, symbols_of
+from pcg_compile.fx.facts import tensors_in
+from pcg_compile.fx.sizes import expr_of, symbols_of
 from pcg_compile.lora.packed import decode
 from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router, router_by_id
 
 from .context import PassContext, StepInput
 from .group_lora import LoRACall, group_calls
-from .lora_rows import LayerRows, follow_rows
-from .lora_slots import SlotsOfRows
+from .lora_rows.analysis import LayerRows, follow_rows
+from .lora_rows.slots import SlotsOfRows
 from .rewriting import Rewriter
 
 __all__ = ["route_lora"]

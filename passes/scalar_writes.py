@@ -1,7 +1,7 @@
-"""Refuses, or rewrites, Python numbers that are copied from the host into a tensor on the recording device.
+"""Refuses, or rewrites, Python numbers that are copied from the host into a tensor on the capture device.
 
 ``t[0] = 0`` leaves no dimension of ``t``: torch 2.11 to 2.14 make a scalar tensor of the 0 on the host and copy it,
-which no CUDA graph can record; with a dimension left, and on torch 2.15, it is a fill. The verdict follows what the
+which no CUDA graph can capture; with a dimension left, and on torch 2.15, it is a fill. The verdict follows what the
 statement dispatched when the graph's facts were traced, so it is that of the running torch, on a CPU as on a GPU.
 """
 
@@ -17,13 +17,13 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcg_compile.errors import GraphBreakingScalarWrite, message
-from pcg_compile.graph.facts import NodeFacts, storage_of
-from pcg_compile.graph.where import place_of
+from pcg_compile.fx.facts import NodeFacts, storage_of
+from pcg_compile.fx.places import place_of
 
-from .bodies import bodies_of
 from .context import PassContext
-from .findings import Finding, hazard_at, made_from_data
-from .graph_memory import data_of
+from .host_tensors import data_of
+from .padding_safety.bodies import bodies_of
+from .padding_safety.findings import Finding, hazard_at, made_from_data
 from .statements import assignment_of
 
 __all__ = ["host_scalar_write", "scalar_writes"]
@@ -54,7 +54,7 @@ def scalar_writes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
     A tensor made of one Python number on the device (``torch.tensor(0.5, device=x.device)``) becomes a device fill in
     either case: it has the same value and dtype, and is reported as a hazard of the eager code. A CPU tensor beside a
-    CUDA recording may be written to as one likes. The caller traces the facts anew, as the graph may have changed.
+    CUDA capture may be written to as one likes. The caller traces the facts anew, as the graph may have changed.
 
     Raises:
         GraphBreakingScalarWrite: the first such write, unless ``context.collect``: then each is a Hazard, and isolated.
@@ -93,7 +93,7 @@ def _visit(gm: fx.GraphModule, context: PassContext, facts: Mapping[fx.Node, Nod
 
 
 def _target(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]) -> torch.Tensor | None:
-    """The tensor on the recording device that a node assigns a Python number to."""
+    """The tensor on the capture device that a node assigns a Python number to."""
     if node.op != "call_function" or node.target is not operator.setitem or len(node.args) != 3:
         return None
     target, _, value = node.args
@@ -193,7 +193,7 @@ def _inherit(first: fx.Node, node: fx.Node) -> None:
 def _device_scalar(
     node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
 ) -> bool | int | float | complex | None:
-    """The number that a node puts on the recording device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
+    """The number that a node puts on the capture device: ``torch.tensor(5, device=d)``, ``torch.tensor(5).to(d)``."""
     value = facts[node].value
     if not isinstance(value, torch.Tensor) or value.device.type != context.device.type or value.dim() != 0:
         return None

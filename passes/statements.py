@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcg_compile.graph.where import Place
+from pcg_compile.fx.places import Place
 
 __all__ = ["Statement", "assignment_at", "assignment_of"]
 
@@ -34,7 +34,7 @@ class Statement:
         """What is wrong with it on a tensor of ``device``, why, and the cure."""
         return (
             f"`{self}` writes a host scalar into a tensor on {device}",
-            f"A CUDA graph cannot record it: the {self.value} is copied from host memory at every step.",
+            f"A CUDA graph cannot capture it: the {self.value} is copied from host memory at every step.",
             f"Write it on the device instead: {self.on_device()}",
         )
 

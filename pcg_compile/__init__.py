@@ -10,14 +10,14 @@ from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
 from .batch import Batch, step
 from .capture_guard import capture_guard
-from .decorator import piecewise
-from .distributed import release_collectives
-from .ops import register_split_op, split_op
-from .passes.padding_safety import register_row_rule
+from .distributed.lowering import release_collectives
+from .passes.padding_safety.analysis import register_row_rule
+from .piecewise import piecewise
 from .registry import expect, reset, stats
 from .report.dump import dump
 from .report.explain import Report, check, explain
-from .report.stats import BucketStats, Fallback, Stats
+from .split_ops import register_split_op, split_op
+from .stats import BucketStats, Fallback, Stats
 from .torch_compat.dynamo_wrappers import ensure_backend as _ensure_backend
 from .version import __version__
 from .warmup import warmup

@@ -14,34 +14,33 @@ from torch import fx
 
 from .attention.ops import refuse_gradients
 from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
-from .distributed import (
+from .distributed.lowering import (
     agreement_of,
-    collective_outside_recordings,
+    collective_outside_captures,
     first_collective,
     has_subclasses,
     lowered,
     release_at_exit,
 )
 from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
-from .graph.attributes import attributes_as_inputs
-from .graph.contexts import region_without_gradients, switches_gradients_on
-from .graph.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
-from .graph.inplace_shapes import shape_by_views
-from .graph.numbers import REASON as CHANGES
-from .graph.numbers import isolate_numbers
-from .graph.pieces import Compiled, compile_piece, copy_graph, structure_of
-from .graph.plain import strange_tensor
-from .graph.plan import CallSite, PieceSite, Plan, make_plan
-from .graph.scalars import expr_of, sizes_of, symbol_values
-from .graph.split import find_cuts, name_tuple_elements, op_names, segments_of
-from .graph.storages import told_apart
-from .graph.where import name_of_input, place_of, place_of_stack, place_parts
-from .ops import check_registration
+from .fx.attributes import attributes_as_inputs
+from .fx.changing_floats import REASON as CHANGES
+from .fx.changing_floats import isolate_numbers
+from .fx.contexts import region_without_gradients, switches_gradients_on
+from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
+from .fx.fake_storages import told_apart
+from .fx.inplace_shapes import shape_by_views
+from .fx.places import name_of_input, place_of, place_of_stack, place_parts
+from .fx.plan import PieceItem, Plan, SplitOpItem, make_plan
+from .fx.sizes import expr_of, sizes_of, symbol_values
+from .fx.splitting import find_cuts, name_tuple_elements, op_names, segments_of
+from .fx.submodules import Compiled, compile_piece, copy_graph, structure_of
+from .fx.unsupported_tensors import strange_tensor
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
-from .passes.padding_safety import PieceSafety, analyze_piece
-from .passes.safety_masks import OTHER, WILD, mask_inputs
+from .passes.padding_safety.analysis import PieceSafety, analyze_piece
+from .passes.padding_safety.masks import OTHER, WILD, mask_inputs
 from .registry import (
     add_runtime,
     graphs_of_caller,
@@ -49,17 +48,18 @@ from .registry import (
     reset,
     runtimes_of_caller,
 )
-from .report.stats import Counters
 from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
-from .runtime.graph import GraphRuntime
+from .runtime.runner import GraphRuntime
+from .split_ops import check_registration
+from .stats import Counters
 from .torch_compat.dynamo_graphs import changing_floats, graph_break_of, is_asked_for, traced_function
 from .torch_compat.dynamo_traces import watch_traces
 from .torch_compat.dynamo_wrappers import calling_wrapper
 from .torch_compat.fake_tensors import fake_inputs, fake_mode_of
 from .torch_compat.guards import layouts_apart, shape_guards
-from .torch_compat.inductor import compile_whole_with_inductor, prepare_inductor, start_inductor_workers
+from .torch_compat.inductor import compile_all_with_inductor, prepare_inductor, start_inductor_workers
 
 __all__ = ["compile_graph", "pcg", "watched"]
 
@@ -72,7 +72,7 @@ def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
     Raises:
         OptionsError: a bad option; see :class:`pcg_compile.options.Options`.
         SplitOpNotFound: a split op named in the options that the graph does not have.
-        GraphBreakingScalarWrite, CaptureHazard: what no recording can hold, and cannot be isolated.
+        GraphBreakingScalarWrite, CaptureHazard: what no captured graph can hold, and cannot be isolated.
     """
     return compile_graph(gm, example_inputs, Options.parse(options, mode), calling_wrapper() or pcg)
 
@@ -133,7 +133,7 @@ def _compile(
 ) -> Any:
     ends_step = broken is None
     example_inputs = fake_inputs(real_inputs)
-    device = recording_device(example_inputs)
+    device = capture_device(example_inputs)
     counters = Counters(strict=options.strict, graphs=1)
     plain = not has_subclasses(real_inputs)
     region = region_without_gradients(gm) if plain and torch.is_grad_enabled() else None
@@ -148,7 +148,7 @@ def _compile(
             f'gradients are enabled and {trainable} requires them: compiled as backend="inductor" would; '
             "for inference, call the model under torch.inference_mode()"
         )
-        return _uncaptured(compile_whole_with_inductor(gm, real_inputs), owner, counters, reason)
+        return _uncaptured(compile_all_with_inductor(gm, real_inputs), owner, counters, reason)
     if not torch.is_grad_enabled() and switches_gradients_on(gm):
         return _uncaptured(gm.forward, owner, counters, "a part of the graph switches gradients on: it runs eagerly")
     ready = prepare_inductor(device) if options.compiler == "inductor" else lambda: None
@@ -177,19 +177,19 @@ def _compile(
         for reason, where in context.remarks:
             counters.fall_back(reason, where)
         plan, compiled = plan_pieces(gm, context, options, counters, ends_step and not graphs_of_caller(owner), ready)
-        _judge(plan, counters)
-    for call in plan.sites:
-        if isinstance(call, CallSite):
+        _check_padding(plan, counters)
+    for call in plan.items:
+        if isinstance(call, SplitOpItem):
             call.counted = call.node in context.counted
-    pieces = [s for s in plan.sites if isinstance(s, PieceSite) and s.is_piece]
+    pieces = [s for s in plan.items if isinstance(s, PieceItem) and s.is_piece]
     counters.pieces = len(pieces)
     counters.capturable = sum(s.refusal is None for s in pieces) if plan.refusal is None else 0
     counters.compiled = compiled
-    judged = [site.safety for site in pieces if site.safety is not None]
-    equals = tuple(dict.fromkeys(pair for safety in judged for pair in safety.equals))
-    reaches = tuple(reach for safety in judged for reach in safety.reaches)
+    checked = [item.safety for item in pieces if item.safety is not None]
+    equals = tuple(dict.fromkeys(pair for safety in checked for pair in safety.equals))
+    reaches = tuple(reach for safety in checked for reach in safety.reaches)
     conditions = shape_guards(fake_mode_of(example_inputs))
-    assumed = dict.fromkeys(c for site in pieces for c in site.compiled.conditions_in(site.piece.symbols))
+    assumed = dict.fromkeys(c for item in pieces for c in item.compiled.conditions_in(item.piece.symbols))
     chooser = BucketChooser(
         options,
         [*conditions, *layouts],
@@ -202,7 +202,7 @@ def _compile(
     )
     agreement = agreement_of(plan.facts)
     if agreement is not None:
-        plan.first_collective = first_collective(plan.sites, plan.facts)
+        plan.first_collective = first_collective(plan.items, plan.facts)
         release_at_exit()
     shared = Shared(plan, options, counters, chooser, engine_for(device), device, agreement)
     # Compiling has made further conditions.
@@ -228,7 +228,7 @@ def _uncaptured(
     return Counted(function, counters, reason, where).__call__
 
 
-def recording_device(example_inputs: Sequence[Any]) -> torch.device:
+def capture_device(example_inputs: Sequence[Any]) -> torch.device:
     """CUDA where an input lies there, else the CPU.
 
     Raises:
@@ -239,7 +239,7 @@ def recording_device(example_inputs: Sequence[Any]) -> torch.device:
         names = ", ".join(sorted(map(str, devices)))
         raise PCGError(
             f"the graph has inputs on several CUDA devices ({names})\n"
-            "  A recording belongs to one device.\n"
+            "  A captured graph belongs to one device.\n"
             "  Compile the part on each device by itself, or move the inputs: tensor.to(model.device)"
         )
     return next(iter(devices), torch.device("cpu"))
@@ -323,66 +323,66 @@ def plan_pieces(
         counters.fall_back(str(error).splitlines()[0] + " here; the model has several graphs")
 
     facts = context.facts
-    cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing, collective_outside_recordings)
+    cuts = find_cuts(gm, facts, options.split_ops, context.splits, missing, collective_outside_captures)
     values = symbol_values([facts[node].value for node in gm.graph.find_nodes(op="placeholder")])
     plan = make_plan(gm, facts, segments_of(gm, facts, cuts), options, values, context.device)
-    sites = [site for site in plan.sites if isinstance(site, PieceSite)]
-    keys = {site.index: structure_of(site.piece) for site in sites}
+    items = [item for item in plan.items if isinstance(item, PieceItem)]
+    keys = {item.index: structure_of(item.piece) for item in items}
     scratch = {s.node for s in plan.inputs if (s.step is not None and s.step.scratch) or s.pad_value is not None}
     masks = mask_inputs(plan)
     finiteness = {spec.node: OTHER for spec in plan.inputs if spec.step is not None}
-    finiteness |= {node: OTHER for site in plan.sites if isinstance(site, CallSite) and site.mode == "request"
-                   for node in (*site.outputs, *site.writes)}  # fmt: skip
+    finiteness |= {node: OTHER for item in plan.items if isinstance(item, SplitOpItem) and item.mode == "request"
+                   for node in (*item.outputs, *item.writes)}  # fmt: skip
     safety: dict[Any, tuple[tuple[sympy.Symbol, ...], PieceSafety]] = {}
-    for site in sites:
-        if site.split_reason is not None:
+    for item in items:
+        if item.split_reason is not None:
             continue
-        numbered = list(enumerate(site.piece.inputs, len(site.piece.symbols)))
+        numbered = list(enumerate(item.piece.inputs, len(item.piece.symbols)))
         marked = tuple(i for i, node in numbered if node in scratch)
         masking = {i: masks[node] for i, node in numbered if node in masks}
         levels = {i: finiteness[node] for i, node in numbered if node in finiteness}
-        key = (keys[site.index], marked, tuple(masking.items()), tuple(levels.items()))
+        key = (keys[item.index], marked, tuple(masking.items()), tuple(levels.items()))
         if key not in safety:
-            example = told_apart(site.piece.example)
-            found = analyze_piece(site.piece.gm, example, scratch=marked, masks=masking, finiteness=levels)
-            safety[key] = (site.piece.symbols, found)
+            example = told_apart(item.piece.example)
+            found = analyze_piece(item.piece.gm, example, scratch=marked, masks=masking, finiteness=levels)
+            safety[key] = (item.piece.symbols, found)
         symbols, found = safety[key]
-        site.safety = found.renamed(dict(zip(symbols, site.piece.symbols, strict=True)))
-        finiteness |= {node: found.finiteness_of(i) for i, node in enumerate(site.piece.outputs)}
-        finiteness |= {site.piece.inputs[i]: WILD for i in site.piece.writes}
+        item.safety = found.renamed(dict(zip(symbols, item.piece.symbols, strict=True)))
+        finiteness |= {node: found.finiteness_of(i) for i, node in enumerate(item.piece.outputs)}
+        finiteness |= {item.piece.inputs[i]: WILD for i in item.piece.writes}
     ready()
     fake_mode = fake_mode_of([f.value for f in facts.values()])
-    distinct: dict[Any, PieceSite] = {}
-    for site in sites:
-        if not site.trivial:
-            distinct.setdefault(keys[site.index], site)
+    distinct: dict[Any, PieceItem] = {}
+    for item in items:
+        if not item.trivial:
+            distinct.setdefault(keys[item.index], item)
     compiled: dict[Any, Compiled] = {}
     for key, first in distinct.items():
         compiled[key] = compile_piece(first.piece, options.compiler, fake_mode, CHANGES in context.splits.values())
         failure = compiled[key].failure
         if failure is not None:
             counters.fall_back(f"a piece runs eagerly: {failure}", first.where)
-    for site in sites:
-        site.compiled = Compiled(site.piece.gm.forward) if site.trivial else compiled[keys[site.index]]
+    for item in items:
+        item.compiled = Compiled(item.piece.gm.forward) if item.trivial else compiled[keys[item.index]]
     return plan, len(distinct)
 
 
-def _judge(plan: Plan, counters: Counters) -> None:
-    """Refuses recordings of pieces whose real rows may depend on padding, or that depend on a plain number."""
-    for site in plan.sites:
-        if not isinstance(site, PieceSite) or site.split_reason is not None:
+def _check_padding(plan: Plan, counters: Counters) -> None:
+    """Refuses captured graphs of pieces whose real rows may depend on padding, or that depend on a plain number."""
+    for item in plan.items:
+        if not isinstance(item, PieceItem) or item.split_reason is not None:
             continue
-        if site.refusal is None:
-            site.refusal = _refusal(site, plan, counters.strict)
-        if site.refusal is not None and site.is_piece and counters.strict:
-            counters.fall_back(site.refusal, site.where, UnsafePadding)
-    judged = {id(site.safety): site.safety for site in plan.sites if isinstance(site, PieceSite) and site.safety}
-    for verdict in (v for safety in judged.values() for v in safety.nodes if v.failed):
+        if item.refusal is None:
+            item.refusal = _refusal(item, plan, counters.strict)
+        if item.refusal is not None and item.is_piece and counters.strict:
+            counters.fall_back(item.refusal, item.where, UnsafePadding)
+    checked = {id(item.safety): item.safety for item in plan.items if isinstance(item, PieceItem) and item.safety}
+    for verdict in (v for safety in checked.values() for v in safety.nodes if v.failed):
         counters.fall_back(f"{verdict.op}: {verdict.reason}; the piece is probed", verdict.where)
     rows: dict[fx.Node, set[sympy.Symbol]] = {}
-    for site in plan.sites:
-        if isinstance(site, PieceSite):
-            for node, symbol in _row_indices(site):
+    for item in plan.items:
+        if isinstance(item, PieceItem):
+            for node, symbol in _row_indices(item):
                 rows.setdefault(node, set()).add(symbol)
     for node, (symbol, *others) in rows.items():
         several = "row indices pick rows of tensors of several sizes"
@@ -390,26 +390,26 @@ def _judge(plan: Plan, counters: Counters) -> None:
         if reason is None:
             plan.row_indices[node] = symbol
             continue
-        for site in plan.sites:
-            if isinstance(site, PieceSite) and node in site.reads and site.refusal is None:
-                site.refusal = f"mixing: {reason}"
-    for name, symbol in {z for site in plan.sites if isinstance(site, PieceSite) and site.refusal is None
-                         and site.safety is not None for z in site.safety.zeroed}:  # fmt: skip
+        for item in plan.items:
+            if isinstance(item, PieceItem) and node in item.reads and item.refusal is None:
+                item.refusal = f"mixing: {reason}"
+    for name, symbol in {z for item in plan.items if isinstance(item, PieceItem) and item.refusal is None
+                         and item.safety is not None for z in item.safety.zeroed}:  # fmt: skip
         plan.zeroed.setdefault(name, set()).add(symbol)
-    for site in plan.sites:
-        if isinstance(site, PieceSite) and site.shares_written and (site.refusal or site.needs_probe):
+    for item in plan.items:
+        if isinstance(item, PieceItem) and item.shares_written and (item.refusal or item.needs_probe):
             plan.refusal = plan.refusal or (
-                f"a piece that cannot be recorded gives a view of memory that is written later "
-                f"({site.refusal or site.safety.reason}; at {site.where})"
+                f"a piece that cannot be captured gives a view of memory that is written later "
+                f"({item.refusal or item.safety.reason}; at {item.where})"
             )
 
 
-def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
-    foreign = [n for n in site.reads if plan.value(n).device != plan.device]
+def _refusal(item: PieceItem, plan: Plan, strict: bool) -> str | None:
+    foreign = [n for n in item.reads if plan.value(n).device != plan.device]
     numbers = [
         s
-        for s in site.piece.symbols
-        if s not in plan.dims and (s in site.piece.numbers or s not in plan.layouts.symbols)
+        for s in item.piece.symbols
+        if s not in plan.dims and (s in item.piece.numbers or s not in plan.layouts.symbols)
     ]
     if numbers:
         return (
@@ -421,13 +421,13 @@ def _refusal(site: PieceSite, plan: Plan, strict: bool) -> str | None:
         return f"a piece reads {name}, which is on {there}, while the graph is captured on {plan.device}; " + (
             f'move it: {name}.to("{plan.device}")' if there.type != "meta" else f"{name} has no data: load it first"
         )
-    if site.piece.symbols and site.safety.kind in ("mixing", "unknown"):
-        site.where = site.safety.where or site.where
-        if site.safety.kind == "mixing":
-            return f"mixing: {site.safety.reason}"
+    if item.piece.symbols and item.safety.kind in ("mixing", "unknown"):
+        item.where = item.safety.where or item.where
+        if item.safety.kind == "mixing":
+            return f"mixing: {item.safety.reason}"
         if strict:
-            return f"opaque: {site.safety.reason}"
-        site.needs_probe = True
+            return f"opaque: {item.safety.reason}"
+        item.needs_probe = True
     return None
 
 
@@ -438,17 +438,17 @@ def _name_of_number(symbol: sympy.Symbol, plan: Plan) -> str:
     return str(symbol)
 
 
-def _row_indices(site: PieceSite) -> list[tuple[fx.Node, sympy.Symbol]]:
-    found = site.safety.row_indices if site.safety is not None else ()
-    return [(site.piece.inputs[position - len(site.piece.symbols)], symbol) for position, symbol in found]
+def _row_indices(item: PieceItem) -> list[tuple[fx.Node, sympy.Symbol]]:
+    found = item.safety.row_indices if item.safety is not None else ()
+    return [(item.piece.inputs[position - len(item.piece.symbols)], symbol) for position, symbol in found]
 
 
 def _why_not_row_index(node: fx.Node, symbol: sympy.Symbol, plan: Plan) -> str | None:
     """Row indices count from the real size; pcg makes negative ones positive where it copies them in."""
     if not any(spec.node is node and spec.kind == "user" for spec in plan.inputs):
         return "row indices that are no argument of the call may count from the end"
-    for site in plan.sites:
-        if node in site.reads and not (isinstance(site, PieceSite) and (node, symbol) in _row_indices(site)):
+    for item in plan.items:
+        if node in item.reads and not (isinstance(item, PieceItem) and (node, symbol) in _row_indices(item)):
             return "row indices are used for something else as well"
     return None
 
@@ -457,17 +457,17 @@ def hazards_of(
     gm: fx.GraphModule, example_inputs: Sequence[Any], facts: dict[fx.Node, NodeFacts], options: Options
 ) -> list[Hazard]:
     """All findings of the passes and of the padding analysis, without compiling; ``gm`` may be rewritten."""
-    device = recording_device(example_inputs)
+    device = capture_device(example_inputs)
     context = PassContext(options, device, facts, _token_symint(example_inputs), collect=True)
     gm = run_passes(gm, example_inputs, context)
     counters = Counters()
     plan, _ = plan_pieces(gm, context, replace(options, compiler="eager"), counters, only_graph=False)
-    _judge(plan, counters)
+    _check_padding(plan, counters)
     found = list(context.hazards)
-    for site in plan.sites:
-        if not isinstance(site, PieceSite) or site.trivial or site.safety is None or not site.safety.nodes:
+    for item in plan.items:
+        if not isinstance(item, PieceItem) or item.trivial or item.safety is None or not item.safety.nodes:
             continue
-        verdict = site.safety.nodes[0]
+        verdict = item.safety.nodes[0]
         if verdict.kind in ("mixing", "unknown"):
             file, line = place_parts(verdict.where)
             kind = "mixing" if verdict.kind == "mixing" else "opaque"

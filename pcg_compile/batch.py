@@ -24,7 +24,7 @@ from .metadata import (
     read_lengths,
     spans_of,
 )
-from .padded import PaddedBatch
+from .padding_request import PaddedBatch
 from .registry import runtimes
 from .step import RUNNING, StepState, current_step, require_step
 
@@ -279,7 +279,7 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
 
 @contextmanager
 def scratch_step(tokens: int, cache: PagedKVCache | None) -> Iterator[StepState]:
-    """A step of padding alone, for recording: it writes no page but 0. Inside a step it takes its place."""
+    """A step of padding alone, for captured graph: it writes no page but 0. Inside a step it takes its place."""
     running = current_step()
     if running is not None:
         running.used = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_whole, why_plain, why_uncapturable
+from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_full_graph, why_plain, why_uncapturable
 from .lora.ops import bind_prepare_lora, bind_prepare_one_lora
-from .ops import SplitOp, add_split_op
+from .split_ops import SplitOp, add_split_op
 
 __all__: list[str] = []
 
@@ -36,7 +36,7 @@ add_split_op(
     SplitOp(
         "pcg::prepare_batch",
         bind=bind_prepare_batch,
-        bind_whole=bind_prepare_whole,
+        bind_full_graph=bind_prepare_full_graph,
         bucket_args=(0,),
         own_metadata=True,
     )
@@ -55,7 +55,7 @@ add_split_op(
     SplitOp(
         "pcg::prepare_lora",
         bind=bind_prepare_lora,
-        bind_whole=bind_prepare_lora,
+        bind_full_graph=bind_prepare_lora,
         bucket_args=(0,),
         own_metadata=True,
         optional_step=True,
@@ -65,7 +65,7 @@ add_split_op(
     SplitOp(
         "pcg::prepare_one_lora",
         bind=bind_prepare_one_lora,
-        bind_whole=bind_prepare_one_lora,
+        bind_full_graph=bind_prepare_one_lora,
         own_metadata=True,
         optional_step=True,
     )

@@ -1,4 +1,4 @@
-"""A guard for eager metadata code: raises at the line that a recording could not hold, or that waits for the device."""
+"""A guard for eager metadata code: raises at the line that no CUDA graph could hold, or that waits for the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureHazard, GraphBreakingScalarWrite, Hazard, OptionsError, message
-from .graph.facts import OpCall, tensors_in
-from .graph.where import Place, place_of_frame
-from .passes.findings import Finding, hazard_at, made_from_data, tensor_arguments
-from .passes.graph_memory import FROM_DATA
-from .passes.op_rules import finding_of
+from .fx.facts import OpCall, tensors_in
+from .fx.places import Place, place_of_frame
+from .passes.hazard_rules import finding_of
+from .passes.host_tensors import FROM_DATA
+from .passes.padding_safety.findings import Finding, hazard_at, made_from_data, tensor_arguments
 from .passes.statements import assignment_at
 
 __all__ = ["capture_guard"]
@@ -44,7 +44,7 @@ def capture_guard(
 
     Args:
         mode: "raise" stops at the first finding; "warn" collects them in the list that ``as`` names.
-        device: the recording device; None: CUDA where there is one, else the CPU.
+        device: the capture device; None: CUDA where there is one, else the CPU.
 
     Raises:
         GraphBreakingScalarWrite: ``t[0] = 0``, where this torch copies the scalar from the host.
@@ -63,7 +63,7 @@ def capture_guard(
 
 
 class _Guard:
-    """What both modes share; a :class:`pcg_compile.passes.findings.Memory` of real tensors."""
+    """What both modes share; a :class:`pcg_compile.passes.padding_safety.findings.Memory` of real tensors."""
 
     def __init__(self, device: torch.device, raises: bool) -> None:
         self.device = device
@@ -91,7 +91,7 @@ class _Guard:
             self._report("scalar write", GraphBreakingScalarWrite, place, "setitem", what, why, cure)
             return
         statement = f"`{place.source}`" if place.source else op
-        what = f"{statement} cannot be recorded: {op} {finding.reason.removeprefix('it ')}"
+        what = f"{statement} cannot be captured: {op} {finding.reason.removeprefix('it ')}"
         self._report(finding.kind, CaptureHazard, place, op, what, None, finding.cure)
 
     def _report(

@@ -38,11 +38,11 @@ class SplitOpNotFound(PCGError):
 
 
 class GraphBreakingScalarWrite(PCGError):
-    """A statement such as ``t[0] = 0`` copies a scalar from the host, which no recording can hold."""
+    """A statement such as ``t[0] = 0`` copies a scalar from the host, which no captured graph can hold."""
 
 
 class CaptureHazard(PCGError):
-    """Something in the model cannot be recorded, nor run between recordings."""
+    """Something in the model cannot be captured, nor run between captured graphs."""
 
 
 class UnsafePadding(PCGError):
@@ -54,7 +54,7 @@ class BatchError(PCGError, ValueError):
 
 
 class StaleAddress(PCGError):
-    """A recording would read memory that has moved."""
+    """A captured graph would read memory that has moved."""
 
 
 class AdapterError(PCGError, ValueError):
@@ -76,7 +76,7 @@ class GenerationError(PCGError):
 
 @dataclass(frozen=True)
 class Hazard:
-    """One finding of a safety pass: what a recording cannot hold, where, why, and what to write instead.
+    """One finding of a safety pass: what a captured graph cannot hold, where, why, and what to write instead.
 
     ``kind`` is one of "scalar write", "host copy", "sync", "host op", "rng", "unsafe op", "dynamic shape",
     "mixing", "opaque". ``file`` and ``line`` are the user's; None and 0 where the source is unknown.

@@ -37,13 +37,13 @@ class Options:
         OptionsError: an unknown name, or a bad value; the message lists what is allowed.
     """
 
-    #: Token counts to record at, ascending; None: the default table up to ``max_tokens``.
+    #: Token counts to capture at, ascending; None: the default table up to ``max_tokens``.
     buckets: tuple[int, ...] | None = None
     #: Further ops to split at, by packet name ("aten::add") or overload name ("aten::add.Tensor").
     split_ops: tuple[str, ...] = ()
     #: Largest default bucket; bounds the product of the dynamic sizes that one tensor carries.
     max_tokens: int = 8192
-    #: "lazy": a bucket is recorded when first met; "first_call": all at the first call.
+    #: "lazy": a bucket is captured when first met; "first_call": all at the first call.
     capture: Literal["lazy", "first_call"] = "lazy"
     #: What a piece is compiled with: "inductor", "eager", or ``fn(gm, example_inputs) -> callable``.
     compiler: str | Callable[..., Any] = "inductor"
@@ -59,7 +59,7 @@ class Options:
     cudagraph_mode: Literal["auto", "piecewise", "full"] = "auto"
     #: What computes paged attention: pcg's Triton kernels, FlashInfer, plain PyTorch, or the best one here ("auto").
     attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = "auto"
-    #: Bytes that recordings may hold; None: no limit.
+    #: Bytes that captured graphs may hold; None: no limit.
     memory_budget: int | None = None
     #: True turns every fallback into an error.
     strict: bool = False

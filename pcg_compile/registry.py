@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .report.stats import Counters, Stats, expect_increase
+from .stats import Counters, Stats, expect_increase
 from .torch_compat.dynamo_wrappers import calling_wrapper, wrapper_of
 
 __all__ = [
@@ -235,7 +235,7 @@ def expect(compiled: Any = None, /, **increase: int) -> Any:
 
 
 def reset(compiled: Any = None) -> None:
-    """Drops recordings and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``.
+    """Drops captured graphs and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``.
 
     Models that share a graph keep their own.
     """

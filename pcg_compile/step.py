@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import BatchError, message
-from .runtime.staging import StagingRing
+from .memory.staging import StagingRing
 
 if TYPE_CHECKING:
     from .attention.cache import PagedKVCache, Prepared
@@ -31,8 +31,8 @@ class StepState:
 
     Attributes:
         batch, cache: as given to :func:`step`.
-        key: identity of the static memory that recordings read; None without a cache. It is the cache's for its
-            whole life: nothing that a recording reads ever moves.
+        key: identity of the static memory that captured graphs read; None without a cache. It is the cache's for its
+            whole life: nothing that a captured graph reads ever moves.
         prepared: the metadata now on the device, or None.
         scratch: True where all tokens are padding.
     """
@@ -43,7 +43,7 @@ class StepState:
         self.batch, self.cache, self.outer, self.scratch = batch, cache, outer, scratch
         self.key: Hashable = cache.key if cache is not None else None
         self.prepared: Prepared | None = None
-        #: Whether anybody has asked for the metadata, for recordings ahead of time too.
+        #: Whether anybody has asked for the metadata, for captured graphs ahead of time too.
         self.used = False
         #: Whether it is over, also for a task or thread that began inside it, or whose generator another one closed.
         self.closed = False
@@ -127,7 +127,7 @@ class StepState:
             self._planned(prepared, shape)
         return prepared
 
-    def prepare_whole(self, bucket: int, shapes: Sequence[str]) -> Hashable:
+    def prepare_full_graph(self, bucket: int, shapes: Sequence[str]) -> Hashable:
         """Like :meth:`prepare` with a fixed number of request entries, for a full CUDA graph.
 
         Returns:
@@ -199,7 +199,7 @@ class StepState:
         return plan
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
-        """``[bucket]`` int64 at an address that is the cache's for ever; filled by :meth:`prepare`."""
+        """``[bucket]`` int64 at an address that is the cache's forever; filled by :meth:`prepare`."""
         return self.require_cache().slot_mapping(bucket)
 
     def user_positions(self) -> torch.Tensor:

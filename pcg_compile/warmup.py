@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .batch import current_step
 from .errors import PCGError, message
 from .registry import is_compiled, runtimes
-from .runtime.warming import WarmUp, warming_up
+from .runtime.ahead_of_time import WarmUp, warm_up_context
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 
 __all__ = ["mark_sizes", "warmup"]
@@ -34,7 +34,7 @@ def warmup(
         compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, or a module that has it as
             its forward or among its children.
         example_args, kwargs: arguments of one call; their sizes do not matter, their values must be valid.
-        buckets: sizes to record; tuples where the model has several dynamic sizes; None: the options' table.
+        buckets: sizes to capture; tuples where the model has several dynamic sizes; None: the options' table.
         progress: show a progress bar with the bucket, the time left and the memory held.
 
     Raises:
@@ -46,17 +46,17 @@ def warmup(
     before = len(runtimes())
     try:
         sizes = compile_for_all_sizes(lambda: mark_sizes(example_args, kwargs, buckets))
-        # With gradients there would be nothing to record.
-        with warming_up(request), sizes, torch.no_grad():
+        # With gradients there would be nothing to capture.
+        with warm_up_context(request), sizes, torch.no_grad():
             compiled(*example_args, **kwargs)
         if request.served and not request.dynamic and len(runtimes()) == before:
-            _record_other_sizes(compiled, example_args, kwargs, request)
+            _capture_other_sizes(compiled, example_args, kwargs, request)
         if not request.served:
             name = getattr(compiled, "__name__", type(compiled).__name__)
             raise ValueError(
                 message(
                     f"{name} ran, and nothing in it is compiled by pcg",
-                    why="There is nothing to record.",
+                    why="There is nothing to capture.",
                     cure='Compile it first: compiled = torch.compile(model, backend="pcg"); pcg.warmup(compiled, ...)',
                 )
             )
@@ -89,7 +89,7 @@ def _sizes_to_bucket(args: Any, kwargs: Any, buckets: Buckets | None) -> list[tu
     return found
 
 
-def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) -> None:
+def _capture_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) -> None:
     """Once more with one row more, where a graph of an earlier call has answered, which serves the one size alone.
 
     Dynamo compiles the first size that it meets for that size, and for all sizes when it meets another.
@@ -109,13 +109,13 @@ def _record_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp) 
 
     try:
         sizes = compile_for_all_sizes(lambda: [(tensor, along, False) for tensor, along in grown])
-        with warming_up(request), sizes, torch.no_grad():
+        with warm_up_context(request), sizes, torch.no_grad():
             compiled(*args, **kwargs)
     except PCGError:
         raise
     except Exception as error:
         # A model may take the one size only.
-        reason = f"warmup recorded the size of the example alone: with one row more, {_first_line(error)}"
+        reason = f"warmup captured the size of the example alone: with one row more, {_first_line(error)}"
         for counters in request.counters:
             counters.fall_back(reason)
 
@@ -136,7 +136,7 @@ class _Bar:
     def report(self, done: int, total: int, name: Any) -> None:
         if self.bar is None or self.bar.total != total or done < self.bar.n:
             self.close()
-            self.bar = tqdm(total=total, unit="bucket", desc="recording")
+            self.bar = tqdm(total=total, unit="bucket", desc="captured graph")
         self.bar.update(done - self.bar.n)
         mebibytes = sum(runtime.nbytes() for runtime in runtimes(self.compiled)) / 2**20
         self.bar.set_postfix_str(f"{'' if name is None else f'bucket {name}, '}{mebibytes:.1f} MiB")

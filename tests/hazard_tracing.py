@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from pcg_compile.errors import Hazard
-from pcg_compile.graph.facts import trace_facts
+from pcg_compile.fx.facts import trace_facts
 from pcg_compile.options import Options
 from pcg_compile.passes.capture_hazards import capture_hazards
 from pcg_compile.passes.context import PassContext

@@ -141,7 +141,7 @@ def different_sizes(cases):
 
 def no_gloo():
     """Rank 1 finds no way to rank 0 but the store."""
-    from pcg_compile.runtime import agreement
+    from pcg_compile.distributed import agreement
 
     def unreachable(ranks):
         raise RuntimeError("no such host")
@@ -210,7 +210,7 @@ def split_op_raises():
 
 
 def destroyed():
-    """The process group is destroyed while somebody holds the recordings."""
+    """The process group is destroyed while somebody holds the captured graphs."""
     compiled, kv = compiled_of(parallel()), cache(WORLD)
     serve(compiled, kv, [3, 6, 3, 6])
     KEPT.extend((compiled, kv))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-#: What a recording does with a write to (or a read of) a tensor on the recording device.
+#: What a captured graph does with a write to (or a read of) a tensor on the capture device.
 REJECTED, FINE, COPIES, WAITS = "rejected", "fine", "copies", "waits"
 
 #: Fine from torch 2.15 on, which puts the number on the device by a fill.
@@ -85,8 +85,8 @@ TABLE: tuple[tuple[str, str], ...] = (
 #: Rows whose eager form Dynamo does not trace.
 EAGER_ONLY: tuple[tuple[str, str], ...] = (("t[index[0]] = 3", WAITS), ("t.tolist()", WAITS), ("print(t)", WAITS))
 
-#: Rows that torch 2.11 cannot record, and a later one may learn to.
-MAY_BE_RECORDED = frozenset(
+#: Rows that torch 2.11 cannot capture, and a later one may learn to.
+MAY_BE_CAPTURED = frozenset(
     {
         "t[index] = 4",
         "t2[index, 0] = 3",
@@ -96,7 +96,7 @@ MAY_BE_RECORDED = frozenset(
     }
 )
 
-#: Rows that need a tensor on the host beside the recording device, so that only a GPU tells.
+#: Rows that need a tensor on the host beside the capture device, so that only a GPU tells.
 ON_A_GPU: tuple[tuple[str, str], ...] = (
     ("t[host_index] = 4", COPIES),
     ("t.copy_(host)", COPIES),

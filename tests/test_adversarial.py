@@ -107,7 +107,7 @@ class Norm(nn.Module):
         return self.norm(x) * 2
 
 
-#: Name: (function, arguments for n tokens). What needs no recording says so in ``UNRECORDED``.
+#: Name: (function, arguments for n tokens). What needs no captured graph says so in ``UNCAPTURED``.
 CASES = {
     # Sizes as numbers.
     "1 / n": (lambda x: (x * (1 / x.shape[0]), x + 1), tokens),
@@ -185,7 +185,7 @@ CASES = {
     "breaks": (lambda x: (torch._dynamo.graph_break(), (x * 2).relu())[1] * 3, tokens),
 }  # fmt: skip
 #: Cases without any replay at changing sizes.
-UNRECORDED = {
+UNCAPTURED = {
     "1 / n", "sizes divided", "sizes rounded", "sizes cut", "sizes and bits", "sine of a size",
     "other memory", "complex", "convolution", "interpolation", "running statistics", "half", "a peak", "a capacity",
     "rows of two", "rows, some fixed", "random rows", "jvp", "vmap", "gradient in a region",
@@ -268,12 +268,12 @@ def test_case(name):
     for result, then in kept:
         torch.testing.assert_close(result, then, rtol=0, atol=0, equal_nan=True)
     stats = pcg.stats(run)
-    assert (stats.replays == 0) == (name in UNRECORDED)
+    assert (stats.replays == 0) == (name in UNCAPTURED)
     assert stats.replays or stats.fallbacks
 
 
 @pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
-def test_a_decorated_forward_is_recorded(region):
+def test_a_decorated_forward_is_captured(region):
     """Called with gradients enabled, but computing none."""
     torch._dynamo.reset()
     function = region()(lambda x: (LINEAR(x) * 2, x.add_(1), x[1:]))

@@ -60,7 +60,7 @@ MIXING = {
     ),
 }  # fmt: skip
 #: What pads where no real row looks.
-RECORDED = {
+CAPTURED = {
     "as many rows of an index": (lambda x: (x * 1).scatter(1, x.argsort(1)[:, :2], 9.0) + 1, tokens),
     "complex numbers": (
         lambda x, f: torch.view_as_real(torch.view_as_complex(x.view(-1, 2, 2)) * f[:, None]).flatten(1),
@@ -89,14 +89,14 @@ def run_as_eager(function, make, sizes=SIZES, **options):
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_what_mixes_is_not_recorded(name):
+def test_what_mixes_is_not_captured(name):
     stats = run_as_eager(*MIXING[name])
     assert stats.replays == 0 and sum(f.count for f in stats.fallbacks) >= stats.steps
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", CAPTURED)
 def test_what_does_not_is(name):
-    stats = run_as_eager(*RECORDED[name])
+    stats = run_as_eager(*CAPTURED[name])
     assert stats.replays > 5 and stats.fallbacks == ()
 
 
@@ -173,6 +173,6 @@ def test_no_index_leaves_its_table(name):
     assert all("leave" in f.reason for f in stats.fallbacks) and bool(stats.fallbacks) != fits
 
 
-def test_an_index_that_counts_data_is_not_recorded():
+def test_an_index_that_counts_data_is_not_captured():
     stats = run_as_eager(lambda m: F.embedding(12 - m.cumsum(0), TABLE), lambda n: (torch.ones(n, dtype=torch.long),))
     assert stats.replays == 0 and "counts on through the padding" in stats.fallbacks[0].reason

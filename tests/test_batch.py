@@ -17,7 +17,7 @@ import pcg_compile as pcg
 from pcg_compile.attention import PagedKVCache
 from pcg_compile.batch import Batch, current_step, require_step, scratch_step, step
 from pcg_compile.errors import BatchError, OptionsError
-from pcg_compile.runtime.staging import StagingRing
+from pcg_compile.memory.staging import StagingRing
 
 
 def pages_for(kv_lens, page_size, first=1):
@@ -377,10 +377,10 @@ def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
     x = torch.randn(3, 1, 4)
     with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
         attention(x, x, x)
-    assert not caplog.records
+    assert not caplog.captures
     with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
-    (record,) = caplog.records
+    (record,) = caplog.captures
     assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message
 
 

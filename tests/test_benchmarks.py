@@ -133,7 +133,7 @@ class ForgetsKeys(Eager):
 
 
 class KeepsTheFirst(Eager):
-    """Answers every batch as the first, as the recording of one batch's plan does."""
+    """Answers every batch as the first, as the captured graph of one batch's plan does."""
 
     def build(self, example):
         self.answer = None
@@ -178,7 +178,7 @@ def test_what_is_wrong_is_not_timed(world, tmp_path):
 
 
 def test_hand_bound_attention_is_the_models(world):
-    """The model that the limit records and Inductor compiles computes what the unmodified model does."""
+    """The model that the limit captures and Inductor compiles computes what the unmodified model does."""
     lists = make_lists(world.shape, world.cache, 5, 1)
     with Eager(world).enter(lists) as call:
         want = call()
@@ -194,9 +194,9 @@ def test_figures():
     assert crossing([(1, 0.5), (2, 0.9), (4, 1.1)]) == 3
     assert crossing([(1, 0.5), (2, 1.2), (4, 0.9)]) is None and crossing([(8, 1.5)]) == 8
     assert waste([3, 4, 8], [4, 8]) == {
-        "buckets": 2, "steps": 3, "waste": 0.0667, "worst_above_256": 1.0, "unrecorded": 0.0,
+        "buckets": 2, "steps": 3, "waste": 0.0667, "worst_above_256": 1.0, "uncaptured": 0.0,
     }  # fmt: skip
-    assert waste([3, 9], [4, 8])["unrecorded"] == 0.5
+    assert waste([3, 9], [4, 8])["uncaptured"] == 0.5
     for draw in TRAFFIC.values():
         sizes = draw(500, 8192)
         assert sizes == draw(500, 8192) and len(sizes) == 500 and min(sizes) >= 1 and max(sizes) <= 8192

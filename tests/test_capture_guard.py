@@ -61,7 +61,7 @@ def test_metadata_code():
     assert str(caught.value) == (
         "`seg_indptr[0] = 0` writes a host scalar into a tensor on cpu\n"
         f"  at {__file__}:{line} in compute_routing\n"
-        "  A CUDA graph cannot record it: the 0 is copied from host memory at every step.\n"
+        "  A CUDA graph cannot capture it: the 0 is copied from host memory at every step.\n"
         "  Write it on the device instead: seg_indptr[0:1].zero_()"
     )
 

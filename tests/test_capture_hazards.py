@@ -1,4 +1,4 @@
-"""What no recording can hold is found, isolated, and gives eager's values; what it can hold is left alone."""
+"""What no captured graph can hold is found, isolated, and gives eager's values; what it can hold is left alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import pcg_compile as pcg
 from pcg_compile.errors import CaptureHazard
-from pcg_compile.graph.facts import NodeFacts, OpCall, trace_facts
+from pcg_compile.fx.facts import NodeFacts, OpCall, trace_facts
 from pcg_compile.options import Options
 from pcg_compile.passes.capture_hazards import capture_hazards
 from pcg_compile.passes.context import PassContext
-from pcg_compile.passes.op_rules import finding_of
+from pcg_compile.passes.hazard_rules import finding_of
 from pcg_compile.passes.scalar_writes import scalar_writes
 
 CUDA = torch.device("cuda")
@@ -68,7 +68,7 @@ def test_a_rewritten_statement_gives_the_values_of_eager(statement):
     assert pcg.stats(compiled).replays > 0
 
 
-def test_the_hazard_names_the_line_and_the_rest_is_recorded():
+def test_the_hazard_names_the_line_and_the_rest_is_captured():
     def function(x, y):
         x = x.sin()
         x[torch.tensor([0, 2])] = y[0]
@@ -196,7 +196,7 @@ def _graph(build):
     return fx.GraphModule(nn.Module(), graph)
 
 
-def _judge(build, **devices):
+def _check_padding(build, **devices):
     made = _facts(_graph(build), devices, CUDA)
     gm = scalar_writes(made.gm, made.passes)
     made.passes.facts = trace_facts(gm, made.inputs)
@@ -213,11 +213,11 @@ def test_copies_between_devices():
     assert not context.hazards and not context.splits
 
 
-def test_host_ops_beside_a_recording():
+def test_host_ops_beside_a_captured_graph():
     context = _on_cuda(lambda x, y: (x.sin(), (y + 1).view(2, 2)), x="cuda", y="cpu")
     assert [h.kind for h in context.hazards] == ["host op", "host op"] and _split_names(context) == ["add", "view"]
     context = _on_cuda(lambda x, y0: (x * y0).sin(), x="cuda", y0="cpu")
-    # The value would be baked into the recording.
+    # The value would be baked into the captured graph.
     assert [h.kind for h in context.hazards] == ["host op"] and _split_names(context) == ["mul"]
 
 
@@ -225,13 +225,13 @@ def _constant(graph, value=0.5, **kwargs):
     return graph.call_function(torch.tensor, (value,), kwargs)
 
 
-def test_a_constant_on_the_host_may_be_recorded():
+def test_a_constant_on_the_host_may_be_captured():
     def scaled(graph):
         x, scale = graph.placeholder("x"), _constant(graph)
         half = graph.call_function(torch.neg, (scale,))
         return graph.call_function(torch.mul, (x, half))
 
-    context = _judge(scaled, x="cuda")
+    context = _check_padding(scaled, x="cuda")
     assert not context.hazards and not context.splits
 
 
@@ -246,8 +246,8 @@ def test_a_constant_that_is_written_or_random_may_not():
         scale = graph.call_function(torch.bernoulli, (_constant(graph),))
         return graph.call_function(torch.mul, (x, scale))
 
-    assert len(_judge(written, x="cuda").splits) == 3
-    assert set(_split_names(_judge(random, x="cuda"))) - {"tensor"} == {"bernoulli", "mul"}
+    assert len(_check_padding(written, x="cuda").splits) == 3
+    assert set(_split_names(_check_padding(random, x="cuda"))) - {"tensor"} == {"bernoulli", "mul"}
 
 
 def test_a_constant_read_by_an_op_that_copies_it():
@@ -256,7 +256,7 @@ def test_a_constant_read_by_an_op_that_copies_it():
         mask = graph.call_function(torch.gt, (x, 1))
         return graph.call_function(torch.where, (mask, zero, x))
 
-    context = _judge(chosen, x="cuda")
+    context = _check_padding(chosen, x="cuda")
     assert [h.kind for h in context.hazards] == ["host copy"] and "where" in _split_names(context)
 
 
@@ -268,7 +268,7 @@ def test_a_constant_read_by_two_pieces_is_isolated():
         back = graph.call_method("to", (z, torch.device("cuda", 0)))
         return graph.call_function(torch.mul, (back, scale))
 
-    context = _judge(scaled, x="cuda")
+    context = _check_padding(scaled, x="cuda")
     assert set(_split_names(context)) == {"tensor", "mul", "to", "to_1", "mul_1"}
 
 
@@ -279,7 +279,7 @@ def test_a_number_put_on_the_device_is_filled_in_there():
         b = graph.call_method("to", (_constant(graph, 0.1), torch.device("cuda", 0), torch.float64))
         return graph.call_function(torch.mul, (a, b))
 
-    context = _judge(made, x="cuda")
+    context = _check_padding(made, x="cuda")
     fills = [node for node in context.facts if node.target is torch.full]
     assert len(fills) == 2 and not context.splits
     assert [node.args[1] for node in fills] == [torch.tensor(0.1).item(), torch.tensor(0.1).item()]
@@ -287,7 +287,7 @@ def test_a_number_put_on_the_device_is_filled_in_there():
 
 
 class Beside:
-    """A recording device; tensors of other devices lie on the host."""
+    """A capture device; tensors of other devices lie on the host."""
 
     def __init__(self, device=CUDA):
         self.device = device

@@ -104,5 +104,5 @@ def test_no_command(capsys):
 def test_on_a_gpu():
     checks = {check.name: check for check in doctor.diagnose()}
     assert torch.cuda.get_device_name(0) in checks["gpu"].found
-    assert checks["backend"].found == "CUDA graphs record on cuda"
+    assert checks["backend"].found == "CUDA graphs capture on cuda"
     assert checks["attention"].status != "fail"

@@ -70,8 +70,8 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Any, bool]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_to_eager_and_recorded(name: str) -> None:
-    """Right at every size; after the first sizes nothing is compiled, and steps replay recordings."""
+def test_equal_to_eager_and_captured(name: str) -> None:
+    """Right at every size; after the first sizes nothing is compiled, and steps replay captured graphs."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     make, inputs, padded = MODELS[name]

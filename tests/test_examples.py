@@ -36,7 +36,7 @@ def test_quickstart():
 
 
 def test_many_adapters():
-    assert "0 new recordings" in run(EXAMPLES / "many_adapters.py")
+    assert "0 new captured graphs" in run(EXAMPLES / "many_adapters.py")
 
 
 def test_tensor_parallel():

@@ -13,7 +13,7 @@ from models import ToyLlama
 from test_paged_model import LAYERS, Model, Traffic
 
 import pcg_compile as pcg
-from pcg_compile.graph.where import place_parts
+from pcg_compile.fx.places import place_parts
 from pcg_compile.registry import runtimes
 from pcg_compile.torch_compat.inductor import inductor_output
 
@@ -171,7 +171,7 @@ def test_inductors_output_is_found(tmp_path):
     with pcg.dump(tmp_path), torch.no_grad():
         run(torch.randn(3, 2))
     lines = (tmp_path / "graph_0" / "inductor.txt").read_text().splitlines()
-    pieces = [site for site in runtimes(run)[0].plan.sites if hasattr(site, "compiled") and not site.trivial]
+    pieces = [item for item in runtimes(run)[0].plan.items if hasattr(item, "compiled") and not item.trivial]
     assert len(lines) == len(pieces) == 2
     for line in lines:
         script, path = line.split("  ")

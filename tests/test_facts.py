@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from pcg_compile import backend
-from pcg_compile.graph.facts import Calls, NodeFacts, storage_of, trace_facts, update_facts
+from pcg_compile.fx.facts import Calls, NodeFacts, storage_of, trace_facts, update_facts
 
 Facts = Mapping[fx.Node, NodeFacts]
 

@@ -1,5 +1,5 @@
 """Model families of transformers from tiny configs. With their own attention: right at any length, and what padding
-analysis refuses to record is only what does mix tokens. With pcg's: right in packed steps or refused with a reason, of
+analysis refuses to capture is only what does mix tokens. With pcg's: right in packed steps or refused with a reason, of
 which ``docs/families.md`` has the table."""
 
 from __future__ import annotations

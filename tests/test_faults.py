@@ -59,7 +59,7 @@ def warm(compiled, theirs):
 
 
 class Failing:
-    """Makes some of the recordings fail, before or after the piece ran."""
+    """Makes some of the captured graphs fail, before or after the piece ran."""
 
     def __init__(self, monkeypatch, which, error, late=False):
         self.seen = 0
@@ -75,12 +75,12 @@ class Failing:
                 raise error
             return record(engine, run, place, warm_up, pool, *rest)
 
-        monkeypatch.setattr(StaticReplay, "record", broken)
+        monkeypatch.setattr(StaticReplay, "capture", broken)
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("which", [{1}, {2}, {3}])
-def test_a_recording_fails_once(monkeypatch, which, late):
+def test_a_capture_fails_once(monkeypatch, which, late):
     ours, theirs = pair()
     compiled = compile_it(ours)
     warm(compiled, theirs)
@@ -88,21 +88,21 @@ def test_a_recording_fails_once(monkeypatch, which, late):
     check(compiled, theirs, 12, 13, 12, 14, 16, 2)
     assert ours.calls.item() == theirs.calls.item()
     (fallback,) = pcg.stats(compiled).fallbacks
-    assert fallback.reason == "recording failed: RuntimeError: out of memory" and fallback.count == 1
-    # The bucket was dropped whole and recorded at the next step; then the small one.
+    assert fallback.reason == "capture failed: RuntimeError: out of memory" and fallback.count == 1
+    # The bucket was dropped whole and captured at the next step; then the small one.
     assert failing.seen == 3 + 3 + 3
     assert pcg.stats(compiled).buckets[16].hits > 0
 
 
-def test_a_recording_that_always_fails_is_tried_twice(monkeypatch):
+def test_a_capture_that_always_fails_is_tried_twice(monkeypatch):
     ours, theirs = pair()
     compiled = compile_it(ours)
     warm(compiled, theirs)
     Failing(monkeypatch, set(range(2, 99)), torch.OutOfMemoryError("no memory"))
     check(compiled, theirs, 12, 13, 12, 14, 16)
     reasons = {f.reason: f.count for f in pcg.stats(compiled).fallbacks}
-    assert reasons["recording failed: OutOfMemoryError: no memory"] <= 2 * 3
-    assert any("could not be recorded, twice" in reason for reason in reasons)
+    assert reasons["capture failed: OutOfMemoryError: no memory"] <= 2 * 3
+    assert any("could not be captured, twice" in reason for reason in reasons)
 
 
 def test_an_exception_in_a_split_op():
@@ -129,7 +129,7 @@ def test_an_exception_in_a_split_op():
 
 
 def test_inductor_fails_on_one_piece(monkeypatch):
-    from pcg_compile.graph import pieces
+    from pcg_compile.fx import submodules as pieces
 
     inner, calls = pieces.compile_with_inductor, []
 
@@ -236,7 +236,7 @@ OTHER_FORM = [resized, quantized, restrided]
     ("change", "guards"),
     [*((c, "dynamo") for c in SAME_FORM + OTHER_FORM), *((c, "inputs") for c in SAME_FORM)],
 )
-def test_parameters_change_after_recording(change, guards):
+def test_parameters_change_after_the_capture(change, guards):
     ours, theirs = pair()
     compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8, 16], compiler="eager", guards=guards)(ours.forward)
     warm(compiled, theirs)
@@ -335,7 +335,7 @@ def test_a_memory_budget_is_kept():
 
 
 def test_a_child_process_goes_on():
-    """After a fork the child has recordings of its own on a CPU; on a GPU CUDA itself refuses."""
+    """After a fork the child has captured graphs of its own on a CPU; on a GPU CUDA itself refuses."""
     ours, theirs = pair()
     compiled = compile_it(ours)
     warm(compiled, theirs)
@@ -354,7 +354,7 @@ def test_a_child_process_goes_on():
     check(compiled, theirs, 5, 12)
 
 
-def test_recordings_go_with_the_parameters_they_read():
+def test_captured_graphs_go_with_the_parameters_they_read():
     ours, theirs = pair()
     compiled = compile_it(ours)
     warm(compiled, theirs)
@@ -363,7 +363,7 @@ def test_recordings_go_with_the_parameters_they_read():
         weights = {name: torch.randn_like(value) for name, value in ours.state_dict().items()}
         weights["calls"] = ours.calls
         ours.load_state_dict(weights, assign=True)
-        assert memory() is None, "a recording keeps replaced weights in memory"
+        assert memory() is None, "a captured graph keeps replaced weights in memory"
         theirs.load_state_dict(weights)
         check(compiled, theirs, 5, 3, 6)
         assert max(len(runtime.bindings) for runtime in runtimes()) == 1
@@ -374,7 +374,7 @@ def test_recordings_go_with_the_parameters_they_read():
     assert pcg.stats(compiled).replays > 0
 
 
-def test_recordings_go_with_the_cache_they_read():
+def test_captured_graphs_go_with_the_cache_they_read():
     class Attends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -394,6 +394,6 @@ def test_recordings_go_with_the_cache_they_read():
             with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
                 results.append(compiled(x))
         del cache
-        assert memory() is None, "a recording keeps a cache in memory"
+        assert memory() is None, "a captured graph keeps a cache in memory"
     assert all(torch.equal(result, results[0]) for result in results)
     assert pcg.stats(compiled).replays > 0 and not any(runtime.bindings for runtime in runtimes())

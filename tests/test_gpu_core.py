@@ -135,13 +135,13 @@ def test_a_capture_that_fails_leaves_no_trace():
         torch.testing.assert_close(bad(x), (x * 2 + 1) * 2)
         torch.testing.assert_close(good(x), model(x))
     reasons = [f.reason for f in pcg.stats(bad).fallbacks]
-    assert any("recording failed" in r for r in reasons) and any("twice" in r for r in reasons), reasons
+    assert any("capture failed" in r for r in reasons) and any("twice" in r for r in reasons), reasons
     assert not pcg.stats(good).fallbacks and pcg.stats(good).replays > 0
     before = torch.cuda.get_rng_state()
     assert not torch.equal(torch.rand(4), torch.rand(4)) and not torch.equal(before, torch.cuda.get_rng_state())
 
 
-def test_recordings_are_made_again_after_all_have_gone():
+def test_captured_graphs_are_made_again_after_all_have_gone():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
     compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4, 8]})
     for _ in range(4):
@@ -153,7 +153,7 @@ def test_recordings_are_made_again_after_all_have_gone():
     assert not stats.fallbacks and stats.captured >= 8 and stats.replays > stats.captured
 
 
-def test_recordings_share_memory():
+def test_captured_graphs_share_memory():
     model = ToyLlama(hidden=512, mlp=1024, layers=8).eval()
     compiled = torch.compile(
         model, backend="pcg", options={"buckets": [64, 128, 256, 512, 1024], "compiler": "inductor"}

@@ -69,7 +69,7 @@ def step(compiled, x, lengths, names):
         return compiled(x)
 
 
-def test_every_mix_is_right_and_nothing_is_recorded_again(setup):
+def test_every_mix_is_right_and_nothing_is_captured_again(setup):
     layer, compiled = setup
     generator = torch.Generator().manual_seed(1)
     for n in (5, 6, 20, 100, 8):

@@ -103,7 +103,7 @@ def test_a_reload_is_one_pinned_copy_and_does_not_wait(setup):
     assert len(copies) == 1 and "Pinned" in copies[0]
 
 
-def test_a_load_changes_no_address_and_records_nothing(setup):
+def test_a_load_changes_no_address_and_captures_nothing(setup):
     model, pool, folders = setup
     compiled = torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [8]})
     x = torch.randn(5, WIDTH, device="cuda")

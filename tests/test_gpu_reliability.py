@@ -1,4 +1,4 @@
-"""What a server meets on a GPU: no memory left to record in, other streams, every default bucket, a soak."""
+"""What a server meets on a GPU: no memory left to capture in, other streams, every default bucket, a soak."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("spare", [450, 768], ids=lambda mib: f"{mib} MiB")
-def test_little_memory_to_record_in(spare):
+def test_little_memory_to_capture_in(spare):
     model = Wide().cuda().eval()
     compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[16, 1024])(model.forward)
     total = torch.cuda.get_device_properties("cuda").total_memory
-    # The recording of one bucket brings what libraries keep for themselves.
+    # The captured graph of one bucket brings what libraries keep for themselves.
     small, large = (torch.randn(n, 64, device="cuda") for n in (16, 600))
     compiled(small)
     wants = [model(small), model(large)]
@@ -114,7 +114,7 @@ def test_callers_on_side_streams():
             work.append((batch, ids, model(ids, batch.positions)))
     torch.cuda.synchronize()
     results = []
-    # The first step records, on a side stream. Nothing but pcg orders a step behind the one on another stream.
+    # The first step captures, on a side stream. Nothing but pcg orders a step behind the one on another stream.
     for i, (batch, ids, want) in enumerate(work):
         with torch.cuda.stream(streams[i % 3]), pcg.step(batch, caches[1]):
             late = torch.zeros_like(ids)
@@ -170,7 +170,7 @@ def test_every_default_bucket_at_its_edges(dtype, compiler):
     table = default_table(8192)
     sizes = sorted({n for low, b in zip([0, *table], table, strict=False) for n in (low + 1, b - 1, b)})
     worst = {}
-    # From the middle outwards: what a smaller bucket recorded must survive larger ones, and the other way round.
+    # From the middle outwards: what a smaller bucket captured must survive larger ones, and the other way round.
     for n in sorted(sizes, key=lambda size: abs(size - 512)):
         lists = make_lists(SHAPE, caches[0], n, 0)
         batch = lists.batch()

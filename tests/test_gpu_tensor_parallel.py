@@ -1,4 +1,4 @@
-"""Two ranks on two GPUs: all-reduces lie inside the recordings, and faults leave no rank waiting."""
+"""Two ranks on two GPUs: all-reduces lie inside the captured graphs, and faults leave no rank waiting."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_all_reduces_are_replayed():
         assert any("AllReduce" in name for name in result["nccl"]) and result["calls"] == 0, result
 
 
-def test_a_recording_that_fails_on_one_rank_is_given_up_by_both():
+def test_a_capture_that_fails_on_one_rank_is_given_up_by_both():
     first, second = ranks("capture_fails")
     assert max(first["worst"], second["worst"]) < 1e-3 and first["captured"] == second["captured"]
-    assert [r for r in first["fallbacks"] if "rank 1 could not record" in r]
+    assert [r for r in first["fallbacks"] if "rank 1 could not capture" in r]
     assert [r for r in second["fallbacks"] if "out of memory" in r]
 
 
@@ -75,8 +75,8 @@ def test_an_error_on_one_rank_ends_the_others():
     assert time.monotonic() - started < 90
 
 
-def test_destroying_the_process_group_drops_its_recordings():
-    """NCCL would wait for ever for CUDA graphs that hold its collectives."""
+def test_destroying_the_process_group_drops_its_captured_graphs():
+    """NCCL would wait forever for CUDA graphs that hold its collectives."""
     for result in ranks("destroyed"):
         assert result["replays"] > 0 and result["captured"] > 0, result
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import BatchError
-from pcg_compile.graph import plan
+from pcg_compile.fx import plan
 from pcg_compile.registry import runtimes
 from pcg_compile.runtime import binding
 
@@ -153,7 +153,7 @@ def test_a_weight_that_goes_inside_a_step():
         binding = graph.current
         # As if the parameter had gone: what its weak reference calls.
         binding.parameters[0][0].__callback__(None)
-        seen.append((len(binding.recordings), graph.current is binding))
+        seen.append((len(binding.captured_graphs), graph.current is binding))
 
     during.append(lose)
     assert torch.equal(compiled(torch.ones(3, 6)), torch.full((3, 6), 2.0))

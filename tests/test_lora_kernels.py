@@ -320,7 +320,7 @@ def test_several_layers_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [64, 1000, 2000])
-def test_one_recording_serves_every_mix(tokens):
+def test_one_captured_graph_serves_every_mix(tokens):
     y, x, *parts = make(tokens, 256, [128, 64], 16, [16, 3, 8, 1], torch.bfloat16, "cuda")
     factors, layout = pack(*parts, [128, 64])
     start, routing = y.clone(), route(torch.full((tokens,), -1, device="cuda"), 4)

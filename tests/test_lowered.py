@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from pcg_compile.distributed import drop_idle_views, write_in_place
+from pcg_compile.distributed.lowering import drop_idle_views, write_in_place
 
 
 @torch.library.custom_op("test_lowered::add_row_sum", mutates_args=("y",))

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import pcg_compile as pcg
+from pcg_compile.memory.ranges import overlap, range_of
 from pcg_compile.registry import runtimes
-from pcg_compile.runtime.ranges import overlap, range_of
 
 OPTIONS = {"compiler": "eager", "buckets": [4, 8]}
 

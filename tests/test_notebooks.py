@@ -73,7 +73,7 @@ def test_the_file_is_clean(path):
 def test_quickstart(monkeypatch):
     done = execute(EXAMPLES / "01_quickstart.ipynb", monkeypatch)
     text = printed(done)
-    assert "fallbacks: ()" in text and "4 pieces, of which 3 are different, and 16 recordings" in text
+    assert "fallbacks: ()" in text and "4 pieces, of which 3 are different, and 16 captured graphs" in text
     assert text.count("] = generate()") == 3 and "differs" not in text
     assert len(pictures(done)) == 1 and "quickstart::attention" in tables(done)
 
@@ -101,8 +101,8 @@ def test_many_adapters(monkeypatch):
 
 
 @pytest.mark.timeout(120)
-def test_what_breaks_a_recording(monkeypatch):
-    done = execute(EXAMPLES / "04_what_breaks_a_recording.ipynb", monkeypatch)
+def test_what_breaks_a_capture(monkeypatch):
+    done = execute(EXAMPLES / "04_what_breaks_a_capture.ipynb", monkeypatch)
     text = printed(done)
     if host_scalar_write() == "copies":
         assert text.count("GraphBreakingScalarWrite: `seg_indptr[0] = 0`") == 2
@@ -112,7 +112,7 @@ def test_what_breaks_a_recording(monkeypatch):
         assert re.search(rf"{fine} +fine", text)
     for found in ("masked_values      sync", "list_as_index      host copy", "tensor_of_numbers  host copy"):
         assert found in text
-    assert "CaptureHazard: torch.tensor cannot be recorded" in text and "between pieces" in tables(done)
+    assert "CaptureHazard: torch.tensor cannot be captured" in text and "between pieces" in tables(done)
 
 
 @pytest.mark.timeout(120)

@@ -11,7 +11,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import UnsafePadding
-from pcg_compile.passes.safety_dims import regroup
+from pcg_compile.passes.padding_safety.dims import regroup
 from pcg_compile.registry import runtimes
 
 LIBRARY = torch.library.Library("opaque", "FRAGMENT")
@@ -129,7 +129,7 @@ def run_at_all_sizes(
 
 def kinds(run):
     return {
-        site.safety.kind for r in runtimes(run) for site in r.plan.sites if hasattr(site, "piece") and site.is_piece
+        item.safety.kind for r in runtimes(run) for item in r.plan.items if hasattr(item, "piece") and item.is_piece
     }
 
 
@@ -137,7 +137,7 @@ def kinds(run):
 def test_row_wise(name):
     run = run_at_all_sizes(ROW_WISE[name])
     assert "mixing" not in kinds(run) and "unknown" not in kinds(run), [
-        n for r in runtimes(run) for s in r.plan.sites for n in s.safety.nodes
+        n for r in runtimes(run) for s in r.plan.items for n in s.safety.nodes
     ]
     assert pcg.stats(run).replays > 0
 
@@ -163,7 +163,7 @@ def test_strict_refuses_what_mixes():
     assert isinstance(caught.value.inner_exception, UnsafePadding)
 
 
-@pytest.mark.parametrize(("op", "recorded"), [("row", True), ("mix", False), ("size", False)])
+@pytest.mark.parametrize(("op", "captured"), [("row", True), ("mix", False), ("size", False)])
 def test_probe(op, recorded):
     function = lambda x: getattr(torch.ops.opaque, op)(x + 1) * 2
     run = run_at_all_sizes(function, sizes=(4, 3, 1, 8, 5, 16))

@@ -140,7 +140,7 @@ def test_warmup_writes_no_page_but_0():
         traffic.check(model, compiled, {1: 1, 2: 3})
 
 
-def test_each_cache_has_its_own_recordings():
+def test_each_cache_has_its_own_captured_graphs():
     model = Model().eval()
     compiled = torch.compile(model, backend="pcg", options={"buckets": [4], "compiler": "eager"})
     first, second = Traffic(), Traffic()

@@ -125,7 +125,7 @@ def test_two_children_under_a_plain_parent():
             torch.testing.assert_close(parent(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_two_modules_of_one_class_keep_their_own_recordings():
+def test_two_modules_of_one_class_keep_their_own_captured_graphs():
     class Child(nn.Module):
         def __init__(self):
             super().__init__()

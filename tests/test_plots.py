@@ -47,7 +47,7 @@ def timeline_of(compiled, *args):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_recorded_step_is_timed_call_by_call(device):
+def test_a_captured_step_is_timed_call_by_call(device):
     compiled = llama(device)
     with pcg.expect(compiled, captured=0, replays=0, steps=0):
         timeline = timeline_of(compiled, torch.randint(0, 128, (7,), device=device))
@@ -55,8 +55,8 @@ def test_a_recorded_step_is_timed_call_by_call(device):
     lanes = {lane: [s for s in timeline.spans if s.lane == lane] for lane in ("host", "device")}
     assert bool(lanes["device"]) == (device == "cuda")
     for spans in filter(None, lanes.values()):
-        sites = [s for s in spans if s.kind in ("replay", "split op")]
-        assert [s.name for s in sites] == ["piece 0", "silly::attention", "piece 1", "silly::attention", "piece 2"]
+        items = [s for s in spans if s.kind in ("replay", "split op")]
+        assert [s.name for s in items] == ["piece 0", "silly::attention", "piece 1", "silly::attention", "piece 2"]
         assert spans[0].kind == "inputs" and spans[-1].kind == "outputs"
         assert all(s.seconds >= 0 for s in spans)
         # One after the other, and no call before the one ahead of it has ended.
@@ -83,7 +83,7 @@ def test_times_are_real():
     assert timeline.seconds >= 0.02
 
 
-def test_without_recordings_a_step_is_timed_at_its_exact_size():
+def test_without_captured_graphs_a_step_is_timed_at_its_exact_size():
     compiled = llama(sizes=(3,))
     with pcg.expect(compiled, captured=0, replays=0):
         timeline = timeline_of(compiled, torch.randint(0, 128, (7,)))
@@ -91,7 +91,7 @@ def test_without_recordings_a_step_is_timed_at_its_exact_size():
     assert {span.kind for span in timeline.spans} == {"inputs", "piece", "split op", "outputs"}
 
 
-def test_a_size_that_never_ran_uses_its_buckets_recordings():
+def test_a_size_that_never_ran_uses_its_buckets_captured_graphs():
     compiled = llama(sizes=(7,))
     with pcg.expect(compiled, captured=0, replays=0):
         timeline = timeline_of(compiled, torch.randint(0, 128, (6,)))

@@ -131,8 +131,8 @@ def test_values_are_eagers(steps, outputs, sizes):
                     assert all(a == b for size, a, b in zip(their_out.shape, *strides, strict=True) if size > 1)
 
 
-def test_the_generator_reaches_recordings():
-    """The test above would be empty if nothing were recorded."""
+def test_the_generator_reaches_captured_graphs():
+    """The test above would be empty if nothing were captured."""
     torch._dynamo.reset()
     run = pcg.piecewise(buckets=[4], compiler="eager")(
         build([("unary", "fresh", 0), ("in place", "add_", 1, 0)], [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,16 +16,18 @@ from test_facts import compare
 from torch import fx
 
 import pcg_compile as pcg
-from pcg_compile import backend, decorator
-from pcg_compile.graph import functional
-from pcg_compile.graph.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
-from pcg_compile.graph.pieces import Compiled, copy_graph
-from pcg_compile.graph.storages import Storage, told_apart, twin_of
+from pcg_compile import backend
+from pcg_compile.fx import functional
+from pcg_compile.fx.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
+from pcg_compile.fx.fake_storages import Storage, look_alike_of, told_apart
+from pcg_compile.fx.submodules import Compiled, copy_graph
 from pcg_compile.options import Options
-from pcg_compile.passes import padding_safety
+from pcg_compile.passes.padding_safety import analysis as padding_safety
 from pcg_compile.torch_compat.fake_tensors import fake_inputs, fake_mode_of
 from pcg_compile.torch_compat.functionalize import functional_aten
 from pcg_compile.torch_compat.inductor import prepare_inductor
+
+decorator = importlib.import_module("pcg_compile.piecewise")
 
 LAYERS = 4
 W = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(LAYERS)]
@@ -129,7 +132,7 @@ def test_values_of_several_layers_meet() -> None:
     assert twins(copied) > 0
 
 
-def test_a_view_beside_a_twin_of_its_storage() -> None:
+def test_a_view_beside_a_look_alike_of_its_storage() -> None:
     """Two layers' results stand for memory of their own in one storage of torch's: whose is a view of one of them?"""
 
     def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -143,7 +146,7 @@ def test_a_view_beside_a_twin_of_its_storage() -> None:
     assert twins(copied) == 0
 
 
-def test_twins_are_told_apart_for_torch() -> None:
+def test_look_alikes_are_told_apart_for_torch() -> None:
     seen: list[bool] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -154,10 +157,10 @@ def test_twins_are_told_apart_for_torch() -> None:
         one, other = Storage(), Storage()
         given = [
             tensor,
-            twin_of(tensor, one),
-            twin_of(row, one),
-            twin_of(row, other),
-            twin_of(tensor, Storage(tensor)),
+            look_alike_of(tensor, one),
+            look_alike_of(row, one),
+            look_alike_of(row, other),
+            look_alike_of(tensor, Storage(tensor)),
             3,
         ]
         made = told_apart(given)
@@ -198,7 +201,7 @@ def test_layers_compiled(compiler: str) -> None:
 def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict from the short way to aten is the verdict from torch's tracer."""
     verdicts: list[Any] = []
-    short = functional._recorded
+    short = functional._captured
 
     def both(*args: Any) -> fx.GraphModule:
         verdicts.append(padding_safety._Analysis(functional_aten(*args), ()).run())
@@ -206,7 +209,7 @@ def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         verdicts.append(padding_safety._Analysis(made, ()).run())
         return made
 
-    monkeypatch.setattr(functional, "_recorded", both)
+    monkeypatch.setattr(functional, "_captured", both)
     function = layered(BLOCKS[name])
     run = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [8]})
     x = torch.randn(5, 4)

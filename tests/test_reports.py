@@ -31,22 +31,22 @@ def compiled_llama():
     return torch.compile(ToyLlama(layers=2).eval(), backend="pcg", options={"buckets": [4, 8], "compiler": "eager"})
 
 
-def test_explain_lists_pieces_and_records_nothing():
+def test_explain_lists_pieces_and_captures_nothing():
     compiled = compiled_llama()
     with pcg.expect(captured=0, steps=0):
         report = pcg.explain(compiled, torch.randint(0, 128, (3,)))
     (graph,) = report.graphs
-    assert [site.kind for site in graph.sites] == ["piece", "split op", "piece", "split op", "piece"]
-    assert all("models.py" in site.where for site in graph.sites)
+    assert [item.kind for item in graph.items] == ["piece", "split op", "piece", "split op", "piece"]
+    assert all("models.py" in item.where for item in graph.items)
     text = str(report)
-    assert "silly::attention" in text and "recorded" in text
+    assert "silly::attention" in text and "captured" in text
     assert json.loads(report.to_json())["stats"]["pieces"] == 3
 
 
 def test_explain_a_plain_function_names_what_mixes():
     report = pcg.explain(lambda x: torch.ops.silly.fresh(x).softmax(0), torch.randn(3, 4))
-    piece = next(site for site in report.graphs[0].sites if site.kind == "piece")
-    assert "not recorded" in piece.verdict and "softmax" in piece.reason and "test_reports.py" in piece.where
+    piece = next(item for item in report.graphs[0].items if item.kind == "piece")
+    assert "not captured" in piece.verdict and "softmax" in piece.reason and "test_reports.py" in piece.where
 
 
 def test_html_is_escaped():

@@ -105,7 +105,7 @@ MIXES = [
 
 
 @pytest.mark.parametrize("shape", ["rows", "one batch row"])
-def test_every_mix_is_right_and_nothing_is_recorded_again(shape):
+def test_every_mix_is_right_and_nothing_is_captured_again(shape):
     model = Model()
     function = compiled(model)
     sizes = [sum(lengths) for lengths, _ in MIXES]

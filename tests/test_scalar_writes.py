@@ -16,8 +16,8 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from pcg_compile.errors import GraphBreakingScalarWrite
-from pcg_compile.graph.facts import NodeFacts, OpCall, trace_facts
-from pcg_compile.graph.where import Place, place_of
+from pcg_compile.fx.facts import NodeFacts, OpCall, trace_facts
+from pcg_compile.fx.places import Place, place_of
 from pcg_compile.options import Options
 from pcg_compile.passes.capture_hazards import capture_hazards
 from pcg_compile.passes.context import PassContext
@@ -69,7 +69,7 @@ def test_the_message():
     assert str(caught.value.inner_exception) == (
         "`seg_indptr[0] = 0` writes a host scalar into a tensor on cpu\n"
         f"  at {__file__}:{line} in compute_routing\n"
-        "  A CUDA graph cannot record it: the 0 is copied from host memory at every step.\n"
+        "  A CUDA graph cannot capture it: the 0 is copied from host memory at every step.\n"
         '  Write it on the device instead: seg_indptr[0:1].zero_()   (or options={"scalar_writes": "rewrite"})'
     )
     assert str(caught.value.inner_exception) in str(caught.value)
@@ -222,13 +222,13 @@ def _graph():
 
 
 @copies
-def test_a_host_tensor_beside_a_cuda_recording_is_accepted():
+def test_a_host_tensor_beside_a_cuda_capture_is_accepted():
     gm, write = _graph()
     facts = trace_facts(gm, [_fake(torch.zeros(4))])
     context = PassContext(Options(), torch.device("cuda"), facts)
     scalar_writes(gm, context)
     capture_hazards(gm, context)
-    # It runs on the host, between recordings.
+    # It runs on the host, between captured graphs.
     assert not any(h.kind == "scalar write" for h in context.hazards) and write in context.splits
     with pytest.raises(GraphBreakingScalarWrite):
         scalar_writes(gm, PassContext(Options(), torch.device("cpu"), facts))

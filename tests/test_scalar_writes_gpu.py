@@ -14,7 +14,7 @@ from scalar_write_table import (
     COPIES,
     EAGER_ONLY,
     FINE,
-    MAY_BE_RECORDED,
+    MAY_BE_CAPTURED,
     ON_A_GPU,
     REJECTED,
     TABLE,
@@ -25,12 +25,12 @@ from scalar_write_table import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ROWS = TABLE + ON_A_GPU + EAGER_ONLY
-#: What the host does beside a recording can be captured, but a replay would not repeat it: it is isolated.
+#: What the host does beside a captured graph can be captured, but a replay would not repeat it: it is isolated.
 STALE = ("host[0] = 0", "host[[1, 2]] = 4")
 
 
 def capture(statement: str) -> str | None:
-    """Why a CUDA graph cannot record a statement, or None if it can."""
+    """Why a CUDA graph cannot capture a statement, or None if it can."""
     code = compile(statement.replace("[i, j]", "[1, 2]"), "<statement>", "exec")
     with torch.no_grad():
         exec(code, {"torch": torch, **values("cuda")})
@@ -78,8 +78,8 @@ def _fresh():
 
 @pytest.mark.parametrize(("statement", "verdict"), ROWS)
 def test_the_verdict_is_what_capture_does(statement, verdict, captured):
-    if statement in MAY_BE_RECORDED and captured[statement] is None:
-        pytest.skip("this torch records it; the verdict is the one of older ones")
+    if statement in MAY_BE_CAPTURED and captured[statement] is None:
+        pytest.skip("this torch captures it; the verdict is the one of older ones")
     from pcg_compile.passes.scalar_writes import host_scalar_write
 
     if verdict == REJECTED and host_scalar_write() == "fills":
@@ -122,7 +122,7 @@ def test_the_guard_on_cuda_tensors(statement, verdict):
 
 
 @pytest.mark.parametrize("statement", [row for row, verdict in TABLE + ON_A_GPU if verdict in (COPIES, WAITS)])
-def test_an_isolated_statement_beside_recordings(statement):
+def test_an_isolated_statement_beside_captured_graphs(statement):
     import pcg_compile as pcg
 
     names = list(values("cuda"))

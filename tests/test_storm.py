@@ -38,5 +38,5 @@ def test_every_size_once():
     for runtime in runtimes(compiled):
         for binding in runtime.bindings:
             assert len(binding.steps) <= 512
-            assert len(binding.recordings) <= len(stats.buckets) + 1
+            assert len(binding.captured_graphs) <= len(stats.buckets) + 1
     assert stats.captured <= len(stats.buckets) + 1

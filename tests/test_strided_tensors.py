@@ -71,7 +71,7 @@ def test_strides_are_no_sizes(kind):
     assert not stats.fallbacks
 
 
-def test_a_recording_serves_all_strides():
+def test_a_captured_graph_serves_all_strides():
     compiled = torch.compile(lambda x: x * 2, backend="pcg", options={"compiler": "eager", "buckets": [8]})
     for width in range(12, 40, 3):
         x = torch.randn(5 + width % 3, width)[:, :6]

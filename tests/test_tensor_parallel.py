@@ -57,15 +57,15 @@ def test_the_values_of_one_process(compiler):
     assert first["replays"] > 0 and {"4", "8", "16"} <= set(first["buckets"]) and first["fallbacks"] == []
 
 
-def test_a_recording_that_fails_on_one_rank_is_given_up_by_both():
+def test_a_capture_that_fails_on_one_rank_is_given_up_by_both():
     first, second = ranks("capture_fails")
     assert max(first["worst"], second["worst"]) < 1e-5
     assert first["captured"] == second["captured"]
-    assert [r for r in first["fallbacks"] if "rank 1 could not record" in r]
+    assert [r for r in first["fallbacks"] if "rank 1 could not capture" in r]
     assert [r for r in second["fallbacks"] if "out of memory" in r]
 
 
-#: What both ranks were called with before, and rank 0's size of the last call: new to both, recorded by both in one
+#: What both ranks were called with before, and rank 0's size of the last call: new to both, captured by both in one
 #: bucket and in two, new to rank 1, the first of all.
 DIFFERENT = [([3, 5, 6], 7), ([3, 5, 6, 5, 6], 5), ([3, 8, 9, 8, 9], 8), ([3, 8, 8], 8), ([], 7)]
 
@@ -145,7 +145,7 @@ def adapters_of_llama(root):
 
 
 def check_adapters(result, compilers, pieces=None, bound=1e-4):
-    """The values of one process, and nothing recorded for another adapter, which the worker expects."""
+    """The values of one process, and nothing captured for another adapter, which the worker expects."""
     assert result["uncompiled"] < bound and result["apart"] > 1e-2, result
     for compiler in compilers:
         found = result[compiler]

@@ -18,7 +18,7 @@ def _fresh():
         yield
 
 
-def test_all_buckets_are_recorded_and_then_only_replayed():
+def test_all_buckets_are_captured_and_then_only_replayed():
     model = ToyLlama(layers=2).eval()
     compiled = torch.compile(model, backend="pcg", options={"buckets": [2, 4, 8], "compiler": "eager"})
     with pcg.expect(graphs=1, pieces=3, captured=9, steps=0):
@@ -62,7 +62,7 @@ def test_only_some_buckets():
         pcg.warmup(run, torch.randn(2, 2), buckets=[(4, 4)], progress=False)
 
 
-def test_first_call_records_all():
+def test_first_call_captures_all():
     run = pcg.piecewise(dynamic={"x": 0}, buckets=[2, 4, 8], compiler="eager", capture="first_call")(
         lambda x: torch.ops.silly.fresh(x) + 1
     )
@@ -74,23 +74,23 @@ def test_first_call_records_all():
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_bucket_that_does_not_pay_is_not_used(monkeypatch, slow):
     """The measurement is made where a replay is a CUDA graph; here it is made to happen, with times made up."""
-    from pcg_compile.runtime import warming
+    from pcg_compile.runtime import ahead_of_time as ahead_of_time
 
     calls = []
 
     def seconds(step, run, device, runs=10):
         calls.append(run)
         run()
-        # Replays are measured first, then the same without recordings; only the largest bucket loses.
+        # Replays are measured first, then the same without captured graphs; only the largest bucket loses.
         return 2.0 if slow and len(calls) == 1 else 1.0
 
-    record = warming._record_bucket
+    record = ahead_of_time._capture_bucket
 
     def doubtful(graph, args, real, bucket, _):
         return record(graph, args, real, bucket, len(calls) < (4 if slow else 2))
 
-    monkeypatch.setattr(warming, "seconds_of", seconds)
-    monkeypatch.setattr(warming, "_record_bucket", doubtful)
+    monkeypatch.setattr(ahead_of_time, "seconds_of", seconds)
+    monkeypatch.setattr(ahead_of_time, "_capture_bucket", doubtful)
     layer = torch.nn.Linear(4, 4)
     compiled = torch.compile(lambda x: layer(x) + 1, backend="pcg", options={"buckets": [2, 4, 8], "compiler": "eager"})
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_cached_code_is_not_used_where_memory_is_shared_otherwise(tmp_path, monk
                     torch.testing.assert_close(compiled(x), function(x))
 
 
-def test_a_model_that_was_called_before_is_recorded_for_all_sizes_too():
+def test_a_model_that_was_called_before_is_captured_for_all_sizes_too():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
     compiled = torch.compile(model, backend="pcg", options={"buckets": [4, 8, 16], "compiler": "eager"})
     x = torch.randn(16, 8)

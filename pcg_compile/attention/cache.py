@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..errors import BatchError, OptionsError, message
-from ..padded import PaddedBatch
-from ..runtime.staging import StagingRing
+from ..memory.staging import StagingRing
+from ..padding_request import PaddedBatch
 from .base import AttentionImpl, AttentionShape, Layer
 from .choose import choose_impl
 
@@ -71,10 +71,10 @@ class PagedKVCache:
         k_scale, v_scale: of an fp8 cache, one ``[num_kv_heads]`` float32 tensor a layer: a stored number times its
             head's scale is the key or value. Change them in place, ahead of what is stored. None for other dtypes.
 
-    Recordings read, beside keys and values, only the slot mapping, which has one storage for each power of two of
-    tokens that lives as long as the cache. The rest of the metadata are read by attention, between recordings: where
+    Captured graphs read, beside keys and values, only the slot mapping, which has one storage for each power of two of
+    tokens that lives as long as the cache. The rest of the metadata are read by attention, between the graphs: where
     a batch has more than ``max_requests`` requests (or more page entries than the cache has pages), they go to a
-    buffer that doubles, and nothing need be recorded again.
+    buffer that doubles, and nothing need be captured again.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class PagedKVCache:
         self.k_scale = self._scales("k_scale", k_scale)
         self.v_scale = self._scales("v_scale", v_scale)
         self.staging = StagingRing(self.device)
-        #: Identity of the static memory: what is recorded with one cache serves no other.
+        #: Identity of the static memory: what is captured with one cache serves no other.
         self.key = object()
         self.current: Prepared | None = None
         #: Held by the step that the cache is in: taking it and asking whether it is free are one thing.

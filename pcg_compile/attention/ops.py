@@ -20,7 +20,7 @@ from .base import AttentionShape
 __all__ = [
     "bind_attend",
     "bind_prepare_batch",
-    "bind_prepare_whole",
+    "bind_prepare_full_graph",
     "join_shapes",
     "paged_attention",
     "refuse_gradients",
@@ -30,7 +30,7 @@ __all__ = [
 
 _WHAT = "paged attention"
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
-#: Recorded by a compiler's own graphs, they would keep the plan of the first batch.
+#: Captured by a compiler's own graphs, they would keep the plan of the first batch.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 _LIBRARY.define(
@@ -126,10 +126,10 @@ def bind_prepare_batch(
     return prepare
 
 
-def bind_prepare_whole(tokens: int, shapes: str) -> Callable[[], Hashable]:
-    """``pcg::prepare_batch`` for the recording of a whole step of ``tokens``; see :meth:`StepState.prepare_whole`."""
+def bind_prepare_full_graph(tokens: int, shapes: str) -> Callable[[], Hashable]:
+    """``pcg::prepare_batch`` for a full CUDA graph of ``tokens``; see :meth:`StepState.prepare_full_graph`."""
     names = tuple(shapes.split(";")) if shapes else ()
-    return lambda: require_step(_WHAT).prepare_whole(tokens, names)
+    return lambda: require_step(_WHAT).prepare_full_graph(tokens, names)
 
 
 def bind_attend(
@@ -148,7 +148,7 @@ def bind_attend(
     cache.check(layer, AttentionShape.decode(shape), q.device)
     run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out, cache.layer(layer, sinks, slopes))
     rows = q.shape[0]
-    # Not the cache itself, which would live as long as its recordings.
+    # Not the cache itself, which would live as long as its captured graphs.
     key = cache.key
     del cache
 
@@ -156,7 +156,9 @@ def bind_attend(
         state = require_step(_WHAT)
         if state.key is not key:
             raise BatchError(
-                message("attention was bound to another cache than the step's", why="Recordings belong to one cache.")
+                message(
+                    "attention was bound to another cache than the step's", why="A captured graph belongs to one cache."
+                )
             )
         run(state.plan(shape, rows))
 

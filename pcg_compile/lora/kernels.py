@@ -1,6 +1,6 @@
 """Triton kernels for many adapters in one batch: a segmented shrink (x A^T), then a segmented expand (h B^T).
 
-A program works on one tile of tokens that share an adapter. Grids follow from shapes alone, so that a recording serves
+A program works on one tile of tokens that share an adapter. Grids follow from shapes alone, so a capture serves
 every mix: a tile finds its segment from ``seg_indptr``, and tiles behind the last segment, where base and padding
 tokens lie, end at once. The shrink may split its sum over several programs, each with a place of its own for its part,
 which the expand adds up: two launches, no atomics, and the same sum in every run. The idea of grouping tokens by
@@ -378,7 +378,7 @@ def add_adapters_on_gpu(
     seg_indptr: torch.Tensor,
     slices: Sequence[Sequence[int]],
 ) -> None:
-    """:func:`pcg_compile.lora.apply.lora_apply` on rows, of one or several layers that read the same. Can be recorded.
+    """:func:`pcg_compile.lora.apply.lora_apply` on rows, of one or several layers that read the same. Can be captured.
 
     Args:
         layers: of each layer y ``[n, out]``, a, b, scalings, ranks. x: ``[n, in]``. slices: of each layer.

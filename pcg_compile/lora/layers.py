@@ -108,7 +108,7 @@ class LoRALayer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Where the model was cast to another dtype, casts the factors: in a new buffer, which is recorded anew."""
+        """Where the model was cast to another dtype, casts the factors: in a new buffer, which is captured anew."""
         dtype = self.module.weight.dtype
         if self.dtype is not None or dtype == self.layout.dtype:
             return

@@ -203,7 +203,7 @@ def _by_pattern(patterns: Any, module: str, general: Any, folder: Path, field: s
     if not isinstance(patterns, dict):
         raise AdapterError(message(f"{field} is {shown(patterns)}, not an object", where=str(folder)))
     for pattern, value in patterns.items():
-        # A name, as PEFT writes it, its dots escaped or not; a general expression could take for ever to match.
+        # A name, as PEFT writes it, its dots escaped or not; a general expression could take forever to match.
         if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", pattern, re.ASCII):
             raise AdapterError(message(f"{field} has the pattern {shown(pattern)}; names are read", str(folder)))
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):

@@ -22,7 +22,7 @@ __all__ = ["AdapterPool"]
 class AdapterPool:
     """Adapters that the requests of one batch choose from: ``Batch(..., adapters=["fr", None, "sql"])``.
 
-    Loading while serving writes into slots that nobody uses: no address changes, so that nothing is recorded or
+    Loading while serving writes into slots that nobody uses: no address changes, so that nothing is captured or
     compiled again, and copies are ordered behind the steps before them. Where slots run out, the adapter that was used
     least recently leaves the device; it stays on the host, and comes back by a copy when a batch names it. Methods may
     be called from any thread.

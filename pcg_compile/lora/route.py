@@ -21,7 +21,7 @@ def route(slots: torch.Tensor | Sequence[int], max_adapters: int, out: Routing |
     """Sorts tokens into one segment for each adapter slot, maybe empty; base tokens come last.
 
     Shapes follow from those of the arguments alone, nothing is written by a host scalar, and nothing waits for the
-    device: the call can be recorded.
+    device: the call can be captured.
 
     Args:
         slots: ``[tokens]`` int32 or int64, the adapter slot of each token, -1 for the base model; or a list of them.

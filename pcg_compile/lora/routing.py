@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import AdapterError, BatchError, message
-from ..runtime.staging import StagingRing
+from ..memory.staging import StagingRing
 from .route import Routing, route
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Router:
 
 
 class RoutingMemory:
-    """The static memory that the recordings of one graph read their routing from.
+    """The static memory that the captured graphs of one graph read their routing from.
 
     They read nothing else: which adapters a batch mixes, none included, changes no address, no shape and no key. See
     Note [one function for key and metadata]. A graph serves one call at a time; two graphs, in two threads, may be in

@@ -31,7 +31,7 @@ class Share:
     whole    whole     whole     all                  each rank does the same
     ======== ========= ========= ==================== ==========================
 
-    So no collective is added, and what is added are plain ops on plain tensors, which can be recorded.
+    So no collective is added, and what is added are plain ops on plain tensors, which can be captured.
 
     Attributes:
         rows, columns: which, ascending, int64 on the CPU; None for all.

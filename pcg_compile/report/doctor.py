@@ -145,7 +145,7 @@ def _has_nvidia_driver() -> bool:
 
 
 def _backend() -> Check:
-    """Compiles a function, records it and replays it at two sizes, on the GPU where there is one."""
+    """Compiles a function, captures it and replays it at two sizes, on the GPU where there is one."""
     import pcg_compile
 
     if "pcg" not in torch.compiler.list_backends():
@@ -161,8 +161,8 @@ def _backend() -> Check:
     stats = pcg_compile.stats(function)
     if not stats.replays:
         reason = stats.fallbacks[0].reason if stats.fallbacks else "no reason was given"
-        return Check("backend", "fail", f"nothing was recorded on {device}: {reason}", _REPORT)
-    return Check("backend", "ok", f"{'CUDA graphs record' if device == 'cuda' else 'static replays run'} on {device}")
+        return Check("backend", "fail", f"nothing was captured on {device}: {reason}", _REPORT)
+    return Check("backend", "ok", f"{'CUDA graphs capture' if device == 'cuda' else 'static replays run'} on {device}")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def _scalar_writes() -> Check:
     from ..passes.scalar_writes import host_scalar_write
 
     if host_scalar_write() == "fills":
-        return Check("scalar writes", "ok", "`t[0] = 0` fills on the device: a recording may hold it")
+        return Check("scalar writes", "ok", "`t[0] = 0` fills on the device: a captured graph may hold it")
     return Check("scalar writes", "ok", "`t[0] = 0` copies from the host: pcg names the line, or rewrites it")
 
 

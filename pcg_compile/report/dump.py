@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 import torch
 
-from ..graph.plan import CallSite, PieceSite
+from ..fx.plan import PieceItem, SplitOpItem
 from ..registry import runtimes
 from ..torch_compat.inductor import inductor_output
-from .sites import name_calls, name_sites
+from .items import name_calls, name_items
 
 __all__ = ["dump"]
 
@@ -60,24 +60,24 @@ def _write_graph(folder: Path, runtime: Any) -> None:
     _write_code(folder / "graph.py", "Dynamo's graph, after the passes.", plan.gm)
     _write_lines(folder / "inserted.txt", [node.format_node() for node in plan.gm.graph.nodes if _is_inserted(node)])
     _write_lines(folder / "notes.txt", context.notes)
-    names = name_sites(plan)
+    names = name_items(plan)
     written: dict[int, str] = {}
     listing: list[str] = []
     outputs: list[str] = []
-    for site in plan.sites:
-        if isinstance(site, CallSite):
-            listing.append(f"{site.index:4d}  call    {site.op.name} ({site.mode}; {site.reason})  {site.where}")
+    for item in plan.items:
+        if isinstance(item, SplitOpItem):
+            listing.append(f"{item.index:4d}  call    {item.op.name} ({item.mode}; {item.reason})  {item.where}")
             continue
-        script = written.get(id(site.compiled)) if not site.trivial else None
+        script = written.get(id(item.compiled)) if not item.trivial else None
         if script is None:
-            script = f"piece_{site.index}.py"
-            written[id(site.compiled)] = script
-            (folder / script).write_text(_piece_script(site), encoding="utf-8")
-            path = inductor_output(site.compiled.function)
+            script = f"piece_{item.index}.py"
+            written[id(item.compiled)] = script
+            (folder / script).write_text(_piece_script(item), encoding="utf-8")
+            path = inductor_output(item.compiled.function)
             if path is not None:
                 outputs.append(f"{script}  {path}")
-        what = "piece" if site.refusal is None or site.trivial else f"exact ({site.refusal})"
-        listing.append(f"{site.index:4d}  {what}  {names[site.index]}  {script}  {site.where}")
+        what = "piece" if item.refusal is None or item.trivial else f"exact ({item.refusal})"
+        listing.append(f"{item.index:4d}  {what}  {names[item.index]}  {script}  {item.where}")
     _write_lines(folder / "sites.txt", listing)
     if outputs:
         _write_lines(folder / "inductor.txt", outputs)
@@ -86,8 +86,8 @@ def _write_graph(folder: Path, runtime: Any) -> None:
             title = "_".join(map(str, sizes)) or "static"
             lines = [f"sizes {sizes}, bucket {program.bucket}, {program.replays} replays, {len(program.ops)} calls"]
             calls = zip(name_calls(plan, program), program.ops, strict=True)
-            if program.whole is not None and program.whole.wanted:
-                lines.append("      where the batch fits, all of it as one recording, instead of:")
+            if program.full_graph is not None and program.full_graph.wanted:
+                lines.append("      where the batch fits, all of it as one captured graph, instead of:")
             lines += [
                 f"{i:4d}  {call.kind:8}  {call.name}  {_describe(op)}  {call.where}"
                 for i, (call, op) in enumerate(calls)
@@ -113,15 +113,15 @@ def _describe(op: Any) -> str:
     return str(getattr(inner, "__qualname__", inner))
 
 
-def _piece_script(site: PieceSite) -> str:
+def _piece_script(item: PieceItem) -> str:
     """The piece as a module that can be run: its code, and inputs like those that it was compiled for."""
-    gm = site.piece.gm
+    gm = item.piece.gm
     code = gm.print_readable(print_output=False)
     for name in ("<lambda>", "GraphModule"):
         code = code.replace(f"class {name}", "class Piece")
-    lines = [f"# {site.where}", *_needed_imports(gm), "", code, "", _WITH_PARTS, 'if __name__ == "__main__":']
+    lines = [f"# {item.where}", *_needed_imports(gm), "", code, "", _WITH_PARTS, 'if __name__ == "__main__":']
     lines.append("    inputs = [")
-    for value in site.piece.example:
+    for value in item.piece.example:
         lines.append(f"        {_example(value)},")
     lines += ["    ]", "    print(with_parts(Piece).forward(*inputs))", ""]
     return "\n".join(lines)

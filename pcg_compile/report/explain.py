@@ -11,23 +11,23 @@ import torch
 from rich.console import Console
 
 from ..errors import Hazard
-from ..graph.plan import PieceSite
+from ..fx.plan import PieceItem
 from ..registry import forget, is_compiled, runtimes, stats
-from ..runtime.warming import WarmUp, warming_up
+from ..runtime.ahead_of_time import WarmUp, warm_up_context
+from ..stats import COUNTS, Stats
 from ..torch_compat.dynamo_graphs import graph_breaks
 from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
-from .private import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
+from .items import name_items
 from .render import as_html, as_rich, longest_path
-from .sites import name_sites
-from .stats import COUNTS, Stats
 from .timeline import Timeline, time_step
+from .trial_compile import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 
-__all__ = ["GraphReport", "PassReport", "Report", "SiteReport", "check", "explain"]
+__all__ = ["GraphReport", "ItemReport", "PassReport", "Report", "check", "explain"]
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class ItemReport:
     """One piece or split op: its place in the graph, the user's line, and the verdict on it.
 
     ``distinct`` numbers what was compiled: pieces with the same number share it. None for what is no piece.
@@ -53,13 +53,13 @@ class PassReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of Dynamo's: its dynamic sizes, its sites in order, what the passes noted and found.
+    """One graph of Dynamo's: its dynamic sizes, its items in order, what the passes noted and found.
 
     ``timeline`` is of one step with the arguments that ``explain`` was given; None where it was given none.
     """
 
     sizes: tuple[str, ...]
-    sites: tuple[SiteReport, ...]
+    items: tuple[ItemReport, ...]
     notes: tuple[str, ...]
     hazards: tuple[Hazard, ...]
     refusal: str | None
@@ -117,9 +117,9 @@ class Report:
 
 
 def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
-    """The report on a model for one call's arguments; nothing is recorded and nothing has effects.
+    """The report on a model for one call's arguments; nothing is captured and nothing has effects.
 
-    The call runs a few times to time it: from recordings where its bucket has them by now, else without.
+    The call runs a few times to time it: from captured graphs where its bucket has them by now, else without.
 
     Args:
         model: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave; a module that has it as its
@@ -143,7 +143,7 @@ def _report(compiled: Any, owner: Any, args: Any, kwargs: Any) -> Report:
 
     if args or kwargs or not runtimes(owner):
         request = WarmUp(buckets=[], observe=observe)
-        with warming_up(request), compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
+        with warm_up_context(request), compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
             compiled(*args, **kwargs)
     return Report(tuple(_graph(runtime, timelines.get(id(runtime))) for runtime in runtimes(owner)), stats(owner))
 
@@ -157,28 +157,28 @@ class _Owned:
 
 def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
     plan, context = runtime.plan, runtime.context
-    names = name_sites(plan)
+    names = name_items(plan)
     distinct: dict[int, int] = {}
-    sites: list[SiteReport] = []
-    for site in plan.sites:
-        if not isinstance(site, PieceSite):
-            name = f"split op, {site.mode}"
-            sites.append(
-                SiteReport("split op", name, (_op(site.node),), site.where, "between pieces", site.reason, None)
+    items: list[ItemReport] = []
+    for item in plan.items:
+        if not isinstance(item, PieceItem):
+            name = f"split op, {item.mode}"
+            items.append(
+                ItemReport("split op", name, (_op(item.node),), item.where, "between pieces", item.reason, None)
             )
             continue
-        ops = tuple(_op(n) for n in site.piece.gm.graph.nodes if n.op.startswith("call_"))
-        if site.split_reason is not None:
-            name = names[site.index]
-            sites.append(SiteReport("split op", name, ops, site.where, "between pieces", site.split_reason, None))
+        ops = tuple(_op(n) for n in item.piece.gm.graph.nodes if n.op.startswith("call_"))
+        if item.split_reason is not None:
+            name = names[item.index]
+            items.append(ItemReport("split op", name, ops, item.where, "between pieces", item.split_reason, None))
             continue
-        number = distinct.setdefault(id(site.compiled), len(distinct)) if not site.trivial else None
-        verdict, reason = _verdict(site)
-        sites.append(SiteReport("piece", names[site.index], ops, site.where, verdict, reason, number))
+        number = distinct.setdefault(id(item.compiled), len(distinct)) if not item.trivial else None
+        verdict, reason = _verdict(item)
+        items.append(ItemReport("piece", names[item.index], ops, item.where, verdict, reason, number))
     passes = [_pass(name, notes, hazards) for name, notes, hazards in context.outcomes]
     return GraphReport(
         tuple(map(str, plan.symbols)),
-        tuple(sites),
+        tuple(items),
         tuple(context.notes),
         tuple(context.hazards),
         plan.refusal,
@@ -197,28 +197,28 @@ def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
 
 def _padding_safety(plan: Any, names: dict[int, str]) -> PassReport:
     """The verdict on padding rows: of each kind how many pieces, and why those that are not simply row-wise."""
-    pieces = [site for site in plan.sites if isinstance(site, PieceSite) and site.is_piece]
+    pieces = [item for item in plan.items if isinstance(item, PieceItem) and item.is_piece]
     kinds: dict[str, int] = {}
     findings = []
-    for site in pieces:
-        if site.safety is None:
+    for item in pieces:
+        if item.safety is None:
             continue
-        kinds[site.safety.kind] = kinds.get(site.safety.kind, 0) + 1
-        if site.safety.kind != "row-wise":
-            findings.append(f"{names[site.index]}: {site.safety.kind}: {site.safety.reason} ({site.safety.where})")
+        kinds[item.safety.kind] = kinds.get(item.safety.kind, 0) + 1
+        if item.safety.kind != "row-wise":
+            findings.append(f"{names[item.index]}: {item.safety.kind}: {item.safety.reason} ({item.safety.where})")
     return PassReport("padding_safety", ", ".join(f"{n} {kind}" for kind, n in kinds.items()), tuple(findings))
 
 
-def _verdict(site: PieceSite) -> tuple[str, str]:
-    if site.trivial:
-        return "nothing to record", ""
-    if site.refusal is not None:
-        return "exact size, not recorded", site.refusal
-    if not site.needs_probe:
-        return "recorded", site.safety.kind if site.safety is not None else ""
-    if site.probed is None:
-        return "to be probed", site.safety.reason
-    return ("probed", site.safety.reason) if site.probed == "" else ("exact size, not recorded", site.probed)
+def _verdict(item: PieceItem) -> tuple[str, str]:
+    if item.trivial:
+        return "nothing to capture", ""
+    if item.refusal is not None:
+        return "exact size, not captured", item.refusal
+    if not item.needs_probe:
+        return "captured", item.safety.kind if item.safety is not None else ""
+    if item.probed is None:
+        return "to be probed", item.safety.reason
+    return ("probed", item.safety.reason) if item.probed == "" else ("exact size, not captured", item.probed)
 
 
 def _op(node: Any) -> str:
@@ -226,9 +226,9 @@ def _op(node: Any) -> str:
 
 
 def check(model: Any, *args: Any, **kwargs: Any) -> list[Hazard]:
-    """What a recording of the model could not hold, and where padding would change a number.
+    """What a capture of the model could not hold, and where padding would change a number.
 
-    Nothing is compiled or recorded; the model runs once, eagerly. An empty list means that all of it can be recorded.
+    Nothing is compiled or captured; the model runs once, eagerly. An empty list means that all of it can be captured.
     What Dynamo breaks the graph at because it depends on data (``x.item()``, ``if x.any():``) is listed too: it runs
     eagerly between two graphs, and waits for the device. Other breaks are not.
     """

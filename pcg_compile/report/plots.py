@@ -19,8 +19,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from ..stats import Stats
     from .explain import Report
-    from .stats import Stats
     from .timeline import Timeline
 
 __all__ = ["Picture", "draw_buckets", "draw_timelines", "plot_report"]
@@ -35,7 +35,7 @@ _COLOURS = {
     "outputs": "#cc79a7",
 }
 _TOKENS, _PADDING = "#0072b2", "#b3b3b3"
-_MEANING = {"replay": "replay of a recording", "piece": "piece without a recording", "metadata": "the step's metadata"}
+_MEANING = {"replay": "replay of a captured graph", "piece": "uncaptured piece", "metadata": "the step's metadata"}
 #: Of a lane's width: narrower bars have no room for their name.
 _ROOM_FOR_A_NAME = 0.07
 
@@ -129,7 +129,7 @@ def _bar(axes: Any, row: int, start: float, width: float, kind: str, name: str, 
 def _title(timeline: Timeline) -> str:
     size = "x".join(map(str, timeline.sizes)) or "no dynamic size"
     bucket = "x".join(map(str, timeline.bucket or ()))
-    how = "without recordings" if timeline.bucket is None else f"in bucket {bucket}" if bucket else "recorded"
+    how = "without captured graphs" if timeline.bucket is None else f"in bucket {bucket}" if bucket else "captured"
     share = timeline.gap_seconds() / timeline.seconds if timeline.seconds else 0.0
     return f"a step of {size} {how}: {1e3 * timeline.seconds:.3g} ms, {share:.1%} of it in gaps"
 

@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .explain import GraphReport, Report, SiteReport
+    from .explain import GraphReport, ItemReport, Report
 
 __all__ = ["Section", "as_html", "as_rich", "longest_path", "sections"]
 
-#: Of a site's ops, as many as a line holds.
+#: Of a item's ops, as many as a line holds.
 _MOST_OPS = 6
 
 
@@ -35,7 +35,7 @@ def sections(report: Report) -> Iterator[Section]:
     """The tables of a report, in order; empty ones are left out."""
     for i, graph in enumerate(report.graphs):
         title = f"graph {i}, dynamic sizes: {', '.join(graph.sizes) or 'none'}"
-        rows = tuple(_site_cells(site) for site in graph.sites)
+        rows = tuple(_item_cells(item) for item in graph.items)
         yield Section(title, ("", "where", "ops", "verdict", "why"), rows, _below(graph))
         found = tuple((p.name, p.verdict, _nearer("\n".join(p.findings))) for p in graph.passes)
         yield Section(f"graph {i}, passes", ("pass", "verdict", "found"), found)
@@ -52,16 +52,16 @@ def sections(report: Report) -> Iterator[Section]:
         for size, use in stats.buckets.items()
     )
     if buckets:
-        columns = ("bucket", "steps", "mean padding", "MiB", "seconds to record", "attention")
-        yield Section("buckets", columns, buckets, f"{stats.captured} recordings, {stats.replays} replays")
+        columns = ("bucket", "steps", "mean padding", "MiB", "seconds to capture", "attention")
+        yield Section("buckets", columns, buckets, f"{stats.captured} captured graphs, {stats.replays} replays")
     falls = tuple((str(fall.count), fall.reason, _nearer(fall.where)) for fall in stats.fallbacks)
     if falls:
-        yield Section("fallbacks: what ran otherwise than recorded", ("times", "why", "where"), falls)
+        yield Section("fallbacks: what ran otherwise than captured", ("times", "why", "where"), falls)
 
 
 def longest_path(report: Report) -> int:
     """How many characters the longest path of a report has."""
-    places = [site.where for graph in report.graphs for site in graph.sites] + [f.where for f in report.stats.fallbacks]
+    places = [item.where for graph in report.graphs for item in graph.items] + [f.where for f in report.stats.fallbacks]
     return max((len(word) for place in places for word in _nearer(place).split()), default=0)
 
 
@@ -95,25 +95,25 @@ def _text(text: str) -> str:
 
 
 def _below(graph: GraphReport) -> str:
-    pieces = [site for site in graph.sites if site.distinct is not None]
-    distinct = len({site.distinct for site in pieces})
+    pieces = [item for item in graph.items if item.distinct is not None]
+    distinct = len({item.distinct for item in pieces})
     parts = [f"{len(pieces)} pieces, {distinct} distinct ones compiled"]
     if graph.refusal is not None:
-        parts.append(f"no step can use recordings: {graph.refusal}")
+        parts.append(f"no step can use captured graphs: {graph.refusal}")
     if graph.timeline is not None:
-        how = "without recordings" if graph.timeline.bucket is None else "from recordings"
+        how = "without captured graphs" if graph.timeline.bucket is None else "from captured graphs"
         gaps = 1e3 * graph.timeline.gap_seconds()
         parts.append(f"a step {how}: {1e3 * graph.timeline.seconds:.3g} ms, {gaps:.2g} ms of it between calls")
     return "; ".join(parts)
 
 
-def _site_cells(site: SiteReport) -> tuple[str, ...]:
-    common = Counter(site.ops).most_common()
+def _item_cells(item: ItemReport) -> tuple[str, ...]:
+    common = Counter(item.ops).most_common()
     counted = ", ".join(f"{n} {op}" if n > 1 else op for op, n in common[:_MOST_OPS])
     if len(common) > _MOST_OPS:
         counted += f", {sum(n for _, n in common[_MOST_OPS:])} more"
-    name = site.name if site.distinct is None else f"{site.name} (distinct {site.distinct})"
-    return (name, _nearer(site.where), counted, site.verdict, site.reason)
+    name = item.name if item.distinct is None else f"{item.name} (distinct {item.distinct})"
+    return (name, _nearer(item.where), counted, item.verdict, item.reason)
 
 
 def _nearer(text: str) -> str:

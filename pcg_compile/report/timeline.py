@@ -15,7 +15,7 @@ import torch
 
 from ..runtime.program import Program
 from ..step import RUNNING, DoesNotFit, StepState
-from .sites import CallKind, CallName, name_calls
+from .items import CallKind, CallName, name_calls
 
 __all__ = ["Span", "Timeline", "time_step"]
 
@@ -49,8 +49,8 @@ class Timeline:
     """The fastest of a few runs of a step.
 
     Attributes:
-        sizes: the call's real dynamic sizes. bucket: those that it ran at, None without recordings.
-        spans: in order, those of the host first. seconds: of the whole step, until the device is done.
+        sizes: the call's real dynamic sizes. bucket: those that it ran at, None without captured graphs.
+        spans: in order, those of the host first. seconds: of the full CUDA graph, until the device is done.
     """
 
     sizes: tuple[int, ...]
@@ -68,7 +68,7 @@ class Timeline:
 def time_step(runtime: Any, args: Sequence[Any], step: StepState | None) -> Timeline:
     """Runs a step of a :class:`GraphRuntime` a few times and times its calls.
 
-    It is served from recordings where its bucket has them, else at its exact sizes: nothing is recorded. Written cache
+    It replays where its bucket has captures, else at its exact sizes. Nothing is captured. Written cache
     slots and the figures are as before; the caller puts back arguments and random numbers.
 
     Args:
@@ -107,18 +107,18 @@ def _fastest(
 
 def _calls(runtime: Any, program: Program, args: Sequence[Any]) -> _Calls:
     calls: _Calls = [(CallName("inputs", "copy inputs", ""), lambda: program.start(args))]
-    whole = program.whole
-    recording = None
-    if whole is not None and whole.wanted:
+    full_graph = program.full_graph
+    captured = None
+    if full_graph is not None and full_graph.wanted:
         try:
-            recording = whole.recordings.get(whole.prepare())
+            captured = full_graph.captured_graphs.get(full_graph.prepare())
         except DoesNotFit:
-            recording = None
-    if whole is not None and recording is not None:
-        calls.append((CallName("metadata", "prepare the step", ""), whole.prepare))
-        calls.append((CallName("replay", "whole step", ""), recording.replay))
+            captured = None
+    if full_graph is not None and captured is not None:
+        calls.append((CallName("metadata", "prepare the step", ""), full_graph.prepare))
+        calls.append((CallName("replay", "full CUDA graph", ""), captured.replay))
     else:
-        named = zip(program.op_sites, name_calls(runtime.plan, program), program.ops, strict=True)
+        named = zip(program.op_items, name_calls(runtime.plan, program), program.ops, strict=True)
         # With what goes before and after it, such as zeroing the rows behind the real ones, a split op is one call.
         for _, group in groupby(named, itemgetter(0)):
             _, names, ops = zip(*group, strict=True)

@@ -1,4 +1,4 @@
-"""A binding: the recordings and programs made for one set of addresses."""
+"""A binding: the captured graphs and programs made for one set of addresses."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph.plan import CallSite, Plan
-from ..graph.scalars import symbols_of
+from ..distributed.agreement import Agreement
+from ..fx.plan import Plan, SplitOpItem
+from ..fx.sizes import symbols_of
+from ..memory.buffers import FlatBuffers
+from ..memory.ranges import FixedMemory
 from ..options import Options
-from ..report.stats import Counters
+from ..stats import Counters
 from ..torch_compat.cuda import unowned_alias
-from .agreement import Agreement
 from .buckets import BucketChooser
-from .buffers import FlatBuffers
-from .capture import Engine, Recording
-from .ranges import FixedMemory
-from .whole import WholeStep
+from .capture import CapturedGraph, Engine
+from .full_graph import FullGraph
 
 __all__ = ["Binding", "Shared", "wants_static"]
 
@@ -52,26 +52,26 @@ class Shared:
 
 @dataclass(eq=False)
 class Binding:
-    """Recordings read the memory at the addresses they were made with, so each set of addresses has its own."""
+    """Captured graphs read the memory at the addresses they were made with, so each set of addresses has its own."""
 
     shared: Shared
     #: Addresses of the inputs bound by address, in the order of ``GraphRuntime.bound_positions``.
     addresses: list[int]
-    #: Identity of what comes from the step: recordings belong to a cache.
+    #: Identity of what comes from the step: captured graphs belong to a cache.
     step_key: Hashable
     buffers: FlatBuffers
     #: The compiled models that use it, weakly; more than one where models share their weights.
     callers: list[weakref.ref[Any]] = field(default_factory=list)
     #: The same addresses, each at its input's position.
     by_position: list[int] = field(default_factory=list)
-    recordings: dict[tuple[int, tuple[int, ...]], Recording] = field(default_factory=dict)
+    captured_graphs: dict[tuple[int, tuple[int, ...]], CapturedGraph] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
     #: Parameters and what else is read where it lies, by position: its addresses, which keep no memory.
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
     #: Where all of these lie, once a step has compared them with its arguments; see Note [memory by range].
     fixed: FixedMemory | None = None
-    #: Failed tries by (site, key): a recording is retried once.
+    #: Failed tries by (item, key): a captured graph is retried once.
     failures: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     #: How often ``memory_budget`` has made the newest bucket go together with those that it shares memory with.
     squeezed_out: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -79,14 +79,14 @@ class Binding:
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
     #: What programs of one bucket share, by bucket.
     bodies: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    #: Buckets that have recordings, all symbols' sizes each.
+    #: Buckets that have captured graphs, all symbols' sizes each.
     buckets: set[tuple[int, ...]] = field(default_factory=set)
-    #: Whole steps as one recording, by bucket.
-    wholes: dict[tuple[int, ...], WholeStep] = field(default_factory=dict)
+    #: Whole steps as one captured graph, by bucket.
+    full_graphs: dict[tuple[int, ...], FullGraph] = field(default_factory=dict)
 
-    #: The user's parameters and buffers, with the addresses that recordings read.
+    #: The user's parameters and buffers, with the addresses that captured graphs read.
     parameters: list[tuple[weakref.ref[torch.Tensor], int]] = field(default_factory=list)
-    #: The cache that recordings read.
+    #: The cache that captured graphs read.
     cache: weakref.ref[Any] | None = None
     #: Whether a parameter or the cache is gone.
     anchor_lost: bool = False
@@ -96,7 +96,7 @@ class Binding:
         return any(ref() is caller for ref in self.callers)
 
     def stale(self) -> bool:
-        """Whether no step can come back to these recordings: what they read is gone, or lies elsewhere now."""
+        """Whether no step can come back to these captured graphs: what they read is gone, or lies elsewhere now."""
         if self.anchor_lost:
             return True
         alive = ((parameter(), address) for parameter, address in self.parameters)
@@ -105,7 +105,7 @@ class Binding:
     def place(
         self, node: Hashable, slot: Hashable, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Static memory for a value at one shape: always the same, since recordings remember it."""
+        """Static memory for a value at one shape: always the same, since captured graphs remember it."""
         key = (node, shape)
         tensor = self.placed.get(key)
         if tensor is None:
@@ -142,37 +142,37 @@ class Binding:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def forget(self, bucket: tuple[int, ...] | None = None) -> None:
-        """Drops the recordings and programs of one bucket (all symbols' sizes), or all of them."""
+        """Drops the captured graphs and programs of one bucket (all symbols' sizes), or all of them."""
         if bucket is None:
-            self.recordings.clear()
+            self.captured_graphs.clear()
             self.buckets.clear()
             self.steps.clear()
-            self.wholes.clear()
+            self.full_graphs.clear()
             self.bodies.clear()
             self.placed.clear()
             self.memory.clear()
             self.buffers = FlatBuffers(self.shared.device)
             return
         self.buckets.discard(bucket)
-        self.wholes.pop(bucket, None)
+        self.full_graphs.pop(bucket, None)
         self.bodies.pop(bucket, None)
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
         for sizes in stale:
             del self.steps[sizes]
-        used = {key for step in self.steps.values() for key in step.recording_keys}
-        keys = {key for key in self.recordings if key not in used and _within(key, bucket, self.shared.plan)}
+        used = {key for step in self.steps.values() for key in step.capture_keys}
+        keys = {key for key in self.captured_graphs if key not in used and _within(key, bucket, self.shared.plan)}
         for key in keys:
-            del self.recordings[key]
-        if not self.recordings:
+            del self.captured_graphs[key]
+        if not self.captured_graphs:
             # Nobody remembers an address any more.
             self.placed.clear()
             self.buffers = FlatBuffers(self.shared.device)
 
 
 def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Plan) -> bool:
-    site = plan.sites[key[0]]
+    item = plan.items[key[0]]
     sizes = dict(zip(plan.symbols, bucket, strict=True))
-    return key[1] == tuple(sizes[s] for s in site.piece.symbols)  # type: ignore[union-attr]
+    return key[1] == tuple(sizes[s] for s in item.piece.symbols)  # type: ignore[union-attr]
 
 
 def _boxed(module: fx.GraphModule) -> Callable[[list[Any]], Any]:
@@ -193,11 +193,11 @@ def wants_static(plan: Plan, node: fx.Node) -> bool:
     value = plan.value(node)
     if value.device != plan.device or not symbols_of(value) <= set(plan.symbols):
         return False
-    for site in plan.sites:
-        if node in site.reads:
-            if isinstance(site, CallSite):
-                if site.mode == "request":
+    for item in plan.items:
+        if node in item.reads:
+            if isinstance(item, SplitOpItem):
+                if item.mode == "request":
                     return True
-            elif site.refusal is None:
+            elif item.refusal is None:
                 return True
     return False

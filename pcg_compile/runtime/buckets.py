@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from ..graph.layouts import Layouts
+from ..fx.strides import Layouts
 from ..options import Options
 
 if TYPE_CHECKING:
-    from ..passes.safety_reach import Reach
+    from ..passes.padding_safety.reach import Reach
 
 __all__ = ["BucketChooser", "Choice", "default_table"]
 
@@ -83,7 +83,7 @@ class BucketChooser:
 
     def choose(self, sizes: Mapping[sympy.Symbol, int], bucketed: Sequence[sympy.Symbol]) -> Choice:
         """The smallest allowed bucket >= its size for every symbol in ``bucketed``; others stay exact."""
-        # A graph for one size only, such as Dynamo makes for 1, is recorded at that size.
+        # A graph for one size only, such as Dynamo makes for 1, is captured at that size.
         open_ = [symbol for symbol in bucketed if symbol not in self._pinned]
         smallest = min((sizes[symbol] for symbol in bucketed), default=1)
         if smallest < 1:

@@ -1,4 +1,4 @@
-"""Engines that record one piece at one bucket: a CUDA graph, or a static replay on the CPU."""
+"""Engines that capture one piece at one bucket: a CUDA graph, or a static replay on the CPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from ..memory.views import assign
 from ..torch_compat.cuda import abandon_capture
-from .views import assign
 
-__all__ = ["CudaGraphs", "Engine", "Recording", "StaticReplay", "gc_frozen"]
+__all__ = ["CapturedGraph", "CudaGraphs", "Engine", "StaticReplay", "gc_frozen"]
 
 
 @dataclass
-class Recording:
+class CapturedGraph:
     """One piece at one bucket: results at fixed addresses, and what makes them anew from the static inputs."""
 
     outputs: list[torch.Tensor]
@@ -28,31 +28,31 @@ class Recording:
 
 
 class Engine(ABC):
-    """Records pieces. ``record`` also runs the piece once, so that the step in which it happens goes on."""
+    """Captures pieces. ``capture`` also runs the piece once, so that the step in which it happens goes on."""
 
     @abstractmethod
-    def record(
+    def capture(
         self,
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
         ready: Callable[[], None] = lambda: None,
-    ) -> Recording:
-        """Records ``run``, which reads static inputs only.
+    ) -> CapturedGraph:
+        """Captures ``run``, which reads static inputs only.
 
         Args:
             run: the compiled piece with its static inputs bound.
             place: static memory for result ``i``, of its shape and strides.
             warm_up: runs the piece once without effects, where that has not happened yet.
-            pool: recordings with the same value reuse each other's freed memory. They must always be replayed in the
-                order in which they were recorded, see Note [pools].
-            ready: called when the recording is made, before anything with a collective in it has run.
+            pool: captures with the same value reuse each other's freed memory. They must always be replayed in the
+                order in which they were captured, see Note [pools].
+            ready: called when the captured graph is made, before anything with a collective in it has run.
         """
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Around all recordings of one step, or of a whole warm-up."""
+        """Around all captured graphs of one step, or of a whole warm-up."""
         yield
 
     def nbytes(self) -> int:
@@ -60,20 +60,20 @@ class Engine(ABC):
         return 0
 
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Frees what recordings hold of the device and of its communicators; they cannot be replayed any more."""
+        """Frees what captured graphs hold of the device and of its communicators; they cannot be replayed any more."""
 
 
 class StaticReplay(Engine):
     """The same address discipline on a CPU: a replay runs the piece again, and its results land in place."""
 
-    def record(
+    def capture(
         self,
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
         ready: Callable[[], None] = lambda: None,
-    ) -> Recording:
+    ) -> CapturedGraph:
         outputs: list[torch.Tensor] = []
         copies: list[int] = []
         results = run()
@@ -91,7 +91,7 @@ class StaticReplay(Engine):
                 assign(outputs[i], again[i])
 
         size = sum(outputs[i].untyped_storage().nbytes() for i in copies)
-        return Recording(outputs, replay, size)
+        return CapturedGraph(outputs, replay, size)
 
 
 @dataclass
@@ -109,10 +109,10 @@ class _Pool:
 class CudaGraphs(Engine):
     """CUDA graphs that share memory pools.
 
-    Note [pools]. A recording's temporaries lie in memory that later recordings may take for their results. That is
-    right as long as all recordings of a pool which one step replays were recorded together, in the same order. Pieces
-    that use the same dynamic sizes are: they share a key, so a bucket records all of them or none. Pieces with other
-    sizes are recorded in other steps (a tail keyed by tokens and kept rows, say, beside layers keyed by tokens alone),
+    Note [pools]. A capture's temporaries lie in memory that later captures may take for their results. That is
+    right as long as all captures of a pool which one step replays were captured together, in the same order. Pieces
+    that use the same dynamic sizes are: they share a key, so a bucket captures all of them or none. Pieces with other
+    sizes are captured in other steps (a tail keyed by tokens and kept rows, say, beside layers keyed by tokens alone),
     and have a pool of their own.
     """
 
@@ -122,26 +122,26 @@ class CudaGraphs(Engine):
         self.stream = torch.cuda.Stream(device)
 
     def _pool(self, name: Hashable) -> _Pool:
-        """The pool of a name; a new one where no recording is left, since torch frees such a pool for good."""
+        """The pool of a name; a new one where no captured graph is left, since torch frees such a pool for good."""
         pool = self.pools.get(name)
         if pool is None or not pool.graphs:
             pool = self.pools[name] = _Pool(torch.cuda.graph_pool_handle())
         return pool
 
-    def record(
+    def capture(
         self,
         run: Callable[[], Sequence[torch.Tensor]],
         place: Callable[[int, torch.Tensor], torch.Tensor],
         warm_up: Callable[[], None] | None,
         pool: Hashable = None,
         ready: Callable[[], None] = lambda: None,
-    ) -> Recording:
+    ) -> CapturedGraph:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             if warm_up is not None:
                 warm_up()
-            # Behind the warm-up: what libraries keep for a new stream is not the recording's.
+            # Behind the warm-up: what libraries keep for a new stream is not the captured graph's.
             before = _reserved(self.device)
             made = self._capture(run, pool)
             if made is None:
@@ -154,7 +154,7 @@ class CudaGraphs(Engine):
         current.wait_stream(self.stream)
         ready()
         graph.replay()
-        return Recording(outputs, graph.replay, _reserved(self.device) - before)
+        return CapturedGraph(outputs, graph.replay, _reserved(self.device) - before)
 
     def _capture(
         self, run: Callable[[], Sequence[torch.Tensor]], pool: Hashable, last: bool = False
@@ -168,7 +168,7 @@ class CudaGraphs(Engine):
             outputs = list(run())
             graph.capture_end()
         except BaseException as error:
-            # A pool that can be used again is: what this try has left in it is freed with the pool's last recording.
+            # A pool that can be used again is: what this try has left in it is freed with the pool's last capture.
             if not abandon_capture(graph, shared.handle, self.device):
                 self.pools.pop(pool, None)
             if last or not isinstance(error, torch.OutOfMemoryError):
@@ -192,14 +192,14 @@ class CudaGraphs(Engine):
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Collects garbage when all is recorded, not in between: a collection walks all of a model's objects."""
+        """Collects garbage when all is captured, not in between: a collection walks all of a model's objects."""
         with gc_frozen():
             yield
 
 
 @contextlib.contextmanager
 def gc_frozen() -> Iterator[None]:
-    """No garbage collection inside: it would slow recording, and may free CUDA memory in the middle of a capture."""
+    """No garbage collection inside: it would slow the capture down, and may free CUDA memory in the middle of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -215,7 +215,7 @@ def _reserved(device: torch.device) -> int:
 
 
 def engine_for(device: torch.device) -> Engine:
-    """The engine of a recording device."""
+    """The engine of a capture device."""
     return CudaGraphs(device) if device.type == "cuda" else StaticReplay()
 
 

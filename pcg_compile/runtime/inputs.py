@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, expr_of, shape_at, strides_at, symbols_of
+from ..fx.plan import InputSpec
+from ..fx.sizes import evaluate, expr_of, shape_at, strides_at, symbols_of
+from ..memory.buffers import extent
+from ..memory.views import expanded_dims, looks_like, real_rows, unexpanded
 from ..torch_compat.cuda import FEW_COPIES
 from .binding import wants_static
-from .buffers import extent
-from .building import Building
-from .padding import PaddedLoad, StackedLoad, fill_padding, padded_load
-from .views import expanded_dims, looks_like, real_rows, unexpanded
+from .build_state import Building
+from .row_padding import PaddedLoad, StackedLoad, fill_padding, padded_load
 
 __all__ = ["bind_inputs"]
 
@@ -32,7 +32,7 @@ def bind_inputs(b: Building) -> None:
         elif not isinstance(spec.value, torch.Tensor):
             continue
         elif b.bucket is None or (spec.kind == "user" and not wants_static(b.plan, spec.node)):
-            # Read where it lies; what lies on another device than the recordings does so always.
+            # Read where it lies; what lies on another device than the captured graphs does so always.
             b.program.late_inputs.append((b.late(spec.node), spec.position))
         elif spec.kind in ("static", "bound"):
             b.static[spec.node] = b.binding.held(spec.position, b.args[spec.position])

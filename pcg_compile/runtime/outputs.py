@@ -11,12 +11,12 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..graph.facts import storage_of
-from ..graph.plan import InputSpec
-from ..graph.scalars import evaluate, expr_of, is_scalar, symbols_of
-from .building import Building
-from .calls import attribute
-from .views import assign, copier, real_rows
+from ..fx.facts import storage_of
+from ..fx.plan import InputSpec
+from ..fx.sizes import evaluate, expr_of, is_scalar, symbols_of
+from ..memory.views import assign, copier, real_rows
+from .build_state import Building
+from .split_op_calls import attribute
 
 __all__ = ["emitter"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import sympy
 import torch
 
-from ..graph.scalars import shape_at, strides_at, symbols_of
-from .views import assign, looks_like, real_rows, tails
+from ..fx.sizes import shape_at, strides_at, symbols_of
+from ..memory.views import assign, looks_like, real_rows, tails
 
 __all__ = ["Argument", "NoVerdict", "few_rows", "probe"]
 

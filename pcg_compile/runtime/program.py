@@ -10,11 +10,11 @@ import sympy
 import torch
 from torch import fx
 
-from ..report.stats import Counters
+from ..memory.views import unexpanded
+from ..stats import Counters
 from ..torch_compat.cuda import foreach_copy
-from .padding import PaddedLoad, StackedLoad
-from .views import unexpanded
-from .whole import WholeStep
+from .full_graph import FullGraph
+from .row_padding import PaddedLoad, StackedLoad
 
 __all__ = ["Body", "Op", "Program"]
 
@@ -26,24 +26,24 @@ class Program:
     """What a step of certain sizes runs.
 
     Attributes:
-        bucket: the size of every symbol in the recordings, None where the step runs at its exact sizes.
+        bucket: the size of every symbol in the captured graphs, None where the step runs at its exact sizes.
         ops: replays and calls, in order.
         targets, sources: static memory for the inputs, and the arguments to copy there.
         late_inputs: (frame slot, argument) of inputs that are read where they lie.
         frame: results of calls that nothing static holds, emptied after the step.
         emit: makes the outputs.
-        replays: recordings that a step replays.
+        replays: captured graphs that a step replays.
     """
 
     bucket: tuple[int, ...] | None
     counters: Counters
     ops: list[Op] = field(default_factory=list)
-    #: For each op the index of the site that it belongs to, for reports.
-    op_sites: list[int] = field(default_factory=list)
+    #: For each op the index of the item that it belongs to, for reports.
+    op_items: list[int] = field(default_factory=list)
     #: What is done to the copied inputs before anything reads them.
     prologue: list[Op] = field(default_factory=list)
-    #: The same step as one recording, or None.
-    whole: WholeStep | None = None
+    #: The same step as one captured graph, or None.
+    full_graph: FullGraph | None = None
     #: Has ranks agree, ahead of the first collective.
     confirm: Op | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Program:
     sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
     emit: Callable[[Sequence[Any]], Any] = lambda args: ()
     replays: int = 0
-    recording_keys: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    capture_keys: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     #: Fallbacks to count at each step: (reason, where). The first ``bucket_fallbacks`` are of every program of the
     #: bucket, whatever its real sizes.
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Program:
     covered: Callable[[Sequence[Any], bool], bool] | None = None
     #: Addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
     apart: set[tuple[int, ...]] = field(default_factory=set)
-    #: Whether the program can serve again; not after a failed recording.
+    #: Whether the program can serve again; not after a failed captured graph.
     complete: bool = True
     #: Whether the next step of the same sizes is to be built anew.
     provisional: bool = False
@@ -105,9 +105,9 @@ class Program:
         """One step."""
         self.start(args)
         try:
-            if self.confirm is not None and self.whole is not None and self.whole.wanted:
+            if self.confirm is not None and self.full_graph is not None and self.full_graph.wanted:
                 self.confirm()
-            if self.whole is None or not self.whole.wanted or not self.whole.run():
+            if self.full_graph is None or not self.full_graph.wanted or not self.full_graph.run():
                 self.run_pieces()
             return self.emit(args)
         finally:
@@ -121,8 +121,8 @@ class Body:
 
     static: dict[fx.Node, torch.Tensor]
     ops: list[Op]
-    op_sites: list[int]
+    op_items: list[int]
     replays: int
-    recording_keys: list[tuple[int, tuple[int, ...]]]
-    whole: WholeStep | None
+    capture_keys: list[tuple[int, tuple[int, ...]]]
+    full_graph: FullGraph | None
     fallbacks: list[tuple[str, str]]

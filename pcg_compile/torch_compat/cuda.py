@@ -66,7 +66,7 @@ class CurrentStream:
 def unowned_alias(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the same address that does not keep the memory (2.11 to 2.13).
 
-    The results of a recording must not hold memory that later recordings may reuse.
+    The results of a captured graph must not hold memory that later captured graphs may reuse.
     """
     storage = tensor.untyped_storage()
     borrowed = _storage_at(storage.data_ptr(), tensor.device, storage.nbytes())

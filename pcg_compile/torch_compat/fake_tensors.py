@@ -18,8 +18,8 @@ __all__ = [
     "TracingContext",
     "empty_fake",
     "fake_inputs",
+    "fake_like",
     "fake_mode_of",
-    "fake_twin",
     "holds_data",
     "is_real",
     "isolated_tracing",
@@ -82,7 +82,7 @@ def is_real(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and not _is_functional_tensor(tensor)
 
 
-def fake_twin(tensor: FakeTensor) -> FakeTensor:
+def fake_like(tensor: FakeTensor) -> FakeTensor:
     """A fake tensor of the same sizes, over the same storage, made without arithmetic on sizes (2.11 to 2.13)."""
     with _disable_torch_dispatch():
         plain = _make_subclass(torch.Tensor, tensor)

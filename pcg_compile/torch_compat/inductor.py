@@ -14,7 +14,7 @@ from torch import fx
 from .probe import attributes, deferred
 
 __all__ = [
-    "compile_whole_with_inductor",
+    "compile_all_with_inductor",
     "compile_with_inductor",
     "freezes_weights",
     "inductor_output",
@@ -93,7 +93,7 @@ def inductor_output(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def compile_whole_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_all_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """What ``backend="inductor"`` would do with a graph, gradients included (2.11 to 2.13)."""
     compile_fx: Callable[..., Callable[..., Any]] = _compile_fx()
     return compile_fx(gm, list(inputs))

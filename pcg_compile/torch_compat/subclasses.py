@@ -83,14 +83,14 @@ class _TakesDTensorsApart:
     """
 
     def __init__(self, whole: Callable[..., Any], plain: _PlainCall) -> None:
-        self._whole, self._plain = whole, plain
+        self._full_graph, self._plain = whole, plain
         #: Where each plain argument comes from: an argument, or one of its attributes.
         self._sources: list[tuple[int, str | None]] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self._sources is not None:
             return self._plain.function(*_taken_apart(args, self._sources))
-        results = self._whole(*args)
+        results = self._full_graph(*args)
         last, self._plain.last = self._plain.last, None
         if last is not None:
             sources = _sources_of(args)

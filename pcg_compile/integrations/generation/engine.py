@@ -15,8 +15,8 @@ import torch
 
 from ...attention import PagedKVCache
 from ...batch import Batch, step
-from ...decorator import piecewise
 from ...errors import GenerationError, OptionsError, message
+from ...piecewise import piecewise
 from .pages import PagePool
 from .sampler import SamplingState, make_sampler
 from .scheduler import NeedsResults, Request, ScheduledStep, Scheduler

@@ -1,0 +1,199 @@
+"""@piecewise: a forward, or a plain function, compiled for all sizes at its first call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from .backend import compile_graph
+from .calls import Watch
+from .errors import OptionsError, message
+from .options import Options
+from .registry import called_on, reset_backend
+from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
+from .torch_compat.dynamo_wrappers import inline_when_traced
+from .torch_compat.guards import inputs_only
+from .torch_compat.modules import completed_call
+
+__all__ = ["piecewise"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+Dynamic = Mapping[str, int | tuple[int, ...]]
+
+
+class _Backend:
+    """One backend object for each decorated function: stats and reset find its graphs by it."""
+
+    watched = True
+
+    def __init__(self, options: Options, module: torch.nn.Module | None = None) -> None:
+        self.options = options
+        #: Whose bound method was decorated, weakly.
+        self.module: Callable[[], torch.nn.Module | None] = weakref.ref(module) if module is not None else lambda: None
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        return compile_graph(gm, example_inputs, self.options, self)
+
+    def __repr__(self) -> str:
+        return "pcg"
+
+    def reset(self) -> None:
+        """Reached by ``torch._dynamo.reset()``."""
+        reset_backend(self)
+
+
+@overload
+def piecewise(function: _F) -> _F: ...
+@overload
+def piecewise(*, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Callable[[_F], _F]: ...
+def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Any:
+    """Compiles a model's forward, or a plain function, with pieces captured for each bucket.
+
+    Args:
+        dynamic: for each argument name, the dimension (or dimensions) whose size changes from call to call. The
+            first call then compiles for all sizes, 1 included; a branch on the size becomes a guard. Without it,
+            the first dimension of every tensor argument, but for a single row beside tensors of more.
+        guards: "dynamo" evaluates all of Dynamo's guards at each call. "inputs" evaluates only those on arguments,
+            grad mode, autocast and the training flag; it no longer sees: attributes of the module or its children
+            that changed (flags, lists, replaced submodules), globals and closure variables, patched functions, and
+            configuration of torch. Parameter addresses are checked either way.
+        options: see :class:`pcg_compile.options.Options`.
+
+    Raises:
+        OptionsError: an unknown option or a bad value; a name in ``dynamic`` that is no parameter, at the first call a
+            dimension that the argument lacks; bad ``guards``.
+    """
+    parsed = Options.parse(options)
+    if guards not in ("dynamo", "inputs"):
+        raise OptionsError(
+            message(f"bad value for guards: {guards!r}", why="Allowed: 'dynamo' or 'inputs'.",
+                    cure='Write: @pcg.piecewise(guards="inputs")')
+        )  # fmt: skip
+    if function is not None:
+        return _decorate(function, dynamic, guards, parsed)
+    return lambda f: _decorate(f, dynamic, guards, parsed)
+
+
+def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
+    signature = inspect.signature(function)
+    if dynamic is not None and not isinstance(dynamic, Mapping):
+        raise OptionsError(
+            message(f"dynamic is {dynamic!r}", why="Allowed: a dict of argument names and dimensions.",
+                    cure=f'Write: @pcg.piecewise(dynamic={{"{next(iter(signature.parameters), "x")}": 0}})')
+        )  # fmt: skip
+    for name, dims in (dynamic or {}).items():
+        if name not in signature.parameters:
+            raise OptionsError(
+                message(f"dynamic names {name!r}, which {function.__qualname__} does not take",
+                        why=f"It takes: {', '.join(signature.parameters)}.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{next(iter(signature.parameters), "x")}": 0}})')
+            )  # fmt: skip
+        if not all(
+            isinstance(d, int) and not isinstance(d, bool) for d in (dims if isinstance(dims, tuple) else (dims,))
+        ):
+            raise OptionsError(
+                message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
+            )  # fmt: skip
+    on = getattr(function, "__self__", None)
+    backend = _Backend(options, on if isinstance(on, torch.nn.Module) else None)
+    extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if guards == "inputs" else {}
+    compiled = torch.compile(_with_own_code(function), backend=backend, fullgraph=options.strict, **extra)
+    watch = Watch(backend, options, whole=True)
+    generator = _why_generator(function)
+
+    def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Marks:
+        arguments = signature.bind(*args, **kwargs).arguments
+        if dynamic is None:
+            tensors = [value for value in _tensors(arguments) if value.dim() > 0]
+            # Beside tensors of more rows, one row is broadcast rather than a single token.
+            several = [value for value in tensors if value.shape[0] != 1]
+            wanted: list[tuple[torch.Tensor, tuple[int, ...]]] = [(value, (0,)) for value in several or tensors]
+        else:
+            wanted = []
+            for name, dims in dynamic.items():
+                given, several_dims = arguments.get(name), dims if isinstance(dims, tuple) else (dims,)
+                if isinstance(given, torch.Tensor):
+                    _check_dims(name, given, several_dims)
+                for value in _tensors(given):
+                    # A container may hold scalars beside what has the dimension.
+                    wanted.append((value, tuple(d for d in several_dims if -value.dim() <= d < value.dim())))
+        # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
+        return [(value, [dim % value.dim() for dim in dims], dynamic is not None) for value, dims in wanted]
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any], show_rows: bool) -> Any:
+        running = watch.begin(show_rows)
+        try:
+            if generator:
+                running.counted = True
+                watch.fall_back(*generator)
+            with compile_for_all_sizes(lambda: mark(args, kwargs)):
+                return compiled(*args, **kwargs)
+        except Exception:
+            # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
+            if running.shown is None or running.traces > 1 or running.graphs:
+                raise
+            running.forget()
+        finally:
+            watch.end(running)
+        return call(args, kwargs, False)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # The module that a method is called on; a plain function's first argument may be one just as well.
+        module = args[0] if args and isinstance(args[0], torch.nn.Module) else backend
+        if isinstance(on, torch.nn.Module) and function.__name__ == "forward":
+            args, kwargs = completed_call(on, args, kwargs)
+        with called_on(backend, module):
+            return call(args, kwargs, True)
+
+    wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
+    inline_when_traced(wrapper, function)
+    return wrapper
+
+
+def _with_own_code(function: Any) -> Any:
+    """The same function with code of its own: Dynamo keeps graphs, and counts them, by code.
+
+    Forwards of several models of one class would share one limit on recompilations.
+    """
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, types.FunctionType) or hasattr(plain, "_torchdynamo_inline"):
+        return function
+    code = plain.__code__.replace()
+    own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    own.__kwdefaults__, own.__qualname__, own.__module__ = plain.__kwdefaults__, plain.__qualname__, plain.__module__
+    own.__dict__.update(plain.__dict__)
+    return types.MethodType(own, function.__self__) if inspect.ismethod(function) else own
+
+
+def _why_generator(function: Any) -> tuple[str, str] | None:
+    """Why Dynamo does not look at a function at all, and its place."""
+    if not (inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)):
+        return None
+    code = inspect.unwrap(function).__code__
+    kind = "generator" if inspect.isgeneratorfunction(function) else "coroutine"
+    return f"Dynamo does not trace a {kind}: it runs eagerly", f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _check_dims(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
+    for dim in dims:
+        if not -value.dim() <= dim < value.dim():
+            raise OptionsError(
+                message(f"dynamic[{name!r}] names dimension {dim} of a tensor of {value.dim()} dimensions",
+                        why=f"{name} has the shape {list(value.shape)}.",
+                        cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
+            )  # fmt: skip
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,115 @@
+"""What padding rows hold: copies of row 0, in every padded dimension.
+
+Note [row 0]. Padding must be as valid as real data. An index made of several inputs stays within its table for every
+real row; only copies of *one* row, taken from all inputs alike, keep that true for padding. Hence each load gathers an
+input's real rows and, behind them, its row 0 again. What a split op or a piece at its exact size writes between
+captured graphs is padded likewise. Where there are no rows, padding is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+
+from ..fx.sizes import shape_at
+from ..memory.views import unexpanded
+
+__all__ = ["PaddedLoad", "StackedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
+
+Sizes = Mapping[sympy.Symbol, int]
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedLoad:
+    """Copies one argument into static memory and pads it, in one launch.
+
+    Attributes:
+        position: of the argument. target: static memory, its padded dimensions first where they are not neighbors.
+        index: for each dimension the entries to take, None for all.
+        expanded: dimensions along which all entries of the static memory are one: the first entry is copied.
+    """
+
+    position: int
+    target: torch.Tensor
+    index: list[torch.Tensor | None]
+    expanded: list[int]
+
+    def run(self, args: Sequence[Any]) -> None:
+        """Loads the argument."""
+        argument = args[self.position]
+        source = unexpanded(argument, self.expanded) if self.expanded else argument
+        if source.dtype is not self.target.dtype:
+            source = source.to(self.target.dtype)
+        torch.ops.aten.index.Tensor_out(source, self.index, out=self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class StackedLoad:
+    """The same for many arguments of one shape, whose static memory lies side by side, in two launches.
+
+    Attributes:
+        positions: of the arguments. stack: memory for all of their real rows. target, index: as of a single load.
+    """
+
+    positions: Sequence[int]
+    stack: torch.Tensor
+    target: torch.Tensor
+    index: list[torch.Tensor | None]
+
+    def run(self, args: Sequence[Any]) -> None:
+        """Loads the arguments."""
+        torch.stack([args[position] for position in self.positions], out=self.stack)
+        torch.ops.aten.index.Tensor_out(self.stack, self.index, out=self.target)
+
+
+def padded_load(position: int, target: torch.Tensor, real: tuple[int, ...], expanded: list[int]) -> PaddedLoad | None:
+    """The load of an argument of shape ``real`` into ``target``, of the bucket's; None where nothing is padded."""
+    target = unexpanded(target, expanded)
+    padded = [d for d, n in enumerate(real) if d not in expanded and n != target.shape[d]]
+    if not padded:
+        return None
+    index: list[torch.Tensor | None] = [None] * target.dim()
+    for i, d in enumerate(padded):
+        rows = torch.arange(target.shape[d], device=target.device)
+        rows[real[d] :] = 0
+        index[d] = rows.view(-1, *[1] * (len(padded) - 1 - i))
+    if padded != list(range(padded[0], padded[-1] + 1)):
+        # Indexed dimensions with others between them come first in the result.
+        target = target.permute(*padded, *(d for d in range(target.dim()) if d not in padded))
+    return PaddedLoad(position, target, index, expanded)
+
+
+def repeat_row_zero(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[Callable[[], Any]]:
+    """What pads a bucket-sized tensor whose real rows are written, in order: one launch for each padded dimension."""
+    ops: list[Callable[[], Any]] = []
+    rest = static
+    empty = 0 in shape_at(fake, sizes)
+    for dim, size in enumerate(shape_at(fake, sizes)):
+        if rest.shape[dim] != size:
+            if rest.stride(dim):
+                tail, first = rest.narrow(dim, size, rest.shape[dim] - size), rest.narrow(dim, 0, 1)
+                shared = [d for d in range(rest.dim()) if rest.shape[d] > 1 and rest.stride(d) == 0]
+                tail, first = unexpanded(tail, shared), unexpanded(first, shared)
+                # The last dimension first: row 0 of an outer one is padded along the inner ones by then.
+                ops.insert(0, tail.zero_ if empty else partial(tail.copy_, first.expand_as(tail)))
+            rest = rest.narrow(dim, 0, size)
+    return ops
+
+
+def fill_padding(
+    static: torch.Tensor, fake: torch.Tensor, sizes: Sizes, value: float, dims: Collection[int] | None = None
+) -> list[Callable[[], Any]]:
+    """What fills the padding with a value instead, along all dimensions or along ``dims``."""
+    ops: list[Callable[[], Any]] = []
+    rest = static
+    for dim, size in enumerate(shape_at(fake, sizes)):
+        if rest.shape[dim] != size and (dims is None or dim in dims):
+            if rest.stride(dim):
+                ops.append(partial(rest.narrow(dim, size, rest.shape[dim] - size).fill_, value))
+            rest = rest.narrow(dim, 0, size)
+    return ops

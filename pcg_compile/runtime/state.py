@@ -1,0 +1,289 @@
+"""What one compiled graph knows of itself: its sizes, its step, and its bindings."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from ..batch import StepState, current_step, require_step
+from ..errors import StaleAddress, message
+from ..fx.plan import PieceItem, Plan, SplitOpItem
+from ..fx.sizes import evaluate
+from ..memory.buffers import FlatBuffers
+from ..memory.overlap import StepMemory
+from ..memory.views import looks_like
+from ..registry import runtimes_of_caller
+from ..torch_compat.cuda import CurrentStream, data_ptrs_equal
+from .binding import Binding, Shared
+from .program import Program
+
+__all__ = ["GraphState"]
+
+#: Sets of addresses that one graph keeps captured graphs for, before it stops binding users' tensors by address.
+_BOUND_CHANGES = 8
+
+
+@dataclass(eq=False)
+class GraphState:
+    """A compiled graph's plan and its bindings."""
+
+    plan: Plan
+    shared: Shared
+    #: Whether a call of it ends a step: the last of the graphs that one forward was broken into.
+    ends_step: bool
+    #: What the passes found and did, for explain() and dump().
+    context: Any = None
+    bindings: list[Binding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self.current: Binding | None = None
+        #: Steps under way: more than one where a split op calls its own graph.
+        self._running = 0
+        #: Bindings whose parameters or cache are gone, to be dropped between two steps.
+        self._lost: list[Binding] = []
+        self._stream: Any = None
+        self._handle: int | None = None
+        self._cuda = self.shared.device.type == "cuda"
+        self._current_stream = CurrentStream(self.shared.device)
+        self._find_bound()
+        ours = [s.op for s in self.plan.items if isinstance(s, SplitOpItem) and s.op.own_metadata]
+        self._uses_step = bool(ours)
+        self._needs_step = any(not op.optional_step for op in ours)
+        self.bucketed = self._bucketed_symbols()
+
+    def _find_bound(self) -> None:
+        self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
+        self.memory = StepMemory(self.plan)
+
+    def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
+        used: dict[sympy.Symbol, None] = {}
+        for item in self.plan.items:
+            if isinstance(item, PieceItem) and item.refusal is None and not item.trivial:
+                used.update(dict.fromkeys(item.piece.symbols))
+        return tuple(s for s in self.plan.symbols if s in used and s in self.plan.dims)
+
+    def sizes_of(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple([args[p] if dim < 0 else args[p].size(dim) for p, dim in self.plan.sizes])
+
+    def tokens(self, sizes: tuple[int, ...]) -> int:
+        """The tokens that a step's metadata are prepared for."""
+        named = dict(zip(self.plan.symbols, sizes, strict=True))
+        return int(evaluate(self.plan.token_sizes[0][0], named)) if self.plan.token_sizes else 0
+
+    def step(self) -> StepState | None:
+        if not self._uses_step:
+            return None
+        return require_step("a model with paged attention") if self._needs_step else current_step()
+
+    def order_streams(self) -> None:
+        """Orders a step behind the last one, where the caller is on another stream now."""
+        if not self._cuda:
+            return
+        handle = self._current_stream.handle()
+        if handle == self._handle:
+            return
+        stream = self._current_stream()
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream, self._handle = stream, handle
+
+    def binding(self, args: Sequence[Any], step: Any) -> Binding:
+        """The captured graphs made with the addresses of this call, checked in every step."""
+        key = step.key if step is not None else None
+        current = self.current
+        if (
+            current is not None
+            and current.step_key == key
+            and data_ptrs_equal(list(args), current.by_position, self.bound)
+        ):
+            return current
+        addresses = [args[i].data_ptr() for i in self.bound]
+        for binding in self.bindings:
+            if binding.addresses == addresses and binding.step_key == key:
+                self.current = binding
+                self._use(binding)
+                return binding
+        self._check_parameters(args)
+        self.current = self._new_binding(addresses, key)
+        self._watch(self.current, args, step)
+        self._use(self.current)
+        return self.current
+
+    def _use(self, binding: Binding) -> None:
+        """Notes that the present caller uses a binding. Models that share weights share it."""
+        caller = self.shared.counters.caller
+        if caller is not None and not binding.used_by(caller):
+            binding.callers = [*(ref for ref in binding.callers if ref() is not None), weakref.ref(caller)]
+
+    def bindings_of(self, caller: object | None) -> list[Binding]:
+        """The bindings that a caller uses; None: all."""
+        return [b for b in self.bindings if caller is None or b.used_by(caller)]
+
+    def _check_parameters(self, args: Sequence[Any]) -> None:
+        """Raises where a parameter has another form than the code was compiled for: guards="inputs" lets it pass."""
+        sizes = dict(zip(self.plan.symbols, self.sizes_of(args), strict=True))
+        for spec in self.plan.inputs:
+            if spec.kind != "static":
+                continue
+            new, old = args[spec.position], spec.value
+            if new.dtype != old.dtype or new.device != old.device or not looks_like(new, old, sizes):
+                raise StaleAddress(
+                    message(
+                        f"{spec.node.name} is {_form(new)} now, and was {_form(old)} when the model was compiled",
+                        why='With guards="inputs" a parameter that changes its form does not compile the model again.',
+                        cure='Call torch._dynamo.reset() after the change, or leave out guards="inputs".',
+                    )
+                )
+
+    def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
+        if self._running < 2:
+            self._bury([b for b in self.bindings if b.stale()])
+        if self.bindings:
+            self._unbind_what_changes(addresses)
+        binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
+        binding.by_position = [0] * (1 + max(self.bound, default=-1))
+        for position, address in zip(self.bound, addresses, strict=True):
+            binding.by_position[position] = address
+        self.bindings.append(binding)
+        return binding
+
+    def _watch(self, binding: Binding, args: Sequence[Any], step: Any) -> None:
+        """Captured graphs hold memory, and must not outlive the parameters and the cache that they read."""
+        graph, dying = weakref.ref(self), weakref.ref(binding)
+
+        def lose(_: Any) -> None:
+            state, dead = graph(), dying()
+            if state is not None and dead is not None:
+                dead.anchor_lost = True
+                state._lost.append(dead)
+                state.bury_lost()
+
+        statics = [s.position for s in self.plan.inputs if s.kind == "static"]
+        binding.parameters = [(weakref.ref(args[p], lose), args[p].data_ptr()) for p in statics]
+        binding.cache = weakref.ref(step.cache, lose) if step is not None and step.cache is not None else None
+
+    def bury_lost(self) -> None:
+        """Drops bindings whose parameters or cache are gone; never inside a step, which may be using one.
+
+        Weak references call back wherever the last strong one goes, inside a split op of this very step too. A thread
+        in a step does this when it leaves it.
+        """
+        while self._lost and self.lock.acquire(blocking=False):
+            try:
+                if self._running:
+                    return
+                lost, self._lost = self._lost, []
+                self._bury(lost)
+            finally:
+                self.lock.release()
+
+    def _bury(self, dead: Sequence[Binding]) -> None:
+        if not dead:
+            return
+        # A new list: this may happen while another one is gone through.
+        self.bindings = [b for b in self.bindings if b not in dead]
+        if self.current in dead:
+            self.current = None
+        for binding in dead:
+            binding.forget()
+
+    def _unbind_what_changes(self, addresses: list[int]) -> None:
+        """A user's tensor that comes at a new address each time is copied in from then on."""
+        if len(self.bindings) < _BOUND_CHANGES:
+            return
+        last = self.bindings[-1].addresses
+        specs = {s.position: i for i, s in enumerate(self.plan.inputs) if s.kind == "bound"}
+        changing = [p for p, old, new in zip(self.bound, last, addresses, strict=True) if old != new and p in specs]
+        if not changing:
+            return
+        inputs = list(self.plan.inputs)
+        for position in changing:
+            inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
+        self.plan.inputs = tuple(inputs)
+        self._find_bound()
+        self.bindings = []
+        addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
+
+    def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
+        positions = sorted([*self.bound, *changed])
+        return (p not in changed for p in positions)
+
+    def run_eagerly(self, args: Sequence[Any]) -> Any:
+        """Dynamo's own graph, on the caller's own tensors."""
+        return self.context.source.forward(*args)
+
+    def respect_budget(self, binding: Binding, newest: Program) -> None:
+        """Drops the least used buckets of the calling model's graphs until its captures fit ``memory_budget``."""
+        budget, agreement = self.shared.options.memory_budget, self.shared.agreement
+        if budget is None or newest.bucket is None:
+            return
+        caller = self.shared.counters.caller
+        graphs: list[GraphState] = (runtimes_of_caller(caller) if caller is not None else []) or [self]
+
+        def over() -> bool:
+            held = sum(graph.nbytes(caller) for graph in graphs)
+            return agreement.any_of(held > budget) if agreement is not None else held > budget
+
+        alone = True
+        while over():
+            found = dict.fromkeys(
+                (g, bucket) for g in graphs for b in g.bindings_of(caller) for bucket in sorted(b.buckets)
+            )
+            found.pop((self, newest.bucket), None)
+            for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
+                # Another thread may be in a step of another graph.
+                if graph.lock.acquire(blocking=False):
+                    alone = False
+                    try:
+                        reason = f"bucket {graph.name(bucket)} dropped: captured graphs exceed memory_{budget=}"
+                        graph.drop(caller, bucket, reason)
+                    finally:
+                        graph.lock.release()
+                    break
+            else:
+                self._give_up(binding, newest.bucket, budget, alone)
+                return
+
+    def _give_up(self, binding: Binding, bucket: tuple[int, ...], budget: int, alone: bool) -> None:
+        """Drops the newest bucket, which does not fit.
+
+        Buckets share their memory, which comes back with the last one: a bucket that came upon the memory of others may
+        fit by itself, and is captured again once.
+        """
+        binding.forget(bucket)
+        again = binding.squeezed_out[bucket] = binding.squeezed_out.get(bucket, 0) + 1
+        if alone or again > 1:
+            binding.given_up[bucket] = f"bucket {self.name(bucket)} exceeds memory_{budget=}"
+        else:
+            self.shared.counters.fall_back(
+                f"bucket {self.name(bucket)} dropped with all that it shares memory with: memory_{budget=}"
+            )
+
+    def hits(self, bucket: tuple[int, ...]) -> int:
+        """Steps that a bucket has served."""
+        return self.shared.counters.hits(self.name(bucket))
+
+    def drop(self, caller: object | None, bucket: tuple[int, ...], reason: str) -> None:
+        """Drops a caller's captures of a bucket; a later step makes them again."""
+        for binding in self.bindings_of(caller):
+            binding.forget(bucket)
+        self.shared.counters.fall_back(reason)
+
+    def name(self, bucket: Any) -> Any:
+        sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+    def nbytes(self, caller: object | None = None) -> int:
+        """Bytes that captured graphs and their static memory hold, of one caller or all."""
+        return self.shared.engine.nbytes() + sum(binding.nbytes() for binding in self.bindings_of(caller))
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
