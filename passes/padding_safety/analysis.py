@@ -23,7 +23,7 @@ from pcg_compile.fx.places import place_of
 from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
 from . import indexing, sums  # noqa: F401 - they enter their rules
-from . import shapes as _shapes
+from . import shapes as shape_rules  # noqa: F401
 from .dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
 from .masks import OTHER, REPEATED, WILD, Known, finiteness, known_after
 from .reach import Counts, Reach
