@@ -83,26 +83,27 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         (runtime,) = runtimes(compiled)
         program = next(p for b in runtime.bindings for sizes, p in b.steps.items() if _TOKENS in sizes)
         arguments = _arguments(runtime, call)
-        ops, pieces = program.ops, program.replays
+        body, pieces = program.body, program.replays
+        calls = body.calls
         full = median_us(call, max(3, repeats // 20), cache.device)
-        program.ops = []
+        body.calls = ()
         emptied = median_us(call, repeats)
         inside = median_us(lambda: runtime(*arguments), repeats)
         check = median_us(lambda: runtime.binding(arguments, require_step("a benchmark")), repeats)
-        program.ops = [_nothing] * len(ops)
+        body.calls = (_nothing,) * len(calls)
         nothing = median_us(lambda: runtime(*arguments), repeats)
-        calls = median_us(lambda: [op() for op in program.ops], repeats)
-        program.ops = ops
+        loop = median_us(lambda: [call() for call in body.calls], repeats)
+        body.calls = calls
     return {
         "pieces": pieces,
-        "calls": len(ops),
+        "calls": len(calls),
         "arguments": len(arguments),
         "full_us": full,
         "call_us": emptied,
         "entry_us": round(emptied - inside, 2),
         "runtime_us": inside,
         "address_check_us": check,
-        "glue_us": round(nothing - calls, 2),
+        "glue_us": round(nothing - loop, 2),
     }
 
 

@@ -100,7 +100,7 @@ def main() -> None:
                 args: list[Any] = [None] * (1 + max(s.position for s in runtime.plan.inputs))
                 for i, tensor in enumerate(given):
                     args[arguments_of[i]] = tensor
-                load = lambda program=program, args=args: program.start(args)
+                load = lambda program=program, args=args: program.load(args)
                 load()
                 row += [_launches(load), _host_us(load)]
         print(f"{name:38} {row[0]:5} {row[1]:6.1f} {row[2]:7} {row[3]:6.1f}", flush=True)

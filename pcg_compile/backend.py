@@ -23,6 +23,7 @@ from .distributed.lowering import (
     release_at_exit,
 )
 from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
+from .fx.assemble import make_plan
 from .fx.attributes import attributes_as_inputs
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
@@ -31,7 +32,7 @@ from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, tr
 from .fx.fake_storages import told_apart
 from .fx.inplace_shapes import shape_by_views
 from .fx.places import name_of_input, place_of, place_of_stack, place_parts
-from .fx.plan import PieceItem, Plan, SplitOpItem, make_plan
+from .fx.plan import PieceItem, Plan, SplitOpItem
 from .fx.sizes import expr_of, sizes_of, symbol_values
 from .fx.splitting import find_cuts, name_tuple_elements, op_names, segments_of
 from .fx.submodules import Compiled, compile_piece, copy_graph, structure_of
@@ -48,10 +49,10 @@ from .registry import (
     reset,
     runtimes_of_caller,
 )
-from .runtime.binding import Shared
 from .runtime.buckets import BucketChooser
 from .runtime.capture import engine_for
 from .runtime.runner import GraphRuntime
+from .runtime.shared import Shared
 from .split_ops import check_registration
 from .stats import Counters
 from .torch_compat.dynamo_graphs import changing_floats, graph_break_of, is_asked_for, traced_function

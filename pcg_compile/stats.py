@@ -261,10 +261,6 @@ class Counters:
     def captured(self) -> int:
         return self._now.captured
 
-    @captured.setter
-    def captured(self, count: int) -> None:
-        self._now.captured = count
-
     @property
     def replays(self) -> int:
         return self._now.replays
@@ -288,6 +284,13 @@ class Counters:
         """The use of one bucket, to be added to."""
         with self._lock:
             return self._now.buckets.setdefault(size, _Use())
+
+    def count_capture(self, size: Any, seconds: float, nbytes: int) -> None:
+        """Counts one captured graph of a bucket."""
+        self._now.captured += 1
+        use = self.bucket(size)
+        use.seconds += seconds
+        use.bytes += nbytes
 
     def count_step(self, ends_step: bool, size: int | None, bucket: Any, tokens: int, padded_tokens: int) -> None:
         """Counts one call of the graph, at once for whoever takes a snapshot meanwhile.

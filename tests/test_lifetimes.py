@@ -15,7 +15,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import BatchError
-from pcg_compile.fx import plan
+from pcg_compile.fx import assemble
 from pcg_compile.registry import runtimes
 from pcg_compile.runtime import binding
 
@@ -87,7 +87,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_a_dropped_argument_is_freed(name, large, monkeypatch):
     if large:
-        monkeypatch.setattr(plan, "_BIND_BYTES", 16)
+        monkeypatch.setattr(assemble, "_BIND_BYTES", 16)
     compiled = compile_it(KINDS[name])
     seen = []
     for n in (3, 5, 5, 9, 3, 5):

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..torch_compat.dynamo_graphs import traced_function
 
-__all__ = ["Place", "name_of_input", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
+__all__ = ["Place", "module_of", "name_of_input", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -87,6 +87,15 @@ def place_of(node: fx.Node) -> Place:
             return Place(traced[0], 0, traced[1], "")
         return Place(None, 0, "", f"node {node.name} ({node.op} {_plain(node.target)})")
     return _choose(frames)
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module that a node stands in, such as ``layers.0.attention``; "" for the outermost."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()), ("",))[0]
+    found = _ROOT.fullmatch(path)
+    path = _MEMBER.sub(r".\1", found["rest"] if found is not None else path)
+    return path.lstrip(".")
 
 
 def place_of_frame(frame: FrameType | None) -> Place:

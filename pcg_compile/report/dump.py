@@ -15,7 +15,6 @@ import torch
 from ..fx.plan import PieceItem, SplitOpItem
 from ..registry import runtimes
 from ..torch_compat.inductor import inductor_output
-from .items import name_calls, name_items
 
 __all__ = ["dump"]
 
@@ -60,7 +59,6 @@ def _write_graph(folder: Path, runtime: Any) -> None:
     _write_code(folder / "graph.py", "Dynamo's graph, after the passes.", plan.gm)
     _write_lines(folder / "inserted.txt", [node.format_node() for node in plan.gm.graph.nodes if _is_inserted(node)])
     _write_lines(folder / "notes.txt", context.notes)
-    names = name_items(plan)
     written: dict[int, str] = {}
     listing: list[str] = []
     outputs: list[str] = []
@@ -77,22 +75,14 @@ def _write_graph(folder: Path, runtime: Any) -> None:
             if path is not None:
                 outputs.append(f"{script}  {path}")
         what = "piece" if item.refusal is None or item.trivial else f"exact ({item.refusal})"
-        listing.append(f"{item.index:4d}  {what}  {names[item.index]}  {script}  {item.where}")
+        listing.append(f"{item.index:4d}  {what}  {item.name}  {script}  {item.where}")
     _write_lines(folder / "sites.txt", listing)
     if outputs:
         _write_lines(folder / "inductor.txt", outputs)
     for binding in runtime.bindings:
         for sizes, program in binding.steps.items():
             title = "_".join(map(str, sizes)) or "static"
-            lines = [f"sizes {sizes}, bucket {program.bucket}, {program.replays} replays, {len(program.ops)} calls"]
-            calls = zip(name_calls(plan, program), program.ops, strict=True)
-            if program.full_graph is not None and program.full_graph.wanted:
-                lines.append("      where the batch fits, all of it as one captured graph, instead of:")
-            lines += [
-                f"{i:4d}  {call.kind:8}  {call.name}  {_describe(op)}  {call.where}"
-                for i, (call, op) in enumerate(calls)
-            ]
-            _write_lines(folder / f"program_{title}.txt", lines)
+            _write_lines(folder / f"program_{title}.txt", [str(program)])
 
 
 def _write_lines(path: Path, lines: Iterable[str | None]) -> None:
@@ -106,11 +96,6 @@ def _write_code(path: Path, title: str, gm: Any) -> None:
 def _is_inserted(node: Any) -> bool:
     """Whether a pass put a node there: what it reads from the step, and what pads and prepares metadata."""
     return "pcg_step_input" in node.meta or getattr(node.target, "namespace", "") == "pcg"
-
-
-def _describe(op: Any) -> str:
-    inner = getattr(op, "func", op)
-    return str(getattr(inner, "__qualname__", inner))
 
 
 def _piece_script(item: PieceItem) -> str:

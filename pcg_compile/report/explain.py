@@ -18,7 +18,6 @@ from ..stats import COUNTS, Stats
 from ..torch_compat.dynamo_graphs import graph_breaks
 from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
-from .items import name_items
 from .render import as_html, as_rich, longest_path
 from .timeline import Timeline, time_step
 from .trial_compile import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
@@ -157,7 +156,6 @@ class _Owned:
 
 def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
     plan, context = runtime.plan, runtime.context
-    names = name_items(plan)
     distinct: dict[int, int] = {}
     items: list[ItemReport] = []
     for item in plan.items:
@@ -169,12 +167,12 @@ def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
             continue
         ops = tuple(_op(n) for n in item.piece.gm.graph.nodes if n.op.startswith("call_"))
         if item.split_reason is not None:
-            name = names[item.index]
+            name = item.name
             items.append(ItemReport("split op", name, ops, item.where, "between pieces", item.split_reason, None))
             continue
         number = distinct.setdefault(id(item.compiled), len(distinct)) if not item.trivial else None
         verdict, reason = _verdict(item)
-        items.append(ItemReport("piece", names[item.index], ops, item.where, verdict, reason, number))
+        items.append(ItemReport("piece", item.name, ops, item.where, verdict, reason, number))
     passes = [_pass(name, notes, hazards) for name, notes, hazards in context.outcomes]
     return GraphReport(
         tuple(map(str, plan.symbols)),
@@ -182,7 +180,7 @@ def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
         tuple(context.notes),
         tuple(context.hazards),
         plan.refusal,
-        (*passes, _padding_safety(plan, names)),
+        (*passes, _padding_safety(plan)),
         timeline,
     )
 
@@ -195,7 +193,7 @@ def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
     return PassReport(name, ", ".join(verdicts) or "nothing to do", (*found, *notes))
 
 
-def _padding_safety(plan: Any, names: dict[int, str]) -> PassReport:
+def _padding_safety(plan: Any) -> PassReport:
     """The verdict on padding rows: of each kind how many pieces, and why those that are not simply row-wise."""
     pieces = [item for item in plan.items if isinstance(item, PieceItem) and item.is_piece]
     kinds: dict[str, int] = {}
@@ -205,7 +203,7 @@ def _padding_safety(plan: Any, names: dict[int, str]) -> PassReport:
             continue
         kinds[item.safety.kind] = kinds.get(item.safety.kind, 0) + 1
         if item.safety.kind != "row-wise":
-            findings.append(f"{names[item.index]}: {item.safety.kind}: {item.safety.reason} ({item.safety.where})")
+            findings.append(f"{item.name}: {item.safety.kind}: {item.safety.reason} ({item.safety.where})")
     return PassReport("padding_safety", ", ".join(f"{n} {kind}" for kind, n in kinds.items()), tuple(findings))
 
 

@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 
-from ..runtime.program import Program
-from ..step import RUNNING, DoesNotFit, StepState
-from .items import CallKind, CallName, name_calls
+from ..runtime.program import Kind, Operation, PrepareMetadata, Program, Replay, RunPiece, RunSplitOp
+from ..step import RUNNING, StepState
 
 __all__ = ["Span", "Timeline", "time_step"]
 
-_Calls = list[tuple[CallName, Callable[[], Any]]]
+#: What an item's operations are shown as.
+_SHOWN = (PrepareMetadata, Replay, RunPiece, RunSplitOp)
+#: What a program does, each item's operations together: the one that is shown, and what is timed.
+_Calls = list[tuple[Operation, Callable[[], Any]]]
 
 #: The first runs of a program touch cold memory; the fastest of the others is the one without an interruption.
 _WARM_UPS, _RUNS = 2, 5
@@ -37,7 +38,7 @@ class Span:
     """
 
     lane: Literal["host", "device"]
-    kind: CallKind
+    kind: Kind
     name: str
     where: str
     start: float
@@ -79,10 +80,10 @@ def time_step(runtime: Any, args: Sequence[Any], step: StepState | None) -> Time
     try:
         with _slots_unchanged(step):
             sizes, program = runtime.program_for(args, step)
-            calls = _calls(runtime, program, args)
-            seconds, spans = _fastest(_run_on_host, calls, program, device, step)
+            calls = _calls(program)
+            seconds, spans = _fastest(_run_on_host, calls, program, args, device, step)
             if device.type == "cuda":
-                spans = spans + _fastest(_run_on_device, calls, program, device, step)[1]
+                spans = spans + _fastest(_run_on_device, calls, program, args, device, step)[1]
             return Timeline(tuple(sizes), program.bucket, tuple(spans), seconds)
     finally:
         counters.replays = replays
@@ -92,38 +93,29 @@ def _fastest(
     run: Callable[[_Calls, torch.device], tuple[float, list[Span]]],
     calls: _Calls,
     program: Program,
+    args: Sequence[Any],
     device: torch.device,
     step: StepState | None,
 ) -> tuple[float, list[Span]]:
     runs = []
     for _ in range(_WARM_UPS + _RUNS):
         with _once_more(step):
+            program.frame.args = args
             try:
                 runs.append(run(calls, device))
             finally:
-                program.frame[:] = [None] * len(program.frame)
+                program.frame.clear()
     return min(runs[_WARM_UPS:], key=lambda one: one[0])
 
 
-def _calls(runtime: Any, program: Program, args: Sequence[Any]) -> _Calls:
-    calls: _Calls = [(CallName("inputs", "copy inputs", ""), lambda: program.start(args))]
-    full_graph = program.full_graph
-    captured = None
-    if full_graph is not None and full_graph.wanted:
-        try:
-            captured = full_graph.captured_graphs.get(full_graph.prepare())
-        except DoesNotFit:
-            captured = None
-    if full_graph is not None and captured is not None:
-        calls.append((CallName("metadata", "prepare the step", ""), full_graph.prepare))
-        calls.append((CallName("replay", "full CUDA graph", ""), captured.replay))
-    else:
-        named = zip(program.op_items, name_calls(runtime.plan, program), program.ops, strict=True)
-        # With what goes before and after it, such as zeroing the rows behind the real ones, a split op is one call.
-        for _, group in groupby(named, itemgetter(0)):
-            _, names, ops = zip(*group, strict=True)
-            calls.append((names[0], ops[0] if len(ops) == 1 else partial(_run_each, ops)))
-    calls.append((CallName("outputs", "copy outputs", ""), lambda: program.emit(args)))
+def _calls(program: Program) -> _Calls:
+    """With what goes before and after it, such as padding what it wrote, a split op is one call; so are all loads."""
+    groups = groupby(program.operations_of_step(), lambda op: op.index if op.index >= 0 else op.kind)
+    calls: _Calls = []
+    for _, group in groups:
+        operations = list(group)
+        shown = next((op for op in operations if isinstance(op, _SHOWN)), operations[0])
+        calls.append((shown, partial(_run_each, [op.call for op in operations])))
     return calls
 
 

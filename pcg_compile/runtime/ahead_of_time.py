@@ -18,6 +18,7 @@ from ..fx.sizes import evaluate, expr_of, shape_at
 from ..memory.views import real_rows
 from ..stats import Counters
 from .binding import Binding
+from .budget import respect_budget
 from .builder import build_and_run
 from .full_graph import FullGraph
 from .program import Program
@@ -210,14 +211,16 @@ def _capture_bucket(
             if step is not None and step.cache is not None and graph.shared.device.type == "cuda":
                 # Kernels that a kind of batch needs are compiled now, not while serving.
                 replays = graph.shared.counters.replays
-                program.start(args)
                 for _ in step.each_kind(tokens):
-                    program.run_pieces()
+                    program.load(args)
+                    program.run_body()
                 graph.shared.counters.replays = replays
-            if program.full_graph is not None and _may_capture_full_graph(graph, program.full_graph):
-                program.start(args)
-                program.full_graph.warm_up(program.run_pieces)
-            graph.respect_budget(binding, program)
+            full_graph = program.body.full_graph
+            if full_graph is not None and _may_capture_full_graph(graph, full_graph):
+                program.load(args)
+                full_graph.warm_up(program.run_body)
+            program.frame.clear()
+            respect_budget(graph, binding, program.bucket)
     return False
 
 
@@ -233,7 +236,12 @@ def _pays(
     full = [_at_bucket(graph, binding, position, bucket, args) for position in range(len(args))]
     exact, _ = build_and_run(binding, bucket, None, full, step)
     device, replays = graph.shared.device, graph.shared.counters.replays
-    replayed = seconds_of(step, program.run_pieces, device, runs=4)
+
+    def replay() -> None:
+        program.load(args)
+        program.run_body()
+
+    replayed = seconds_of(step, replay, device, runs=4)
     plain = seconds_of(step, lambda: exact.run(full), device, runs=4)
     graph.shared.counters.replays = replays
     if replayed <= _GAIN_LIMIT * plain:

@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..distributed.agreement import Agreement
-from ..fx.plan import Plan, SplitOpItem
-from ..fx.sizes import symbols_of
+from ..fx.plan import Plan
 from ..memory.buffers import FlatBuffers
 from ..memory.ranges import FixedMemory
-from ..options import Options
-from ..stats import Counters
 from ..torch_compat.cuda import unowned_alias
-from .buckets import BucketChooser
-from .capture import CapturedGraph, Engine
+from .capture import CapturedGraph
 from .full_graph import FullGraph
+from .program import Body, Program
+from .shared import Shared
 
-__all__ = ["Binding", "Shared", "wants_static"]
+__all__ = ["Binding"]
 
 #: Programs kept for sizes that came up lately; one holds views and closures, no memory of its own.
 _KEPT_STEPS = 512
-
-
-@dataclass
-class Shared:
-    """What all bindings of a graph have in common."""
-
-    plan: Plan
-    options: Options
-    counters: Counters
-    chooser: BucketChooser
-    engine: Engine
-    device: torch.device
-    #: For a graph with collectives: what ranks must decide together.
-    agreement: Agreement | None = None
-    _boxed: dict[fx.GraphModule, Callable[[list[Any]], Any]] = field(default_factory=dict)
-
-    def boxed(self, module: fx.GraphModule) -> Callable[[list[Any]], Any]:
-        """What a graph computes, as a function of one list of arguments that it empties."""
-        if module not in self._boxed:
-            self._boxed[module] = _boxed(module)
-        return self._boxed[module]
 
 
 @dataclass(eq=False)
@@ -65,7 +40,7 @@ class Binding:
     #: The same addresses, each at its input's position.
     by_position: list[int] = field(default_factory=list)
     captured_graphs: dict[tuple[int, tuple[int, ...]], CapturedGraph] = field(default_factory=dict)
-    steps: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)
+    steps: OrderedDict[tuple[int, ...], Program] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
     #: Parameters and what else is read where it lies, by position: its addresses, which keep no memory.
     memory: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -78,7 +53,7 @@ class Binding:
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
     #: What programs of one bucket share, by bucket.
-    bodies: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    bodies: dict[tuple[int, ...], Body] = field(default_factory=dict)
     #: Buckets that have captured graphs, all symbols' sizes each.
     buckets: set[tuple[int, ...]] = field(default_factory=set)
     #: Whole steps as one captured graph, by bucket.
@@ -123,14 +98,14 @@ class Binding:
                 tensor = self.memory[position] = unowned_alias(argument)
         return tensor
 
-    def program(self, sizes: tuple[int, ...]) -> Any:
+    def program(self, sizes: tuple[int, ...]) -> Program | None:
         """The program of some sizes, or None."""
         program = self.steps.get(sizes)
         if program is not None:
             self.steps.move_to_end(sizes)
         return program
 
-    def remember(self, sizes: tuple[int, ...], program: Any) -> None:
+    def remember(self, sizes: tuple[int, ...], program: Program) -> None:
         """Keeps the program of some sizes; the longest unused go."""
         self.steps[sizes] = program
         if len(self.steps) > _KEPT_STEPS:
@@ -159,7 +134,7 @@ class Binding:
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
         for sizes in stale:
             del self.steps[sizes]
-        used = {key for step in self.steps.values() for key in step.capture_keys}
+        used = {key for step in self.steps.values() for key in step.body.capture_keys}
         keys = {key for key in self.captured_graphs if key not in used and _within(key, bucket, self.shared.plan)}
         for key in keys:
             del self.captured_graphs[key]
@@ -173,31 +148,3 @@ def _within(key: tuple[int, tuple[int, ...]], bucket: tuple[int, ...], plan: Pla
     item = plan.items[key[0]]
     sizes = dict(zip(plan.symbols, bucket, strict=True))
     return key[1] == tuple(sizes[s] for s in item.piece.symbols)  # type: ignore[union-attr]
-
-
-def _boxed(module: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    graph = fx.Graph()
-    arguments = graph.placeholder("arguments")
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = graph.call_method("pop", (arguments, 0))
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    forward: Callable[[list[Any]], Any] = fx.GraphModule(module, graph).forward
-    return forward
-
-
-def wants_static(plan: Plan, node: fx.Node) -> bool:
-    """Whether anyone reads a value at the bucket's size, from static memory."""
-    value = plan.value(node)
-    if value.device != plan.device or not symbols_of(value) <= set(plan.symbols):
-        return False
-    for item in plan.items:
-        if node in item.reads:
-            if isinstance(item, SplitOpItem):
-                if item.mode == "request":
-                    return True
-            elif item.refusal is None:
-                return True
-    return False

@@ -1,24 +1,32 @@
-"""Builds the program of a step while the step runs."""
+"""Builds the program of a step: a bucket that is new is captured here, operation by operation.
+
+Note [built while it runs]. A program is data, and a step is a loop over it; but the first step of a bucket runs as its
+program is built. The arguments of each operation are addresses, and those of a captured graph's results are known once
+it is captured (a CUDA graph's memory pool chooses them). What is captured must be run before, with real data: rubbish
+in an index would be an illegal memory access. Whether a capture succeeds, and what a probe finds, decides how the next
+operation reads its inputs. So :func:`build_and_run` adds one operation at a time and calls it: a capture runs its piece
+by itself. Programs of other real sizes in the bucket share the body that was built, and are complete before they run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
 from ..fx.plan import Item, PieceItem, SplitOpItem
+from .between import add_exact, add_split_op
 from .binding import Binding
-from .build_state import Building
+from .draft import Draft
+from .emit import emit_of
 from .full_graph import FullGraph, why_not_full
-from .inputs import bind_inputs
-from .outputs import emitter
-from .pieces import conformer, run_captured
-from .program import Body, Program
-from .split_op_calls import callable_of, run_call, run_exact
+from .loads import add_loads
+from .pieces import add_at_bucket, conformer
+from .program import Body, Confirm, Program
 
 __all__ = ["build_and_run"]
 
@@ -30,142 +38,109 @@ def build_and_run(
     args: Sequence[Any],
     step: Any,
 ) -> tuple[Program, Any]:
-    """Builds the program of a step and runs the step on the way, captured graph what is not captured yet.
+    """Builds the program of a step and runs the step; returns the program and the step's outputs.
+
+    See Note [built while it runs].
 
     Args:
         sizes: the real sizes. bucket: the sizes to capture at, None to run everything at its exact size.
         args: the call's arguments. step: the state of ``pcg.step()``, or None.
-
-    Capturing and running go together because a piece that is warmed up, or run on a CPU to capture it, must see
-    real data: rubbish in an index would be an illegal memory access.
     """
-    b = Building(binding, sizes, bucket, args, step)
+    d = Draft(binding, sizes, bucket, args, step)
+    body = binding.bodies.get(d.key) if d.key is not None and d.requests else None
+    if body is not None:
+        d.static.update(body.static)
+    add_loads(d)
+    if body is not None:
+        program = d.program(body, emit_of(d))
+        return program, program.run(args)
     try:
-        outputs = _build(b)
+        for operation in d.loads:
+            operation.call()
+        with d.shared.engine.session():
+            for item in d.plan.items:
+                _add_and_run(d, item)
+        d.shared.counters.replays += len(d.capture_keys)
+        emit = emit_of(d)
+        outputs = emit.call()
+        program = d.program(_body_of(d), emit)
     except BaseException:
-        b.drop_new_captures()
+        d.drop_new_captures()
         raise
     finally:
-        b.program.frame[:] = [None] * len(b.program.frame)
-    if not b.program.complete:
-        b.drop_new_captures()
-    return b.program, outputs
+        d.frame.clear()
+    if not d.complete:
+        d.drop_new_captures()
+    return program, outputs
 
 
-def _build(b: Building) -> Any:
-    shares = b.compiled and b.requests and b.program.bucket
-    body = b.binding.bodies.get(b.program.bucket) if shares else None  # type: ignore[arg-type]
-    if body is not None:
-        b.static.update(body.static)
-    bind_inputs(b)
-    if body is not None:
-        return _build_on(b, body)
-    b.program.start(b.args)
-    with b.shared.engine.session():
-        for item in b.plan.items:
-            if b.shared.agreement is not None and item.index == b.plan.first_collective:
-                b.program.confirm = b.shared.agreement.confirm
-                b.add(b.program.confirm)
-            _run_item(b, item)
-            b.free_after(item.index)
-            b.program.op_items += [item.index] * (len(b.program.ops) - len(b.program.op_items))
-            b.keep.pop(item.index, None)
-    b.program.emit = emitter(b)
-    b.program.counters.replays += b.program.replays
-    if b.program.bucket is not None and b.program.complete and b.program.capture_keys:
-        b.binding.buckets.add(b.program.bucket)
-    if b.bucket is not None and b.requests and b.shared.options.cudagraph_mode != "piecewise" and b.program.complete:
-        _find_full_graph(b)
-    if b.bucket is not None and _is_the_buckets(b):
-        program = b.program
-        b.binding.bodies[program.bucket] = Body(  # type: ignore[index]
-            dict(b.static),
-            program.ops,
-            program.op_items,
-            program.replays,
-            program.capture_keys,
-            program.full_graph,
-            list(program.fallbacks),
-        )
-    return b.program.emit(b.args)
-
-
-def _build_on(b: Building, body: Body) -> Any:
-    """A program for other real sizes in a bucket that has one: only inputs and outputs differ."""
-    program = b.program
-    program.ops, program.replays, program.full_graph = body.ops, body.replays, body.full_graph
-    program.op_items, program.capture_keys = body.op_items, body.capture_keys
-    program.fallbacks = list(body.fallbacks)
-    program.confirm = b.shared.agreement.confirm if b.shared.agreement is not None else None
-    program.emit = emitter(b)
-    return program.run(b.args)
-
-
-def _run_item(b: Building, item: Item) -> None:
+def _add_and_run(d: Draft, item: Item) -> None:
+    if d.shared.agreement is not None and item.index == d.plan.first_collective:
+        d.run(Confirm(d.shared.agreement.confirm, "sizes of all ranks"))
     if isinstance(item, SplitOpItem):
-        run_call(b, item)
-    elif b.bucket is None or not run_captured(b, item):
-        run_exact(b, item)
+        add_split_op(d, item)
+    elif d.bucket is None or not add_at_bucket(d, item):
+        add_exact(d, item)
+    d.free_after(item)
+    d.keep.pop(item.index, None)
 
 
-def _is_the_buckets(b: Building) -> bool:
-    """Whether nothing between inputs and outputs depends on the real sizes."""
-    return (
-        b.compiled
-        and b.requests
-        and b.program.complete
-        and not b.program.frame
-        and len(b.program.fallbacks) == b.program.bucket_fallbacks
-        and all(item.mode == "request" for item in b.plan.items if isinstance(item, SplitOpItem))
-    )
+def _body_of(d: Draft) -> Body:
+    """What the draft runs between inputs and outputs, which other programs of its bucket share where they can."""
+    body = d.body()
+    if d.key is None or not d.complete:
+        return body
+    if d.capture_keys:
+        d.binding.buckets.add(d.key)
+    if d.requests and d.shared.options.cudagraph_mode != "piecewise":
+        body = replace(body, full_graph=_full_graph(d))
+    request = all(item.mode == "request" for item in d.plan.items if isinstance(item, SplitOpItem))
+    if request and d.compiled and d.requests and not d.frame.values and not d.fallbacks:
+        # Nothing between inputs and outputs depends on the real sizes.
+        d.binding.bodies[d.key] = body
+    return body
 
 
-def _find_full_graph(b: Building) -> None:
-    """The full CUDA graph as one captured graph, shared by all programs of the bucket."""
-    assert b.program.bucket is not None
-    full = b.shared.options.cudagraph_mode == "full"
-    reason = why_not_full(b.plan.items, lambda item: _is_captured(b, item))
-    if not b.compiled:
-        reason = "pieces run eagerly"
+def _full_graph(d: Draft) -> FullGraph | None:
+    """The full CUDA graph of the bucket, which is captured when a step first needs it; None where there can be none."""
+    assert d.key is not None
+    full = d.shared.options.cudagraph_mode == "full"
+    reason = why_not_full(d.plan.items, lambda item: _is_captured(d, item)) if d.compiled else "pieces run eagerly"
     if reason is not None:
         if reason and full:
-            b.program.fallbacks.append((f"attention between pieces: {reason}", ""))
-        return
-    full_graphs = b.binding.full_graphs
-    if b.program.bucket not in full_graphs:
-        leaves, _ = tree_flatten(b.plan.outputs, is_leaf=lambda x: isinstance(x, fx.Node))
-        made = [n for n in leaves if isinstance(n, fx.Node) and n in b.static and n.op != "placeholder"]
-        full_graphs[b.program.bucket] = FullGraph(
-            b.shared,
-            dict(b.at),
-            b.bucket_name(),
-            {s.node: b.static[s.node] for s in b.plan.inputs if s.node in b.static},
-            {node: b.static[node] for node in made},
-            {s.index: _full_graph_piece(b, s) for s in b.plan.items if isinstance(s, PieceItem)},
-            callable_of,
-            True if full or _is_full_by_default(b) else None,
+            d.fallbacks.append((f"attention between pieces: {reason}", ""))
+        return None
+    graph = d.binding.full_graphs.get(d.key)
+    if graph is None:
+        made = [n for n in d.plan.outputs if isinstance(n, fx.Node) and n in d.static and n.op != "placeholder"]
+        graph = d.binding.full_graphs[d.key] = FullGraph(
+            d.shared,
+            dict(d.at),
+            d.bucket_name(),
+            {s.node: d.static[s.node] for s in d.plan.inputs if s.node in d.static},
+            {node: d.static[node] for node in made},
+            {s.index: _conforming(d, s) for s in d.plan.items if isinstance(s, PieceItem)},
+            True if full or _is_full_by_default(d) else None,
             not full,
         )
-    b.program.full_graph = full_graphs[b.program.bucket]
+    return graph
 
 
-def _is_full_by_default(b: Building) -> bool:
+def _is_full_by_default(d: Draft) -> bool:
     """Whether "auto" takes one CUDA graph a step without a measurement.
 
     An op of someone else's is compared with pieces first, by warm-up. On a CPU a replay runs the same calls.
     """
-    ours = all(item.op.own_metadata for item in b.plan.items if isinstance(item, SplitOpItem))
-    return ours and b.shared.device.type == "cuda" and b.shared.agreement is None
+    ours = all(item.op.own_metadata for item in d.plan.items if isinstance(item, SplitOpItem))
+    return ours and d.shared.device.type == "cuda" and d.shared.agreement is None
 
 
-def _is_captured(b: Building, item: PieceItem) -> bool:
-    if any(node not in b.static for node in (*item.reads, *item.outputs)):
-        return False
-    assert b.bucket is not None
-    key = (item.index, tuple(b.bucket[s] for s in item.piece.symbols))
-    return key in b.binding.captured_graphs
+def _is_captured(d: Draft, item: PieceItem) -> bool:
+    assert d.bucket is not None
+    key = (item.index, tuple(d.bucket[s] for s in item.piece.symbols))
+    return key in d.binding.captured_graphs and all(node in d.static for node in (*item.reads, *item.outputs))
 
 
-def _full_graph_piece(b: Building, item: PieceItem) -> Callable[..., Sequence[torch.Tensor]]:
-    function, conform = item.compiled.function, conformer(b, item.piece)
+def _conforming(d: Draft, item: PieceItem) -> Callable[..., Sequence[torch.Tensor]]:
+    function, conform = item.compiled.function, conformer(d, item.piece)
     return lambda *args: conform(function(*args))

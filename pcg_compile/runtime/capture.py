@@ -15,7 +15,10 @@ import torch
 from ..memory.views import assign
 from ..torch_compat.cuda import abandon_capture
 
-__all__ = ["CapturedGraph", "CudaGraphs", "Engine", "StaticReplay", "gc_frozen"]
+__all__ = [
+    "CapturedGraph", "CudaGraphs", "Engine", "StaticReplay", "engine_for", "first_line", "gc_frozen",
+    "no_autocast_cache", "rng_unchanged", "undone",
+]  # fmt: skip
 
 
 @dataclass
@@ -209,6 +212,42 @@ def gc_frozen() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def rng_unchanged(device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside are drawn again behind it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """A cast weight in autocast's cache would be freed under a captured graph that reads it."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def undone(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A function that gives tensors back the values that they have now."""
+    before = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
+
+    return restore
+
+
 def _reserved(device: torch.device) -> int:
     """``torch.cuda.memory_reserved()``, which looks up a hundred other figures on the way."""
     return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
@@ -217,8 +256,3 @@ def _reserved(device: torch.device) -> int:
 def engine_for(device: torch.device) -> Engine:
     """The engine of a capture device."""
     return CudaGraphs(device) if device.type == "cuda" else StaticReplay()
-
-
-def nbytes(tensors: Sequence[Any]) -> int:
-    """Bytes of the tensors' own elements."""
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

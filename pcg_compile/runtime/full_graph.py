@@ -1,4 +1,4 @@
-"""One recording of a whole step, for attention that declares itself recordable (``cudagraph_mode="full"``).
+"""Full CUDA graphs: all pieces and split ops of a bucket as one captured graph (``cudagraph_mode="full"``).
 
 Everything that changes from step to step then lies in static memory: the step's metadata are written there, and
 attention's plan, before the one replay. A batch that does not fit runs piece by piece.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -20,11 +20,9 @@ from ..errors import PCGError
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
 from ..step import DoesNotFit, current_step
+from .capture import CapturedGraph, first_line, rng_unchanged, undone
+from .shared import Shared
 from .timing import seconds_of
-
-if TYPE_CHECKING:
-    from .binding import Shared
-    from .capture import CapturedGraph
 
 __all__ = ["FullGraph", "why_not_full"]
 
@@ -51,10 +49,8 @@ def why_not_full(items: Sequence[Any], captured: Callable[[PieceItem], bool]) ->
             reason = item.op.uncapturable(*item.node.args, **item.node.kwargs)
             if reason is not None:
                 return reason
-    for item in items:
-        if isinstance(item, PieceItem) and not captured(item):
-            return f"a piece cannot be captured (at {item.where})"
-    return None
+    missing = next((item for item in items if isinstance(item, PieceItem) and not captured(item)), None)
+    return f"a piece cannot be captured (at {missing.where})" if missing is not None else None
 
 
 @dataclass
@@ -62,7 +58,7 @@ class FullGraph:
     """The full CUDA graphs of one bucket, by what they bake in (the kind of batch that attention has kernels for).
 
     Attributes:
-        shared: of the graph. at: the bucket's sizes. inputs, outputs: static memory by node.
+        at: the bucket's sizes. name: the bucket. inputs, outputs: static memory by node.
         functions: what runs each piece, by item, its results looking as the next piece expects.
         wanted: whether steps use it; None until ``warmup`` has measured.
         measure: whether ``warmup`` measures, and gives the graphs up where pieces are faster ("auto").
@@ -74,7 +70,6 @@ class FullGraph:
     inputs: Mapping[fx.Node, torch.Tensor]
     outputs: Mapping[fx.Node, torch.Tensor]
     functions: Mapping[int, Callable[..., Sequence[torch.Tensor]]]
-    call_of: Callable[[SplitOpItem], Callable[..., Any]]
     wanted: bool | None
     measure: bool = False
     captured_graphs: dict[Hashable, CapturedGraph] = field(default_factory=dict)
@@ -100,43 +95,40 @@ class FullGraph:
         return tuple([prepare() for prepare in self._prepare])
 
     def run(self) -> bool:
-        """One step; False where the batch must run piece by piece."""
+        """One step, loaded; False where the batch must run piece by piece."""
+        shared = self.shared
+        if shared.agreement is not None:
+            shared.agreement.confirm()
         try:
             key = self.prepare()
         except DoesNotFit as reason:
-            self.shared.counters.fall_back(f"attention between pieces: {reason}")
+            shared.counters.fall_back(f"attention between pieces: {reason}")
             return False
         captured = self.captured_graphs.get(key)
         if captured is None:
             return self._capture(key)
         captured.replay()
-        self.shared.counters.replays += 1
+        shared.counters.replays += 1
         return True
 
     def _capture(self, key: Hashable) -> bool:
         """Captures the step, which runs it."""
-        counters, engine = self.shared.counters, self.shared.engine
+        shared, counters = self.shared, self.shared.counters
         if self._failures >= _MOST_FAILURES:
             counters.fall_back("attention between pieces: the full CUDA graph could not be captured, twice")
             return False
-        written = [t for node, t in self.inputs.items() if node in self.shared.plan.mutated]
-        before = [t.clone() for t in written]
-
-        def restore() -> None:
-            for tensor, old in zip(written, before, strict=True):
-                tensor.copy_(old)
+        restore = undone([t for node, t in self.inputs.items() if node in shared.plan.mutated])
+        agreement = shared.agreement
 
         def warm_up() -> None:
-            devices = [self.shared.device] if self.shared.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
+            with rng_unchanged(shared.device):
                 self._run_all()
             restore()
 
-        agreement = self.shared.agreement
         started = time.perf_counter()
         try:
-            with engine.session(), torch.inference_mode(False), torch.no_grad():
-                captured = engine.capture(
+            with shared.engine.session(), torch.inference_mode(False), torch.no_grad():
+                captured = shared.engine.capture(
                     self._run_all,
                     lambda i, t: t,
                     warm_up,
@@ -146,25 +138,23 @@ class FullGraph:
         except PCGError:
             raise
         except Exception as error:
+            # Attention is anybody's code: whatever it raises, the step goes on piece by piece, counted.
             restore()
             if agreement is not None and not isinstance(error, RankFailed):
                 agreement.all_ready(False)
             self._failures += 1
-            first = str(error).splitlines()[0] if str(error) else ""
-            counters.fall_back(f"capturing the full graph failed: {type(error).__name__}: {first}")
+            counters.fall_back(f"capturing the full graph failed: {first_line(error)}")
             return False
         if len(self.captured_graphs) >= _MOST_CAPTURES:
             del self.captured_graphs[next(iter(self.captured_graphs))]
         self.captured_graphs[key] = captured
-        counters.captured += 1
+        shared.grew = True
         counters.replays += 1
-        use = counters.bucket(self.name)
-        use.seconds += time.perf_counter() - started
-        use.bytes += captured.nbytes
+        counters.count_capture(self.name, time.perf_counter() - started, captured.nbytes)
         return True
 
     def _run_all(self) -> Sequence[torch.Tensor]:
-        """All pieces and attention at the bucket's size; a value is let go of after its last reader."""
+        """All pieces and split ops at the bucket's size; a value is let go of after its last reader."""
         plan, env, step = self.shared.plan, dict(self.inputs), current_step()
         if step is not None:
             step.enqueue_again()
@@ -174,7 +164,7 @@ class FullGraph:
                 results = self.functions[item.index](*numbers, *(env[node] for node in item.piece.inputs))
                 env.update(zip(item.outputs, results, strict=True))
             elif item.op.bind_full_graph is None:
-                self._call(item, env)
+                self._run_split_op(item, env)
             for node in self._ends.get(item.index, ()):
                 env.pop(node, None)
         for node, target in self.outputs.items():
@@ -182,30 +172,26 @@ class FullGraph:
                 target.copy_(env[node])
         return ()
 
-    def _call(self, item: SplitOpItem, env: dict[fx.Node, torch.Tensor]) -> None:
-        def resolve(node: fx.Node) -> Any:
-            if node in env:
-                return env[node]
-            return self._number(node)
-
+    def _run_split_op(self, item: SplitOpItem, env: dict[fx.Node, torch.Tensor]) -> None:
+        resolve = lambda node: env[node] if node in env else self._number(node)
         args = fx.node.map_arg(item.node.args, resolve)
         kwargs = fx.node.map_arg(item.node.kwargs, resolve)
         if item.op.bind is not None:
             item.op.bind(*args, **kwargs)()
             return
-        result = self.call_of(item)(*args, **kwargs)
+        result = item.function(*args, **kwargs)
         for node in item.outputs:
-            path, value = node, result
-            steps: list[Any] = []
-            while path is not item.node:
-                steps.insert(0, path.args[1])
-                path = path.args[0]  # type: ignore[assignment]
-            for step in steps:
-                value = value[step]
-            env[node] = value
+            env[node] = result
+            for index in item.path_of(node):
+                env[node] = env[node][index]
 
     def _number(self, argument: Any) -> Any:
         return evaluate(self.shared.plan.value(argument), self.at) if isinstance(argument, fx.Node) else argument
+
+    def give_up(self) -> None:
+        """Has steps run piece by piece from now on."""
+        self.wanted = False
+        self.captured_graphs.clear()
 
     # -- warm-up ----------------------------------------------------------------------------------------------
 
@@ -230,7 +216,7 @@ class FullGraph:
             counters.bucket(self.name).attention = f"{chosen} ({times})"
         _set_longest(step, None)
         if not self.wanted:
-            self.captured_graphs.clear()
+            self.give_up()
         elif step is not None and paged:
             for _ in step.each_kind(self.at_tokens()):
                 self.run()
@@ -239,7 +225,7 @@ class FullGraph:
         counters.replays = replays
 
     def _agrees(self, step: Any, longest: int | None, between_pieces: Callable[[], Any]) -> bool:
-        """Whether one recording gives what pieces give: an attention may be wrong that declares itself recordable."""
+        """Whether one captured graph gives what pieces give: an op may be wrong that declares itself recordable."""
         _set_longest(step, None)
         if step is not None and step.cache is not None:
             self._make_tokens_alike()
@@ -256,13 +242,12 @@ class FullGraph:
         if any(node in self.shared.plan.mutated for node in self.inputs):
             # Running twice is not running once.
             return True
-        for one, other in zip(want, self.outputs.values(), strict=True):
-            if not _distance(one, other) <= max(_AGREEMENT, 2 * noise):
-                self.shared.counters.fall_back(
-                    f"attention between pieces: captured, bucket {self.name} gave other numbers"
-                )
-                return False
-        return True
+        pairs = zip(want, self.outputs.values(), strict=True)
+        if all(_distance(one, other) <= max(_AGREEMENT, 2 * noise) for one, other in pairs):
+            return True
+        reason = f"attention between pieces: captured, bucket {self.name} gave other numbers"
+        self.shared.counters.fall_back(reason)
+        return False
 
     def _make_tokens_alike(self) -> None:
         """All rows of the inputs become the first: padding shares one slot, and whose keys stay there is chance."""

@@ -1,128 +1,259 @@
-"""A program: everything one step runs, as a flat list of calls with all arguments bound."""
+"""Programs: what a step of certain sizes runs, as a flat list of typed operations. ``print(program)`` lists them.
+
+A step calls the operations in order (:meth:`Program.run`); all that changes from step to step reaches them through the
+program's :class:`Frame`. A full CUDA graph takes the place of everything between the inputs and the outputs: such a
+step loads, replays once and emits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sympy
 import torch
 from torch import fx
 
-from ..memory.views import unexpanded
+from ..fx.plan import Item
 from ..stats import Counters
-from ..torch_compat.cuda import foreach_copy
+from ..step import DoesNotFit
 from .full_graph import FullGraph
-from .row_padding import PaddedLoad, StackedLoad
 
-__all__ = ["Body", "Op", "Program"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-Op = Callable[[], Any]
+__all__ = [
+    "Body", "Call", "Confirm", "CopyRows", "Emit", "Frame", "Free", "Kind", "Load", "LookUpRows", "Operation",
+    "PadInput", "PrepareMetadata", "Program", "RepeatRowZero", "Replay", "RunPiece", "RunSplitOp",
+]  # fmt: skip
+
+Call = Callable[[], Any]
+Kind = Literal["inputs", "replay", "piece", "split op", "metadata", "outputs"]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation of a program.
+
+    Attributes:
+        call: does it, with everything bound; what a step calls.
+        name: of the piece, split op or tensors. module: the path of the module it stands in. where: the user's line.
+        index: of the item of the plan that it belongs to; -1 for what belongs to none.
+    """
+
+    call: Call
+    name: str = ""
+    module: str = ""
+    where: str = ""
+    index: int = -1
+    kind: ClassVar[Kind] = "piece"
+
+    @classmethod
+    def of(cls, item: Item, call: Call) -> Self:
+        """An operation that an item of the plan needs."""
+        return cls(call, item.name, item.module, item.where, item.index)
+
+    def __str__(self) -> str:
+        parts = (f"{type(self).__name__:15}", f"{self.name:24}", self.module, self.where)
+        return "  ".join(part for part in parts if part).rstrip()
+
+
+class Load(Operation):
+    """Puts arguments where the program reads them, padded to the bucket."""
+
+    kind: ClassVar[Kind] = "inputs"
+
+
+class PadInput(Operation):
+    """Fills the padding of an input that must not repeat row 0: slots, and masks that are summed over."""
+
+    kind: ClassVar[Kind] = "inputs"
+
+
+class LookUpRows(Operation):
+    """Looks row indices up at the real size, so that negative ones and those out of range are eager's."""
+
+    kind: ClassVar[Kind] = "inputs"
+
+
+class Confirm(Operation):
+    """Waits for the other ranks to agree on the sizes, ahead of the first collective."""
+
+    kind: ClassVar[Kind] = "metadata"
+
+
+class Replay(Operation):
+    """Replays a captured graph."""
+
+    kind: ClassVar[Kind] = "replay"
+
+
+class RunPiece(Operation):
+    """Runs a piece that has no captured graph."""
+
+
+class RunSplitOp(Operation):
+    """Runs a split op."""
+
+    kind: ClassVar[Kind] = "split op"
+
+
+class PrepareMetadata(Operation):
+    """Pads or prepares a step's metadata."""
+
+    kind: ClassVar[Kind] = "metadata"
+
+
+class CopyRows(Operation):
+    """Copies real rows to memory laid out as eager's, or back."""
+
+
+class RepeatRowZero(Operation):
+    """Pads what was written between captured graphs."""
+
+
+class Free(Operation):
+    """Lets go of values after their last reader."""
+
+
+class Emit(Operation):
+    """Makes the outputs, copied out of static memory."""
+
+    kind: ClassVar[Kind] = "outputs"
+
+
+@dataclass(eq=False)
+class Frame:
+    """What a running program hands from operation to operation.
+
+    Attributes:
+        sizes: of the step, with those that only the data tell.
+        args: the call's arguments. values: what nothing static holds.
+    """
+
+    sizes: dict[sympy.Symbol, int]
+    args: Sequence[Any] = ()
+    values: list[Any] = field(default_factory=list)
+
+    def clear(self, args: Sequence[Any] = ()) -> None:
+        """Lets go of all values; ``args`` are those of the step that goes on."""
+        self.args = args
+        if self.values:
+            self.values[:] = [None] * len(self.values)
+
+
+Fallbacks = tuple[tuple[str, str], ...]
+
+
+@dataclass(eq=False)
+class Body:
+    """What lies between inputs and outputs; programs of a bucket share it where nothing in it depends on real sizes.
+
+    Attributes:
+        operations: in order. calls: theirs.
+        capture_keys: (item, sizes) of the captured graphs among them. replays: their number.
+        static: values that lie in static memory.
+        full_graph: the same operations as one captured graph, or None.
+        fallbacks: (reason, where) to count at each step.
+    """
+
+    operations: tuple[Operation, ...]
+    capture_keys: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    static: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    full_graph: FullGraph | None = None
+    fallbacks: Fallbacks = ()
+
+    def __post_init__(self) -> None:
+        self.calls: Sequence[Call] = tuple(op.call for op in self.operations)
+        self.replays = len(self.capture_keys)
+
+
+@dataclass(eq=False)
 class Program:
     """What a step of certain sizes runs.
 
     Attributes:
         bucket: the size of every symbol in the captured graphs, None where the step runs at its exact sizes.
-        ops: replays and calls, in order.
-        targets, sources: static memory for the inputs, and the arguments to copy there.
-        late_inputs: (frame slot, argument) of inputs that are read where they lie.
-        frame: results of calls that nothing static holds, emptied after the step.
-        emit: makes the outputs.
-        replays: captured graphs that a step replays.
+        loads, body, emit: its operations.
+        fallbacks: (reason, where) to count at each step, the body's among them.
+        covered: ``fn(args, wait)``: whether a padding request covers a call's padding; None where nothing asks.
+        complete: whether it can serve again; not after a capture that failed.
+        provisional: whether the next step of the same sizes is to be built anew.
+        apart: addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
     """
 
+    sizes: tuple[int, ...]
     bucket: tuple[int, ...] | None
     counters: Counters
-    ops: list[Op] = field(default_factory=list)
-    #: For each op the index of the item that it belongs to, for reports.
-    op_items: list[int] = field(default_factory=list)
-    #: What is done to the copied inputs before anything reads them.
-    prologue: list[Op] = field(default_factory=list)
-    #: The same step as one captured graph, or None.
-    full_graph: FullGraph | None = None
-    #: Has ranks agree, ahead of the first collective.
-    confirm: Op | None = None
-    targets: list[torch.Tensor] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    #: (static memory, argument, dimensions) of arguments that are expanded: the first entries along those.
-    expanded: list[tuple[torch.Tensor, int, list[int]]] = field(default_factory=list)
-    #: Loads of arguments with padding behind their rows.
-    padded: list[PaddedLoad | StackedLoad] = field(default_factory=list)
-    late_inputs: list[tuple[int, int]] = field(default_factory=list)
-    frame: list[Any] = field(default_factory=list)
-    #: Sizes, and sizes that only the data tell, as the step goes on.
-    sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
-    emit: Callable[[Sequence[Any]], Any] = lambda args: ()
-    replays: int = 0
-    capture_keys: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    #: Fallbacks to count at each step: (reason, where). The first ``bucket_fallbacks`` are of every program of the
-    #: bucket, whatever its real sizes.
-    fallbacks: list[tuple[str, str]] = field(default_factory=list)
-    bucket_fallbacks: int = 0
-    #: ``fn(args, wait)``: whether a padding request covers the padding of a call, or None where nothing asks.
+    frame: Frame
+    loads: tuple[Operation, ...]
+    body: Body
+    emit: Operation
+    fallbacks: Fallbacks = ()
     covered: Callable[[Sequence[Any], bool], bool] | None = None
-    #: Addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
-    apart: set[tuple[int, ...]] = field(default_factory=set)
-    #: Whether the program can serve again; not after a failed captured graph.
     complete: bool = True
-    #: Whether the next step of the same sizes is to be built anew.
     provisional: bool = False
+    apart: set[tuple[int, ...]] = field(default_factory=set)
 
-    def fall_back_with_bucket(self, reason: str, where: str) -> None:
-        """Counts a fallback, once a step whatever the number of places, that all programs of the bucket share."""
-        if all(reason != known for known, _ in self.fallbacks):
-            self.fallbacks.insert(self.bucket_fallbacks, (reason, where))
-            self.bucket_fallbacks += 1
+    def __post_init__(self) -> None:
+        self._load_calls = tuple(op.call for op in self.loads)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """All of them, in order; piece by piece, where there is a full CUDA graph too."""
+        return (*self.loads, *self.body.operations, self.emit)
+
+    def operations_of_step(self) -> tuple[Operation, ...]:
+        """Those of the running step: with one replay, where its batch has a full CUDA graph by now."""
+        full_graph = self.body.full_graph
+        if full_graph is not None and full_graph.wanted:
+            try:
+                captured = full_graph.captured_graphs.get(full_graph.prepare())
+            except DoesNotFit:
+                captured = None
+            if captured is not None:
+                prepare = PrepareMetadata(full_graph.prepare, "the step's metadata")
+                return (*self.loads, prepare, Replay(captured.replay, "full CUDA graph"), self.emit)
+        return self.operations
+
+    @property
+    def replays(self) -> int:
+        """Captured graphs that a step replays, piece by piece."""
+        return self.body.replays
+
+    def __str__(self) -> str:
+        full = self.body.full_graph is not None and self.body.full_graph.wanted
+        where = "at its exact size" if self.bucket is None else f"in bucket {self.bucket}"
+        lines = [f"program of sizes {self.sizes} {where}: {self.replays} replays"]
+        lines += [f"{i:4d}  {op}" for i, op in enumerate(self.operations)]
+        if full:
+            between = f"{len(self.loads)} to {len(self.operations) - 2}"
+            lines.append(f"{between}: one Replay of the full CUDA graph, where the batch fits")
+        return "\n".join(lines)
 
     def load(self, args: Sequence[Any]) -> None:
-        """Puts the arguments where the program reads them."""
-        if self.targets:
-            foreach_copy(self.targets, [args[i] for i in self.sources])
-        for target, position, dims in self.expanded:
-            target.copy_(unexpanded(args[position], dims))
-        for load in self.padded:
-            load.run(args)
-        for slot, position in self.late_inputs:
-            self.frame[slot] = args[position]
-
-    def start(self, args: Sequence[Any]) -> None:
         """Puts the arguments in place, as the pieces expect them."""
-        self.load(args)
-        for op in self.prologue:
-            op()
+        self.frame.args = args
+        for call in self._load_calls:
+            call()
 
-    def run_pieces(self) -> None:
-        """Replays and calls, in order."""
-        for op in self.ops:
-            op()
-        self.counters.replays += self.replays
+    def run_body(self) -> None:
+        """Runs piece by piece what lies between inputs and outputs."""
+        for call in self.body.calls:
+            call()
+        self.counters.replays += self.body.replays
 
     def run(self, args: Sequence[Any]) -> Any:
-        """One step."""
-        self.start(args)
+        """One step; returns its outputs."""
+        frame, full_graph = self.frame, self.body.full_graph
+        # A split op may call its own graph, and thereby this program.
+        before, frame.args = frame.args, args
         try:
-            if self.confirm is not None and self.full_graph is not None and self.full_graph.wanted:
-                self.confirm()
-            if self.full_graph is None or not self.full_graph.wanted or not self.full_graph.run():
-                self.run_pieces()
-            return self.emit(args)
+            for call in self._load_calls:
+                call()
+            if full_graph is None or not full_graph.wanted or not full_graph.run():
+                self.run_body()
+            return self.emit.call()
         finally:
-            if self.frame:
-                self.frame[:] = [None] * len(self.frame)
-
-
-@dataclass(frozen=True)
-class Body:
-    """What the programs of a bucket have in common, where everything runs at the bucket's size."""
-
-    static: dict[fx.Node, torch.Tensor]
-    ops: list[Op]
-    op_items: list[int]
-    replays: int
-    capture_keys: list[tuple[int, tuple[int, ...]]]
-    full_graph: FullGraph | None
-    fallbacks: list[tuple[str, str]]
+            frame.clear(before)

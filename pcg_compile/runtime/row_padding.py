@@ -16,58 +16,47 @@ from typing import Any
 import sympy
 import torch
 
+from ..fx.plan import InputSpec
 from ..fx.sizes import shape_at
 from ..memory.views import unexpanded
+from .program import Frame
 
-__all__ = ["PaddedLoad", "StackedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
+__all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
 
 Sizes = Mapping[sympy.Symbol, int]
 
 
 @dataclass(frozen=True, eq=False)
 class PaddedLoad:
-    """Copies one argument into static memory and pads it, in one launch.
+    """Copies an argument into static memory and pads it, in one launch; many arguments of one shape in two.
 
     Attributes:
-        position: of the argument. target: static memory, its padded dimensions first where they are not neighbors.
+        specs: of the arguments. target: static memory, its padded dimensions first where they are not neighbors.
         index: for each dimension the entries to take, None for all.
         expanded: dimensions along which all entries of the static memory are one: the first entry is copied.
+        stack: memory for the real rows of many arguments, whose static memory lies side by side.
     """
 
-    position: int
+    specs: Sequence[InputSpec]
     target: torch.Tensor
     index: list[torch.Tensor | None]
     expanded: list[int]
+    stack: torch.Tensor | None = None
 
-    def run(self, args: Sequence[Any]) -> None:
-        """Loads the argument."""
-        argument = args[self.position]
-        source = unexpanded(argument, self.expanded) if self.expanded else argument
-        if source.dtype is not self.target.dtype:
-            source = source.to(self.target.dtype)
+    def run(self, frame: Frame) -> None:
+        """Loads."""
+        if self.stack is not None:
+            source = torch.stack([frame.args[spec.position] for spec in self.specs], out=self.stack)
+        else:
+            source = frame.args[self.specs[0].position]
+            if self.expanded:
+                source = unexpanded(source, self.expanded)
+            if source.dtype is not self.target.dtype:
+                source = source.to(self.target.dtype)
         torch.ops.aten.index.Tensor_out(source, self.index, out=self.target)
 
 
-@dataclass(frozen=True, eq=False)
-class StackedLoad:
-    """The same for many arguments of one shape, whose static memory lies side by side, in two launches.
-
-    Attributes:
-        positions: of the arguments. stack: memory for all of their real rows. target, index: as of a single load.
-    """
-
-    positions: Sequence[int]
-    stack: torch.Tensor
-    target: torch.Tensor
-    index: list[torch.Tensor | None]
-
-    def run(self, args: Sequence[Any]) -> None:
-        """Loads the arguments."""
-        torch.stack([args[position] for position in self.positions], out=self.stack)
-        torch.ops.aten.index.Tensor_out(self.stack, self.index, out=self.target)
-
-
-def padded_load(position: int, target: torch.Tensor, real: tuple[int, ...], expanded: list[int]) -> PaddedLoad | None:
+def padded_load(spec: InputSpec, target: torch.Tensor, real: tuple[int, ...], expanded: list[int]) -> PaddedLoad | None:
     """The load of an argument of shape ``real`` into ``target``, of the bucket's; None where nothing is padded."""
     target = unexpanded(target, expanded)
     padded = [d for d, n in enumerate(real) if d not in expanded and n != target.shape[d]]
@@ -81,7 +70,7 @@ def padded_load(position: int, target: torch.Tensor, real: tuple[int, ...], expa
     if padded != list(range(padded[0], padded[-1] + 1)):
         # Indexed dimensions with others between them come first in the result.
         target = target.permute(*padded, *(d for d in range(target.dim()) if d not in padded))
-    return PaddedLoad(position, target, index, expanded)
+    return PaddedLoad([spec], target, index, expanded)
 
 
 def repeat_row_zero(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[Callable[[], Any]]:

@@ -20,6 +20,7 @@ from ..fx.sizes import evaluate, expr_of
 from ..step import DoesNotFit, require_step
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding
+from .budget import respect_budget
 from .builder import build_and_run
 from .program import Program
 from .state import GraphState
@@ -91,6 +92,8 @@ class GraphRuntime(GraphState):
             for reason, where in program.fallbacks:
                 counters.fall_back(reason, where)
             result = program.run(args)
+            if self.shared.grew:
+                respect_budget(self, binding, program.bucket)
         self._count(sizes, program)
         return result
 
@@ -147,8 +150,8 @@ class GraphRuntime(GraphState):
             named = dict(zip(self.plan.symbols, sizes, strict=True)) if place < 0 else {}
             step.check_tokens(sizes[place] if place >= 0 else int(evaluate(size, named)))
 
-    def _count(self, sizes: tuple[int, ...], program: Program) -> None:
-        bucket, dims = program.bucket, self._dims
+    def _count(self, sizes: tuple[int, ...], program: Program | None) -> None:
+        bucket, dims = program.bucket if program is not None else None, self._dims
         n = sizes[dims[0]] if len(dims) == 1 else None
         if bucket is None:
             self.shared.counters.count_step(self.ends_step, n, None, 0, 0)
@@ -162,7 +165,7 @@ class GraphRuntime(GraphState):
 
     def _first_of(
         self, binding: Binding, sizes: tuple[int, ...], args: Sequence[Any], step: Any
-    ) -> tuple[Any, Program]:
+    ) -> tuple[Any, Program | None]:
         """The first step of some sizes, for one set of addresses."""
         named = dict(zip(self.plan.symbols, sizes, strict=True))
         if self.shared.agreement is not None:
@@ -175,7 +178,7 @@ class GraphRuntime(GraphState):
         if reason is not None:
             reason = f"{reason}; the graph runs eagerly"
             counters.fall_back(reason)
-            return self.run_eagerly(args), Program(None, counters, fallbacks=[(reason, "")])
+            return self.run_eagerly(args), None
         bucket, reason = self._choose(binding, named)
         if reason:
             counters.fall_back(reason)
@@ -184,13 +187,13 @@ class GraphRuntime(GraphState):
             for fallback in program.fallbacks:
                 counters.fall_back(*fallback)
         if reason:
-            program.fallbacks.append((reason, ""))
+            program.fallbacks += ((reason, ""),)
         if program.complete:
             if self.memory.watched:
                 self.memory.remember(program.apart, self.memory.addresses(args))
             if not program.provisional:
                 binding.remember(sizes, program)
-            self.respect_budget(binding, program)
+        respect_budget(self, binding, program.bucket)
         return result, program
 
     @contextmanager

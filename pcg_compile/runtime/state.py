@@ -16,12 +16,11 @@ from ..errors import StaleAddress, message
 from ..fx.plan import PieceItem, Plan, SplitOpItem
 from ..fx.sizes import evaluate
 from ..memory.buffers import FlatBuffers
-from ..memory.overlap import StepMemory
 from ..memory.views import looks_like
-from ..registry import runtimes_of_caller
 from ..torch_compat.cuda import CurrentStream, data_ptrs_equal
-from .binding import Binding, Shared
-from .program import Program
+from .binding import Binding
+from .overlap import StepMemory
+from .shared import Shared
 
 __all__ = ["GraphState"]
 
@@ -218,53 +217,6 @@ class GraphState:
     def run_eagerly(self, args: Sequence[Any]) -> Any:
         """Dynamo's own graph, on the caller's own tensors."""
         return self.context.source.forward(*args)
-
-    def respect_budget(self, binding: Binding, newest: Program) -> None:
-        """Drops the least used buckets of the calling model's graphs until its captures fit ``memory_budget``."""
-        budget, agreement = self.shared.options.memory_budget, self.shared.agreement
-        if budget is None or newest.bucket is None:
-            return
-        caller = self.shared.counters.caller
-        graphs: list[GraphState] = (runtimes_of_caller(caller) if caller is not None else []) or [self]
-
-        def over() -> bool:
-            held = sum(graph.nbytes(caller) for graph in graphs)
-            return agreement.any_of(held > budget) if agreement is not None else held > budget
-
-        alone = True
-        while over():
-            found = dict.fromkeys(
-                (g, bucket) for g in graphs for b in g.bindings_of(caller) for bucket in sorted(b.buckets)
-            )
-            found.pop((self, newest.bucket), None)
-            for graph, bucket in sorted(found, key=lambda entry: entry[0].hits(entry[1])):
-                # Another thread may be in a step of another graph.
-                if graph.lock.acquire(blocking=False):
-                    alone = False
-                    try:
-                        reason = f"bucket {graph.name(bucket)} dropped: captured graphs exceed memory_{budget=}"
-                        graph.drop(caller, bucket, reason)
-                    finally:
-                        graph.lock.release()
-                    break
-            else:
-                self._give_up(binding, newest.bucket, budget, alone)
-                return
-
-    def _give_up(self, binding: Binding, bucket: tuple[int, ...], budget: int, alone: bool) -> None:
-        """Drops the newest bucket, which does not fit.
-
-        Buckets share their memory, which comes back with the last one: a bucket that came upon the memory of others may
-        fit by itself, and is captured again once.
-        """
-        binding.forget(bucket)
-        again = binding.squeezed_out[bucket] = binding.squeezed_out.get(bucket, 0) + 1
-        if alone or again > 1:
-            binding.given_up[bucket] = f"bucket {self.name(bucket)} exceeds memory_{budget=}"
-        else:
-            self.shared.counters.fall_back(
-                f"bucket {self.name(bucket)} dropped with all that it shares memory with: memory_{budget=}"
-            )
 
     def hits(self, bucket: tuple[int, ...]) -> int:
         """Steps that a bucket has served."""

@@ -1,6 +1,6 @@
 """Which inputs of a step share memory.
 
-Note [memory by range]. Facts are made for inputs that lie apart (``graph/storages.py``). Captured graphs, copies into
+Note [memory by range]. Facts are made for inputs that lie apart (``fx/fake_storages.py``). Captured graphs, copies into
 static buffers and compiled pieces are right as long as no input that the graph writes overlaps another one in memory;
 inputs that are only read may overlap as they like. That is a fact of a step: the same tensors may be disjoint slices of
 one buffer now and the same rows in the next step. So each step compares, by address and extent, what the graph writes
@@ -17,8 +17,8 @@ import torch
 
 from ..fx.plan import InputSpec, Plan, SplitOpItem
 from ..fx.sizes import symbols_of
-from ..runtime.binding import Binding
-from .ranges import FixedMemory, Range, any_overlap, range_of
+from ..memory.ranges import FixedMemory, Range, any_overlap, range_of
+from .binding import Binding
 
 __all__ = ["StepMemory"]
 
