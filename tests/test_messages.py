@@ -78,7 +78,7 @@ def _child():
     ],
 )
 def test_gradients_name_what_the_user_calls_it_and_are_logged_once(make, args, name, caplog, monkeypatch):
-    monkeypatch.setattr("pcg_compile.backend.compile_all_with_inductor", lambda gm, inputs: gm.forward)
+    monkeypatch.setattr("pcg_compile.uncaptured.compile_all_with_inductor", lambda gm, inputs: gm.forward)
     model = compiled(make())
     with torch.enable_grad(), caplog.at_level(logging.WARNING, "pcg_compile"):
         for _ in range(2):

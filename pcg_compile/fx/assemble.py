@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import sympy
@@ -36,8 +36,13 @@ def make_plan(
     options: Options,
     symbol_values: Mapping[sympy.Symbol, Any],
     device: torch.device,
+    counted: Collection[fx.Node] = (),
 ) -> Plan:
-    """A plan from segments. Pieces are built, not compiled."""
+    """A plan from segments. Pieces are built, not compiled.
+
+    Args:
+        counted: nodes that no captured graph can hold, so that each step counts them as fallbacks.
+    """
     regions = autocast_regions(gm)
     backed = set(symbol_values)
     symbol_values = {**symbol_values, **_unbacked(facts)}
@@ -46,20 +51,20 @@ def make_plan(
     items: list[Item] = []
     for index, segment in enumerate(segments):
         if segment.kind == "call" and not (segment.cut and segment.cut.op.compiled and options.compiler != "eager"):
-            items.append(_split_op_item(segment, index, facts, options, regions))
-        else:
-            piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
-            place = str(place_of(segment.nodes[0]))
-            item = PieceItem(piece, index, NOT_YET, place, module_of(segment.nodes[0]))
-            item.trivial = segment.kind == "trivial"
-            item.idle = item.trivial and not any(fills(facts[node]) for node in segment.nodes)
-            if segment.inside_transform:
-                item.refusal = "it holds a split op inside a function transform, where no cut is possible"
-            if any(s not in backed for s in piece.symbols):
-                item.refusal = "its sizes depend on data"
-            if segment.cut is not None:
-                item.split_reason = item.refusal = segment.cut.reason
-            items.append(item)
+            items.append(_split_op_item(segment, index, facts, options, regions, counted))
+            continue
+        piece = build_piece(gm, facts, segment.nodes, regions, symbol_values, readers)
+        first = segment.nodes[0]
+        item = PieceItem(piece, index, NOT_YET, str(place_of(first)), module_of(first))
+        item.trivial = segment.kind == "trivial"
+        item.idle = item.trivial and not any(fills(facts[node]) for node in segment.nodes)
+        if segment.inside_transform:
+            item.refusal = "it holds a split op inside a function transform, where no cut is possible"
+        if any(s not in backed for s in piece.symbols):
+            item.refusal = "its sizes depend on data"
+        if segment.cut is not None:
+            item.split_reason = item.refusal = segment.cut.reason
+        items.append(item)
     _name_pieces(items)
     inputs = _inputs(gm, facts, options, segments)
     symbols = tuple(s for s in symbol_values if s in backed)
@@ -121,6 +126,7 @@ def _split_op_item(
     facts: Mapping[fx.Node, NodeFacts],
     options: Options,
     regions: Mapping[fx.Node, Autocast],
+    counted: Collection[fx.Node],
 ) -> SplitOpItem:
     assert segment.cut is not None
     node = segment.nodes[0]
@@ -139,6 +145,7 @@ def _split_op_item(
         tuple(writes),
         regions.get(node, ()),
         module_of(node),
+        counted=node in counted,
         request=node.meta.get("pcg_request"),
     )
 

@@ -57,6 +57,11 @@ class Piece:
         return fx.GraphModule(dict(self.attributes), self.graph)
 
     @cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """A key that is equal for pieces that one compiled function can serve, with their own weights."""
+        return structure_of(self)
+
+    @cached_property
     def numbers(self) -> tuple[sympy.Symbol, ...]:
         """The symbols that it computes with, beside having tensors of such sizes and strides."""
         return tuple(s for s, node in zip(self.symbols, self.graph.nodes, strict=False) if node.users)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from ..errors import PCGError
 from ..memory.views import assign
 from ..torch_compat.cuda import abandon_capture
 
 __all__ = [
-    "CapturedGraph", "CudaGraphs", "Engine", "StaticReplay", "engine_for", "first_line", "gc_frozen",
+    "CapturedGraph", "CudaGraphs", "Engine", "StaticReplay", "capture_device", "engine_for", "first_line", "gc_frozen",
     "no_autocast_cache", "rng_unchanged", "undone",
 ]  # fmt: skip
 
@@ -251,6 +252,23 @@ def undone(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
 def _reserved(device: torch.device) -> int:
     """``torch.cuda.memory_reserved()``, which looks up a hundred other figures on the way."""
     return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
+
+
+def capture_device(example_inputs: Sequence[Any]) -> torch.device:
+    """CUDA where an input lies there, else the CPU.
+
+    Raises:
+        PCGError: inputs on two CUDA devices.
+    """
+    devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise PCGError(
+            f"the graph has inputs on several CUDA devices ({names})\n"
+            "  A captured graph belongs to one device.\n"
+            "  Compile the part on each device by itself, or move the inputs: tensor.to(model.device)"
+        )
+    return next(iter(devices), torch.device("cpu"))
 
 
 def engine_for(device: torch.device) -> Engine:
