@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from test_paged_model import LAYERS, STEPS, VOCAB, Model, Traffic
 from torch import nn
 
 import pcg_compile as pcg
+from pcg_compile.registry import runtimes
+from pcg_compile.runtime.capture import StaticReplay
 
 OPTIONS = {"compiler": "eager", "buckets": [2, 4, 8, 16], "cudagraph_mode": "full"}
 
@@ -111,6 +115,39 @@ def test_a_capture_that_fails_leaves_pieces(monkeypatch):
     reasons = {f.reason: f.count for f in pcg.stats(compiled).fallbacks}
     assert reasons["capturing the full graph failed: RuntimeError: no memory"] == 2
     assert pcg.stats(compiled).buckets[8].hits == 5
+
+
+class Weighing(StaticReplay):
+    """Each pool that holds a captured graph weighs a mebibyte, as a CUDA graph's would."""
+
+    def __init__(self):
+        self.pools = {}
+
+    def capture(self, run, place, warm_up, pool=None, *rest):
+        captured = super().capture(run, place, warm_up, pool, *rest)
+        self.pools.setdefault(pool, []).append(weakref.ref(captured))
+        return captured
+
+    def nbytes(self):
+        return sum(any(captured() for captured in pool) for pool in self.pools.values()) << 20
+
+
+@pytest.mark.parametrize(("mebibytes", "replays"), [(2.5, 1), (1.5, LAYERS + 1)])
+def test_a_full_graph_of_a_later_step_respects_the_memory_budget(mebibytes, replays):
+    """The first step of a bucket captures its pieces, the second all of it as one graph."""
+    model = Model().eval()
+    compiled = piecewise(model, memory_budget=int(mebibytes * 2**20))
+    traffic = Traffic()
+    traffic.check(model, compiled, {1: 5})
+    (runtime,) = runtimes(compiled)
+    runtime.reset()
+    runtime.shared.engine = Weighing()
+    for qo_lens in ({2: 5}, {3: 5}, {4: 5}, {1: 1, 5: 5}):
+        traffic.check(model, compiled, qo_lens)
+        assert 0 < runtime.nbytes() <= mebibytes * 2**20
+    with pcg.expect(compiled, replays=replays, captured=0):
+        traffic.check(model, compiled, {6: 5})
+    assert any("piece by piece: memory_budget" in f.reason for f in pcg.stats(compiled).fallbacks) == (replays > 1)
 
 
 def test_an_op_that_does_not_declare_itself_recordable_stays_between_pieces():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_paged_model import Model, Traffic
 
 import pcg_compile as pcg
 
@@ -120,6 +121,74 @@ def test_no_verdict(name, why):
     stats = run(name, sizes=(4, 3), buckets=(4,))
     assert stats.replays == 0 and any(why in f.reason for f in stats.fallbacks)
     assert not any("by the probe mixing" in f.reason for f in stats.fallbacks)
+
+
+def _add_to_cache(x, cache):
+    """Writes as many slots of a cache as there are rows."""
+    cache[: x.shape[0]] = x * 2
+    return x + 1
+
+
+def _count_calls(x, calls):
+    """Writes a number that has no dimension."""
+    calls += 1
+    return x * 2
+
+
+def _count_rows(x, calls):
+    calls += x.shape[0]
+    return x * 2
+
+
+for _function, _written in ((_add_to_cache, "cache"), (_count_calls, "calls"), (_count_rows, "calls")):
+    _name = _function.__name__[1:]
+    LIBRARY.define(f"{_name}(Tensor x, Tensor(a!) {_written}) -> Tensor")
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"probe_sees::{_name}", lambda x, written: torch.empty_like(x), lib=LIBRARY)
+
+
+def run_writing(name, start):
+    """Calls with rows and a tensor that is written, which must hold what eager wrote after each of them."""
+    op = getattr(torch.ops.probe_sees, name)
+    function = lambda x, written: op(x.relu() + x, written) * 2
+    compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8], compiler="eager")(function)
+    ours, theirs = start.clone(), start.clone()
+    with torch.no_grad():
+        for n in (3, 1, 4, 7, 5, 8, 2, 3):
+            x = torch.randn(n, 4)
+            torch.testing.assert_close(compiled(x, ours), function(x, theirs))
+            torch.testing.assert_close(ours, theirs)
+    return pcg.stats(compiled)
+
+
+def test_a_cache_of_which_few_rows_write_few_slots():
+    """Padding would write slots that no row has: the cache of a caller has no scratch page."""
+    assert run_writing("add_to_cache", torch.zeros(16, 4)).replays == 0
+
+
+def test_a_steps_cache_beside_an_opaque_op():
+    """Fewer rows write fewer slots of the step's cache, which says nothing of the op."""
+
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.probe_sees.double(x)
+
+    model, traffic = Model().eval(), Traffic()
+    model.layers[0].norm = Double()
+    options = {"buckets": [4, 8, 16], "cudagraph_mode": "piecewise", "compiler": "eager"}
+    compiled = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **options)(model.forward)
+    for qo_lens in ({1: 5}, {1: 1, 2: 7}, {1: 1, 2: 1, 3: 11}, {1: 1, 2: 1, 3: 1}, {4: 6}):
+        traffic.check(model, compiled, qo_lens)
+    stats = pcg.stats(compiled)
+    assert stats.replays == 5 * (len(model.layers) + 1) and not stats.fallbacks
+
+
+def test_a_number_that_is_written():
+    assert run_writing("count_calls", torch.zeros(())).replays > 0
+
+
+def test_a_number_that_counts_padding_rows():
+    assert run_writing("count_rows", torch.zeros(())).replays == 0
 
 
 def test_a_later_step_may_tell():
