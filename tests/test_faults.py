@@ -63,17 +63,17 @@ class Failing:
 
     def __init__(self, monkeypatch, which, error, late=False):
         self.seen = 0
-        capture = StaticReplay.capture
+        record = StaticReplay.capture
 
         def broken(engine, run, place, warm_up, pool=None, *rest):
             if pool is None:
-                return capture(engine, run, place, warm_up, pool, *rest)
+                return record(engine, run, place, warm_up, pool, *rest)
             self.seen += 1
             if self.seen in which:
                 if late:
                     run()
                 raise error
-            return capture(engine, run, place, warm_up, pool, *rest)
+            return record(engine, run, place, warm_up, pool, *rest)
 
         monkeypatch.setattr(StaticReplay, "capture", broken)
 
