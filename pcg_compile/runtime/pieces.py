@@ -38,13 +38,13 @@ Key = tuple[int, tuple[int, ...]]
 def add_at_bucket(d: Draft, item: PieceItem) -> bool:
     """Adds a piece at the bucket's size, captured where it can be, and runs it; False: run it at its exact size."""
     assert d.bucket is not None
-    key = (item.index, tuple(d.bucket[s] for s in item.piece.symbols))
     if item.refusal is not None:
         if item.is_piece:
             d.fallbacks.append((item.refusal, item.where))
         return False
     if any(node not in d.static for node in item.reads):
         return False
+    key = (item.index, tuple(d.bucket[s] for s in item.piece.symbols))
     reason = _too_large(d, item)
     if reason is None and d.binding.failures.get(key, 0) > 1:
         reason = "a piece could not be captured, twice; it runs uncaptured"
