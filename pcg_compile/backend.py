@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
+from .counters import Counters
 from .distributed.lowering import (
     agreement_of,
     collective_outside_captures,
@@ -48,7 +49,6 @@ from .runtime.capture import capture_device, engine_for
 from .runtime.runner import GraphRuntime
 from .runtime.shared import Shared
 from .split_ops import check_registration
-from .stats import Counters
 from .torch_compat.dynamo_graphs import changing_floats, graph_break_of, is_asked_for, traced_function
 from .torch_compat.dynamo_traces import watch_traces
 from .torch_compat.dynamo_wrappers import calling_wrapper
@@ -251,8 +251,7 @@ def _same_calls(one: Calls, other: Calls) -> bool:
 def split(gm: fx.GraphModule, context: PassContext, counters: Counters, only_graph: bool) -> Plan:
     """Cuts the graph into pieces and split ops; a name in the options that matches nothing is an error or counted.
 
-    Args:
-        only_graph: a split op that is not here is nowhere.
+    ``only_graph``: a split op that is not here is nowhere.
     """
 
     def missing(error: SplitOpNotFound) -> None:

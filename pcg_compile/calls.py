@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .counters import Counters
 from .errors import PCGError
 from .fx.places import place_of_stack
 from .options import Options
 from .registry import add_runtime
-from .stats import Counters
 from .step import current_step
 from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused
 from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace, watch_traces, with_each_call

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .stats import Counters, Stats, expect_increase
+from .counters import Counters
+from .stats import Stats, expect_increase
 from .torch_compat.dynamo_wrappers import calling_wrapper, wrapper_of
 
 __all__ = [

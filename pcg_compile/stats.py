@@ -1,26 +1,20 @@
-"""What a compiled graph did: counters while it runs, and a frozen snapshot for people."""
+"""What a compiled graph did, as frozen snapshots."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .errors import PCGError, message
 from .report.suggest import fit_buckets
 
-__all__ = ["COUNTS", "BucketStats", "Counters", "Fallback", "Stats"]
-
-_LOG = logging.getLogger("pcg_compile")
+__all__ = ["COUNTS", "BucketStats", "Fallback", "Stats", "expect_increase", "sum_of_use"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ class Stats:
             for size, steps in part.sizes.items():
                 sizes[size] = sizes.get(size, 0) + steps
             for size, use in part.buckets.items():
-                buckets[size] = _sum_of_use(buckets.get(size, BucketStats()), use)
+                buckets[size] = sum_of_use(buckets.get(size, BucketStats()), use)
             for fallback in part.fallbacks:
                 key = (fallback.reason, fallback.where)
                 fallbacks[key] = fallbacks.get(key, 0) + fallback.count
@@ -148,258 +142,10 @@ def _order(size: Any) -> tuple[int, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
-_UseT = TypeVar("_UseT", BucketStats, "_Use")
-
-
-def _sum_of_use(one: _UseT, other: _UseT) -> _UseT:
+def sum_of_use(one: Any, other: Any) -> Any:
+    """The sum of two dataclasses of a bucket's figures."""
     counts = {f.name: getattr(one, f.name) + getattr(other, f.name) for f in fields(one) if f.name != "attention"}
     return type(one)(**counts, attention=one.attention or other.attention)
-
-
-@dataclass
-class _Use:
-    """The running form of :class:`BucketStats`."""
-
-    hits: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-    attention: str = ""
-
-
-class _Figures:
-    """What one caller did with one graph."""
-
-    def __init__(self, caller: object | None) -> None:
-        self.caller: Callable[[], object | None] = weakref.ref(caller) if caller is not None else lambda: None
-        self.clear()
-        #: Whether what compiling the graph counted belongs to these figures; a reset forgets it.
-        self.sees_compile = True
-
-    def clear(self) -> None:
-        self.steps = self.captured = self.replays = 0
-        self.buckets: dict[Any, _Use] = {}
-        self.fallbacks: dict[tuple[str, str], int] = {}
-        self.sizes: dict[int, int] = {}
-        self.sees_compile = False
-        self.called = False
-
-
-class Counters:
-    """The running counters of one graph, by caller.
-
-    Compiled models of one class share Dynamo's graph, so what a call counts belongs to the model that was called, not
-    to the one that was compiled first. :meth:`serve` says whose call follows; calls of one graph never overlap.
-    Snapshots may be taken from any thread.
-
-    Attributes:
-        strict: every fallback is an error.
-        graphs, pieces, capturable, compiled: of the graph itself, equal for all callers.
-        find_caller: what tells whose call is running; None where nobody's is.
-    """
-
-    def __init__(self, strict: bool = False, graphs: int = 0) -> None:
-        self.strict, self.graphs = strict, graphs
-        self.pieces = self.capturable = self.compiled = 0
-        self.find_caller: Callable[[], object | None] = lambda: None
-        self.logged: set[tuple[str, str]] = set()
-        self._entered = False
-        #: Held while figures that belong together change, and while they are read.
-        self._lock = threading.RLock()
-        #: What compiling counted, ahead of any call; later what callers counted that are gone.
-        self._nobodys = _Figures(None)
-        self._now = self._nobodys
-        self._callers: dict[int, _Figures] = {}
-        #: Fallbacks of compiling, which every caller sees.
-        self._of_compile: dict[tuple[str, str], int] = {}
-
-    def serve(self) -> bool:
-        """Counts what follows for the present caller, which is kept weakly; whether that is another than before."""
-        caller = self.find_caller()
-        if caller is None or self._now.caller() is caller:
-            return False
-        with self._lock:
-            for key, figures in list(self._callers.items()):
-                if figures.caller() is None:
-                    # Totals keep what was done; the memory of each one's figures is not kept.
-                    _add(self._nobodys, self._callers.pop(key))
-            if not self._callers:
-                # What compiling counted belongs to whoever calls.
-                self._nobodys.sees_compile = False
-            if id(caller) not in self._callers:
-                self._callers[id(caller)] = _Figures(caller)
-            self._now = self._callers[id(caller)]
-        return True
-
-    @property
-    def caller(self) -> object | None:
-        """Whose call is running, or was the last."""
-        return self._now.caller()
-
-    def first_call(self) -> bool:
-        """Whether this is the present caller's first call, or its first after a reset; once."""
-        called, self._now.called = self._now.called, True
-        return not called
-
-    def called_by_living(self) -> bool:
-        """Whether one of the callers is still there."""
-        with self._lock:
-            return any(figures.caller() is not None for figures in self._callers.values())
-
-    def served(self, caller: object) -> bool:
-        """Whether a caller has used the graph."""
-        figures = self._callers.get(id(caller))
-        return figures is not None and figures.caller() is caller
-
-    @property
-    def steps(self) -> int:
-        """Steps of the present caller; so are the figures below."""
-        return self._now.steps
-
-    @property
-    def captured(self) -> int:
-        return self._now.captured
-
-    @property
-    def replays(self) -> int:
-        return self._now.replays
-
-    @replays.setter
-    def replays(self, count: int) -> None:
-        self._now.replays = count
-
-    @property
-    def all_steps(self) -> int:
-        """Steps of all callers."""
-        with self._lock:
-            return sum(figures.steps for figures in self._everyones())
-
-    def hits(self, size: Any) -> int:
-        """Steps that a bucket has served."""
-        use = self._now.buckets.get(size)
-        return use.hits if use is not None else 0
-
-    def bucket(self, size: Any) -> _Use:
-        """The use of one bucket, to be added to."""
-        with self._lock:
-            return self._now.buckets.setdefault(size, _Use())
-
-    def count_capture(self, size: Any, seconds: float, nbytes: int) -> None:
-        """Counts one captured graph of a bucket."""
-        self._now.captured += 1
-        use = self.bucket(size)
-        use.seconds += seconds
-        use.bytes += nbytes
-
-    def count_step(self, ends_step: bool, size: int | None, bucket: Any, tokens: int, padded_tokens: int) -> None:
-        """Counts one call of the graph, at once for whoever takes a snapshot meanwhile.
-
-        Args:
-            ends_step: whether it ends a step of the model.
-            size: its dynamic size, where there is one alone.
-            bucket: the bucket's name; None where the call ran at its exact size. tokens, padded_tokens: its use.
-        """
-        now = self._now
-        with self._lock:
-            now.steps += ends_step
-            if size is not None:
-                now.sizes[size] = now.sizes.get(size, 0) + 1
-            if bucket is not None:
-                use = self.bucket(bucket)
-                use.hits += 1
-                use.tokens += tokens
-                use.padded_tokens += padded_tokens
-
-    def fall_back(self, reason: str, where: str = "", error: type[PCGError] = PCGError) -> None:
-        """Counts a fallback and logs it the first time.
-
-        Raises:
-            PCGError: under ``strict``, as ``error``.
-        """
-        key = (reason, where)
-        with self._lock:
-            into = self._of_compile if self._now is self._nobodys else self._now.fallbacks
-            into[key] = into.get(key, 0) + 1
-        if self.strict:
-            why = "strict=True turns every fallback into an error."
-            cure = 'Remove "strict" from the options to run it all the same, and see pcg.explain().'
-            raise error(message(reason, where or None, why, cure))
-        if self._entered:
-            self._log(key)
-
-    def enter(self, find_caller: Callable[[], object | None], logged: set[tuple[str, str]]) -> None:
-        """Begins to count for callers; logs what compiling has counted.
-
-        Args:
-            logged: what was logged of other graphs of the same model: each fallback of a model is logged once.
-        """
-        self.find_caller, self.logged, self._entered = find_caller, logged, True
-        self.serve()
-        for key in list(self._of_compile):
-            self._log(key)
-
-    def _log(self, key: tuple[str, str]) -> None:
-        if key not in self.logged:
-            self.logged.add(key)
-            reason, where = key
-            _LOG.warning("%s%s", reason, f" (at {where})" if where else "")
-
-    def reset(self, callers: Sequence[object] | None = None) -> None:
-        """Zeroes what happened, of some callers or all; the graph itself (graphs, pieces, ...) stays."""
-        with self._lock:
-            if callers is None:
-                self._of_compile.clear()
-            self.logged.clear()
-            for figures in self._of(callers):
-                figures.clear()
-
-    def snapshot(self, callers: Sequence[object] | None = None) -> Stats:
-        """The figures as they stand, of some callers or all."""
-        with self._lock:
-            total = _Figures(None)
-            total.clear()
-            for figures in self._of(callers):
-                _add(total, figures)
-            compiling = self._of_compile if total.sees_compile else {}
-            return Stats(
-                total.steps,
-                self.graphs,
-                self.pieces,
-                self.capturable,
-                self.compiled,
-                total.captured,
-                total.replays,
-                MappingProxyType({size: BucketStats(**vars(use)) for size, use in total.buckets.items()}),
-                tuple(
-                    Fallback(reason, where, count)
-                    for (reason, where), count in _summed(compiling, total.fallbacks).items()
-                ),
-                MappingProxyType(total.sizes),
-            )
-
-    def _everyones(self) -> list[_Figures]:
-        return [self._nobodys, *self._callers.values()]
-
-    def _of(self, callers: Sequence[object] | None) -> list[_Figures]:
-        if callers is None:
-            return self._everyones()
-        return [figures for figures in self._callers.values() if any(figures.caller() is one for one in callers)]
-
-
-def _add(total: _Figures, part: _Figures) -> None:
-    total.steps += part.steps
-    total.captured += part.captured
-    total.replays += part.replays
-    total.sees_compile |= part.sees_compile
-    total.fallbacks = _summed(total.fallbacks, part.fallbacks)
-    total.sizes = _summed(total.sizes, part.sizes)
-    for size, use in part.buckets.items():
-        total.buckets[size] = _sum_of_use(total.buckets.get(size, _Use()), use)
-
-
-def _summed(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:
-    return {key: one.get(key, 0) + other.get(key, 0) for key in (*one, *(k for k in other if k not in one))}
 
 
 @contextmanager

@@ -134,10 +134,52 @@ def test_private_parts_of_torch_are_named_in_torch_compat(path):
     assert [name for name in found if not any(one == name or one.startswith(name + ".") for one in names)] == []
 
 
+#: Where no file is long, and no module imports another that imports it.
+TIDY = ("backend.py", "uncaptured.py", "stats.py", "counters.py", "runtime/", "memory/", "distributed/", "fx/", "torch_compat/")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in (PACKAGE, ROOT / "passes")
+    for path in sorted(folder.rglob("*.py"))
+    if not path.is_relative_to(PACKAGE / "passes")
+}
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the project that a module imports, for type checking too."""
+    path, found = MODULES[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*parts, *([node.module] if node.module else [])])
+            module = module.replace("pcg_compile.passes", "passes")
+            names = (f"{module}.{alias.name}" for alias in node.names)
+            found |= {name if name in MODULES else module for name in names}
+    return (found & MODULES.keys()) - {name}
+
+
+@IN_A_CHECKOUT
+def test_imports_run_downwards():
+    imports = {name: imports_of(name) for name in MODULES}
+
+    def reached(name: str) -> set[str]:
+        seen, ahead = set(), [name]
+        while ahead:
+            ahead += (new := imports[ahead.pop()] - seen)
+            seen |= new
+        return seen
+
+    tidy = [n for n, path in MODULES.items() if str(path).startswith(tuple(str(PACKAGE / part) for part in TIDY))]
+    assert len(tidy) > 50 and [name for name in tidy if name in reached(name)] == []
+
+
 @IN_A_CHECKOUT
 def test_files_are_small():
-    for path in (PACKAGE / "torch_compat").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 350, path
+    for part in TIDY:
+        for path in (PACKAGE / part).glob("*.py") if part.endswith("/") else [PACKAGE / part]:
+            assert len(path.read_text().splitlines()) <= 350, path
 
 
 def test_this_torch_has_every_private_name():

@@ -13,10 +13,10 @@ import sympy
 import torch
 from torch import fx
 
+from ..counters import Counters
 from ..errors import Hazard, UnsafePadding
 from ..passes.padding_safety.analysis import PieceSafety, analyze_piece
 from ..passes.padding_safety.masks import OTHER, WILD, mask_inputs
-from ..stats import Counters
 from .fake_storages import told_apart
 from .places import name_of_input, place_parts
 from .plan import PieceItem, Plan, SplitOpItem

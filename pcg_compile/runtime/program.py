@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch import fx
 
+from ..counters import Counters
 from ..fx.plan import Item
-from ..stats import Counters
 from ..step import DoesNotFit
 from .full_graph import FullGraph
 

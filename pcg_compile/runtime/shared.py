@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..counters import Counters
 from ..distributed.agreement import Agreement
 from ..fx.plan import Plan
 from ..options import Options
-from ..stats import Counters
 from .buckets import BucketChooser
 from .capture import Engine
 
