@@ -135,7 +135,7 @@ def test_private_parts_of_torch_are_named_in_torch_compat(path):
 
 
 #: Where no file is long, and no module imports another that imports it.
-TIDY = ("backend.py", "uncaptured.py", "stats.py", "counters.py", "runtime/", "memory/", "distributed/", "fx/", "torch_compat/")
+TIDY = ("backend.py", "uncaptured.py", "stats.py", "counters.py", "runtime/", "memory/", "distributed/", "fx/")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in (PACKAGE, ROOT / "passes")
