@@ -20,6 +20,7 @@ from ..memory.views import real_rows
 from .binding import Binding
 from .budget import respect_budget
 from .builder import build_and_run
+from .capture import rng_unchanged, undone
 from .full_graph import FullGraph
 from .program import Program
 from .state import GraphState
@@ -273,13 +274,9 @@ def _may_capture_full_graph(graph: GraphState, full_graph: FullGraph) -> bool:
 @contextlib.contextmanager
 def _no_effects(graph: GraphState, args: Sequence[Any]) -> Iterator[None]:
     """Puts back what the graph mutates, and the state of the random number generators."""
-    written = [args[s.position] for s in graph.plan.inputs if s.node in graph.plan.mutated and s.position >= 0]
-    before = [t.clone() for t in written]
-    devices = [graph.shared.device] if graph.shared.device.type == "cuda" else []
+    restore = undone(graph.written(args))
     try:
-        with torch.random.fork_rng(devices=devices):
+        with rng_unchanged(graph.shared.device):
             yield
     finally:
-        with torch.no_grad():
-            for tensor, old in zip(written, before, strict=True):
-                tensor.copy_(old)
+        restore()

@@ -30,15 +30,13 @@ class Binding:
     """Captured graphs read the memory at the addresses they were made with, so each set of addresses has its own."""
 
     shared: Shared
-    #: Addresses of the inputs bound by address, in the order of ``GraphRuntime.bound_positions``.
-    addresses: list[int]
+    #: Addresses of the inputs bound by address, each at its input's position.
+    by_position: list[int]
     #: Identity of what comes from the step: captured graphs belong to a cache.
     step_key: Hashable
     buffers: FlatBuffers
     #: The compiled models that use it, weakly; more than one where models share their weights.
     callers: list[weakref.ref[Any]] = field(default_factory=list)
-    #: The same addresses, each at its input's position.
-    by_position: list[int] = field(default_factory=list)
     captured_graphs: dict[tuple[int, tuple[int, ...]], CapturedGraph] = field(default_factory=dict)
     steps: OrderedDict[tuple[int, ...], Program] = field(default_factory=OrderedDict)
     placed: dict[tuple[Hashable, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)

@@ -6,7 +6,6 @@ attention's plan, before the one replay. A batch that does not fit runs piece by
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,10 @@ import sympy
 import torch
 from torch import fx
 
-from ..distributed.agreement import RankFailed
-from ..errors import PCGError
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
 from ..step import DoesNotFit, current_step
-from .capture import CapturedGraph, first_line, rng_unchanged, undone
+from .capture import CapturedGraph
 from .shared import Shared
 from .timing import seconds_of
 
@@ -117,40 +114,17 @@ class FullGraph:
         if self._failures >= _MOST_FAILURES:
             counters.fall_back("attention between pieces: the full CUDA graph could not be captured, twice")
             return False
-        restore = undone([t for node, t in self.inputs.items() if node in shared.plan.mutated])
-        agreement = shared.agreement
-
-        def warm_up() -> None:
-            with rng_unchanged(shared.device):
-                self._run_all()
-            restore()
-
-        started = time.perf_counter()
-        try:
-            with shared.engine.session(), torch.inference_mode(False), torch.no_grad():
-                captured = shared.engine.capture(
-                    self._run_all,
-                    lambda i, t: t,
-                    warm_up,
-                    "full CUDA graph",
-                    agreement.all_ready if agreement is not None else lambda: None,
-                )
-        except PCGError:
-            raise
-        except Exception as error:
-            # Attention is anybody's code: whatever it raises, the step goes on piece by piece, counted.
-            restore()
-            if agreement is not None and not isinstance(error, RankFailed):
-                agreement.all_ready(False)
+        written = [t for node, t in self.inputs.items() if node in shared.plan.mutated]
+        with shared.engine.session():
+            captured = shared.capture(self._run_all, lambda i, t: t, "full CUDA graph", written, self.name)
+        if isinstance(captured, str):
             self._failures += 1
-            counters.fall_back(f"capturing the full graph failed: {first_line(error)}")
+            counters.fall_back(f"capturing the full graph failed: {captured}")
             return False
         if len(self.captured_graphs) >= _MOST_CAPTURES:
             del self.captured_graphs[next(iter(self.captured_graphs))]
         self.captured_graphs[key] = captured
-        shared.grew = True
         counters.replays += 1
-        counters.count_capture(self.name, time.perf_counter() - started, captured.nbytes)
         return True
 
     def _run_all(self) -> Sequence[torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,8 +10,6 @@ import sympy
 import torch
 from torch import fx
 
-from ..distributed.agreement import RankFailed
-from ..errors import PCGError
 from ..fx.facts import storage_of
 from ..fx.plan import PieceItem
 from ..fx.sizes import evaluate
@@ -20,7 +17,7 @@ from ..fx.uninitialized import uninitialized_results
 from ..memory.buffers import extent
 from ..memory.views import assign, has_layout
 from ..torch_compat.cuda import unowned_alias
-from .capture import CapturedGraph, StaticReplay, first_line, no_autocast_cache, rng_unchanged, undone
+from .capture import CapturedGraph, StaticReplay, rng_unchanged
 from .draft import Draft
 from .probe import Argument, NoVerdict, few_rows, probe
 from .program import Replay, RunPiece
@@ -148,52 +145,32 @@ def _probe(d: Draft, item: PieceItem, key: Key) -> bool:
 
 def _capture(d: Draft, item: PieceItem, key: Key) -> CapturedGraph | None:
     """Captures a piece, which runs it; None, counted, where that failed."""
-    piece, compiled, shared = item.piece, item.compiled, d.shared
+    piece, warm = item.piece, item.compiled.warm
     inputs = [d.static[node] for node in piece.inputs]
     function, conform = _at_bucket(d, item, inputs), conformer(d, piece)
-    run = lambda: conform(function())
-    engine = StaticReplay() if item.trivial else shared.engine
-    agreement = shared.agreement if not item.trivial else None
     # What comes from the step is written at the step's slots, so that writing twice is writing once.
     step_inputs = {s.node for s in d.plan.inputs if s.kind == "step"}
-    restore = undone([inputs[i] for i in piece.writes if piece.inputs[i] not in step_inputs])
-
-    def warm_up() -> None:
-        with rng_unchanged(shared.device):
-            run()
-        restore()
-
-    started = time.perf_counter()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), no_autocast_cache():
-            captured = engine.capture(
-                run,
-                _placer(d, item, inputs),
-                None if key[1] in compiled.warm else warm_up,
-                frozenset(piece.symbols),
-                agreement.all_ready if agreement is not None else lambda: None,
-            )
-    except PCGError:
-        raise
-    except Exception as error:
-        # A piece is anybody's code: whatever it raises, the step goes on without the captured graph, counted.
-        restore()
-        if agreement is not None and not isinstance(error, RankFailed):
-            agreement.all_ready(False)
+    captured = d.shared.capture(
+        lambda: conform(function()),
+        _placer(d, item, inputs),
+        frozenset(piece.symbols),
+        [inputs[i] for i in piece.writes if piece.inputs[i] not in step_inputs],
+        None if item.trivial else d.bucket_name(),
+        key[1] in warm,
+    )
+    if isinstance(captured, str):
         d.binding.failures[key] = d.binding.failures.get(key, 0) + 1
         d.complete = False
-        shared.counters.fall_back(f"capture failed: {first_line(error)}", item.where)
+        d.shared.counters.fall_back(f"capture failed: {captured}", item.where)
         return None
-    compiled.warm.add(key[1])
-    if captured.nbytes >= 0 and not isinstance(engine, StaticReplay):
+    warm.add(key[1])
+    if not item.trivial and not isinstance(d.shared.engine, StaticReplay):
         # Later captures may reuse the memory of the results once their last reader is captured.
         end = max((d.plan.last_use.get(node, len(d.plan.items)) for node in item.outputs), default=item.index)
         d.keep.setdefault(end, []).extend(captured.outputs)
         captured.outputs = [unowned_alias(t) for t in captured.outputs]
     d.binding.captured_graphs[key] = captured
     d.new.append(key)
-    if not item.trivial:
-        shared.counters.count_capture(d.bucket_name(), time.perf_counter() - started, captured.nbytes)
     return captured
 
 

@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from ..batch import StepState
@@ -22,6 +21,7 @@ from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding
 from .budget import respect_budget
 from .builder import build_and_run
+from .capture import undone
 from .program import Program
 from .state import GraphState
 
@@ -202,14 +202,11 @@ class GraphRuntime(GraphState):
         if not self.shared.options.strict:
             yield
             return
-        written = [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
-        before = [tensor.clone() for tensor in written]
+        restore = undone(self.written(args))
         try:
             yield
         except PCGError:
-            with torch.no_grad():
-                for tensor, old in zip(written, before, strict=True):
-                    tensor.copy_(old)
+            restore()
             raise
 
     def _choose(

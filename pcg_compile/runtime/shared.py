@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import fx
 
 from ..counters import Counters
-from ..distributed.agreement import Agreement
+from ..distributed.agreement import Agreement, RankFailed
+from ..errors import PCGError
 from ..fx.plan import Plan
 from ..options import Options
 from .buckets import BucketChooser
-from .capture import Engine
+from .capture import CapturedGraph, Engine, StaticReplay, first_line, no_autocast_cache, rng_unchanged, undone
 
 __all__ = ["Shared"]
 
@@ -51,3 +53,44 @@ class Shared:
                     copies[node] = graph.node_copy(node, copies.__getitem__)
             self._boxed[module] = fx.GraphModule(module, graph).forward
         return self._boxed[module]
+
+    def capture(
+        self,
+        run: Callable[[], Sequence[torch.Tensor]],
+        place: Callable[[int, torch.Tensor], torch.Tensor],
+        pool: Hashable,
+        written: Sequence[torch.Tensor],
+        bucket: Hashable,
+        warm: bool = False,
+    ) -> CapturedGraph | str:
+        """Captures ``run``, which also runs it once; the reason where that failed, with ``written`` as it was.
+
+        Args:
+            place, pool: see :meth:`Engine.capture`.
+            written: what it writes. bucket: whose figures it counts to; None: it launches nothing, and is not counted.
+            warm: whether kernels have loaded and tuned themselves for these sizes.
+        """
+        agreement, engine = (self.agreement, self.engine) if bucket is not None else (None, StaticReplay())
+        restore, started = undone(written), time.perf_counter()
+
+        def warm_up() -> None:
+            with rng_unchanged(self.device):
+                run()
+            restore()
+
+        try:
+            with torch.inference_mode(False), torch.no_grad(), no_autocast_cache():
+                ready = agreement.all_ready if agreement is not None else lambda: None
+                captured = engine.capture(run, place, None if warm else warm_up, pool, ready)
+        except PCGError:
+            raise
+        except Exception as error:
+            # What a model runs may raise anything: the step goes on without the captured graph, and the caller counts.
+            restore()
+            if agreement is not None and not isinstance(error, RankFailed):
+                agreement.all_ready(False)
+            return first_line(error)
+        if bucket is not None:
+            self.grew = True
+            self.counters.count_capture(bucket, time.perf_counter() - started, captured.nbytes)
+        return captured

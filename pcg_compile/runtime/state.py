@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,24 +96,23 @@ class GraphState:
     def binding(self, args: Sequence[Any], step: Any) -> Binding:
         """The captured graphs made with the addresses of this call, checked in every step."""
         key = step.key if step is not None else None
-        current = self.current
+        current, tensors = self.current, list(args)
         if (
             current is not None
             and current.step_key == key
-            and data_ptrs_equal(list(args), current.by_position, self.bound)
+            and data_ptrs_equal(tensors, current.by_position, self.bound)
         ):
             return current
-        addresses = [args[i].data_ptr() for i in self.bound]
         for binding in self.bindings:
-            if binding.addresses == addresses and binding.step_key == key:
-                self.current = binding
-                self._use(binding)
-                return binding
-        self._check_parameters(args)
-        self.current = self._new_binding(addresses, key)
-        self._watch(self.current, args, step)
-        self._use(self.current)
-        return self.current
+            if binding.step_key == key and data_ptrs_equal(tensors, binding.by_position, self.bound):
+                break
+        else:
+            self._check_parameters(args)
+            binding = self._new_binding(args, key)
+            self._watch(binding, args, step)
+        self.current = binding
+        self._use(binding)
+        return binding
 
     def _use(self, binding: Binding) -> None:
         """Notes that the present caller uses a binding. Models that share weights share it."""
@@ -141,17 +140,16 @@ class GraphState:
                     )
                 )
 
-    def _new_binding(self, addresses: list[int], key: Hashable) -> Binding:
+    def _new_binding(self, args: Sequence[Any], key: Hashable) -> Binding:
         if self._running < 2:
             self._bury([b for b in self.bindings if b.stale()])
-        if self.bindings:
-            self._unbind_what_changes(addresses)
-        binding = Binding(self.shared, addresses, key, FlatBuffers(self.shared.device))
-        binding.by_position = [0] * (1 + max(self.bound, default=-1))
-        for position, address in zip(self.bound, addresses, strict=True):
-            binding.by_position[position] = address
-        self.bindings.append(binding)
-        return binding
+        if len(self.bindings) >= _BOUND_CHANGES:
+            self._unbind_what_changes(args)
+        by_position = [0] * (1 + max(self.bound, default=-1))
+        for position in self.bound:
+            by_position[position] = args[position].data_ptr()
+        self.bindings.append(Binding(self.shared, by_position, key, FlatBuffers(self.shared.device)))
+        return self.bindings[-1]
 
     def _watch(self, binding: Binding, args: Sequence[Any], step: Any) -> None:
         """Captured graphs hold memory, and must not outlive the parameters and the cache that they read."""
@@ -193,26 +191,19 @@ class GraphState:
         for binding in dead:
             binding.forget()
 
-    def _unbind_what_changes(self, addresses: list[int]) -> None:
+    def _unbind_what_changes(self, args: Sequence[Any]) -> None:
         """A user's tensor that comes at a new address each time is copied in from then on."""
-        if len(self.bindings) < _BOUND_CHANGES:
-            return
-        last = self.bindings[-1].addresses
-        specs = {s.position: i for i, s in enumerate(self.plan.inputs) if s.kind == "bound"}
-        changing = [p for p, old, new in zip(self.bound, last, addresses, strict=True) if old != new and p in specs]
-        if not changing:
-            return
-        inputs = list(self.plan.inputs)
-        for position in changing:
-            inputs[specs[position]] = replace(inputs[specs[position]], kind="user")
-        self.plan.inputs = tuple(inputs)
-        self._find_bound()
-        self.bindings = []
-        addresses[:] = [a for a, p in zip(addresses, list(self._bound_before(changing)), strict=True) if p]
+        last, bound = self.bindings[-1].by_position, [s for s in self.plan.inputs if s.kind == "bound"]
+        changing = {s.position for s in bound if args[s.position].data_ptr() != last[s.position]}
+        if changing:
+            inputs = self.plan.inputs
+            self.plan.inputs = tuple(replace(s, kind="user") if s.position in changing else s for s in inputs)
+            self._find_bound()
+            self.bindings = []
 
-    def _bound_before(self, changed: Sequence[int]) -> Iterator[bool]:
-        positions = sorted([*self.bound, *changed])
-        return (p not in changed for p in positions)
+    def written(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The arguments of a call that the graph writes."""
+        return [args[s.position] for s in self.plan.inputs if s.node in self.plan.mutated and s.position >= 0]
 
     def run_eagerly(self, args: Sequence[Any]) -> Any:
         """Dynamo's own graph, on the caller's own tensors."""
