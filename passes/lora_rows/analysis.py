@@ -24,8 +24,8 @@ from pcg_compile.torch_compat.dynamo_graphs import is_static_input
 
 from ..padding_safety.bodies import bodies_of
 from ..padding_safety.dims import as_expr
-from .calls import Indices, RowCall
 from .layouts import Lost, Order, Rows, State, columns, fused, meet, moving, regroup, size_of
+from .row_calls import Indices, RowCall
 from .rules import queried, rows_after
 
 __all__ = ["LayerRows", "follow_rows"]

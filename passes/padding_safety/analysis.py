@@ -1,8 +1,8 @@
 """May a piece be captured at a bucket? Only if its real rows cannot depend on padding rows.
 
-The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`): every input's real
-entries are right and lie first; each op's rule (:mod:`.rules`) says where the result's are, or that they may
-depend on padding.
+The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`). The real entries of every
+input are right and lie first. Each op's rule (:mod:`.rules`) says where the result's are, or that they may depend on
+padding.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pcg_compile.fx.functional import functional_form
 from pcg_compile.fx.places import place_of
 from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
-from . import indexing, sums  # noqa: F401 - they enter their rules
-from . import shapes as shape_rules  # noqa: F401
+from . import index_rules, op_rules  # noqa: F401 - they enter their rules
 from .dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
-from .masks import OTHER, REPEATED, WILD, Known, finiteness, known_after
+from .masks import finiteness, known_after
 from .reach import Counts, Reach
-from .rules import Call, Tracked, no_size_as_number, register_row_rule, rule_for
+from .rules import (
+    OTHER, REPEATED, WILD, Call, Known, Tracked, no_size_as_number, packet_of, register_row_rule, rule_for,
+)  # fmt: skip
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
@@ -252,8 +253,7 @@ class _Analysis:
 
     def _padding_of(self, node: fx.Node, call: Call, result: Any, known: bool) -> Any:
         """Enters what is known of the padding of a result."""
-        packet = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
-        packet = packet if packet == "_to_copy" else packet.removesuffix("_copy")
+        packet = packet_of(node.target) if str(node.target).startswith("aten.") else ""
         starts = call.kind == "prefix" or (packet == "arange" and any(map(has_tokens, dims_of(call.shapes[0]))))
         level = finiteness(packet, call, starts) if known or not call.tensors() else WILD
         if isinstance(result, list):
