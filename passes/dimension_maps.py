@@ -1,8 +1,8 @@
 """What ops on one tensor do with its dimensions, written once for padding and for the rows of LoRA layers.
 
 :func:`map_of` says by name, arguments and sizes which dimension lies where in a result, and along which dimensions an
-entry is made of several. The padding analysis (:mod:`.padding_safety`) refuses to read padding along those; the analysis
-of rows (:mod:`.lora_rows`) learns which dimensions still go from token to token.
+entry is made of several. The padding analysis (:mod:`.padding_safety`) refuses to read padding along those. The
+analysis of rows (:mod:`.lora_rows`) learns which dimensions still go from token to token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 __all__ = ["MAPPED", "DimensionMap", "map_of"]
 
-#: What is left of entry i along dimensions that are read: result i (a softmax), nothing (a sum), another place (a roll).
+#: Where entry i is along dimensions that are read: in result i (a softmax), nowhere (a sum), elsewhere (a roll).
 After = Literal["kept", "gone", "moved"]
 
 
@@ -60,8 +60,8 @@ def _padded(given: Arguments, rank: int) -> Iterable[int]:
 
 
 _READS: tuple[tuple[str, Dimensions, str, After], ...] = (
-    ("sum mean amax amin prod any all argmax argmin logsumexp linalg_vector_norm norm std var max min var_mean std_mean "
-     "median nanmedian nansum count_nonzero aminmax", _given("dim", "dims"), "reduces", "gone"),
+    ("sum mean amax amin prod any all argmax argmin logsumexp linalg_vector_norm norm std var max min var_mean "
+     "std_mean median nanmedian nansum count_nonzero aminmax", _given("dim", "dims"), "reduces", "gone"),
     ("mode kthvalue", _given("dim", default=-1), "reduces", "gone"),
     ("topk", _given("dim", default=-1), "selects from", "gone"),
     ("sort argsort", _given("dim", default=-1), "works along", "gone"),

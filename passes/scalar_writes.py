@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcg_compile.errors import GraphBreakingScalarWrite, message
+from pcg_compile.errors import GraphBreakingScalarWrite
 from pcg_compile.fx.facts import NodeFacts, storage_of
 from pcg_compile.fx.places import place_of
 
@@ -136,7 +136,7 @@ def _reject(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFac
     what, why, cure = statement.refusal(facts[node.args[0]].value.device)  # type: ignore[index]
     cure += '   (or options={"scalar_writes": "rewrite"})'
     if not context.collect:
-        raise GraphBreakingScalarWrite(message(what, str(place), why, cure))
+        raise GraphBreakingScalarWrite(what, str(place), why, cure)
     context.hazards.append(hazard_at(place, Finding("scalar write", f"{what}. {why}", cure), "setitem"))
     context.splits[node] = what
 

@@ -15,7 +15,19 @@ from ..dimension_maps import map_of
 from ..padding_safety import index_rules, op_rules, rules
 from ..padding_safety.dims import as_expr, expanded, quotient
 from .layouts import (
-    Lost, Order, Rows, State, aligned, columns, fused, listed, meet, moving, regroup, size_of, unpicked,
+    Lost,
+    Order,
+    Rows,
+    State,
+    aligned,
+    columns,
+    fused,
+    listed,
+    meet,
+    moving,
+    regroup,
+    size_of,
+    unpicked,
 )  # fmt: skip
 from .row_calls import Result, RowCall, Rule
 

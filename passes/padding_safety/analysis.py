@@ -27,7 +27,16 @@ from .dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
 from .masks import finiteness, known_after
 from .reach import Counts, Reach
 from .rules import (
-    OTHER, REPEATED, WILD, Call, Known, Tracked, no_size_as_number, packet_of, register_row_rule, rule_for,
+    OTHER,
+    REPEATED,
+    WILD,
+    Call,
+    Known,
+    Tracked,
+    no_size_as_number,
+    packet_of,
+    register_row_rule,
+    rule_for,
 )  # fmt: skip
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]

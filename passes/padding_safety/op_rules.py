@@ -8,11 +8,33 @@ import sympy
 
 from ..dimension_maps import MAPPED, map_of
 from .dims import (
-    Causal, Dim, Dims, Mixing, as_expr, broadcast, dims_of, expanded, has_tokens, is_prefix, regroup, size_of,
+    Causal,
+    Dim,
+    Dims,
+    Mixing,
+    as_expr,
+    broadcast,
+    dims_of,
+    expanded,
+    has_tokens,
+    is_prefix,
+    regroup,
+    size_of,
 )  # fmt: skip
 from .rules import (
-    WILD, Call, Tracked, axis_of, need_static, numbers_are_static, packet_of, pointwise, random, register_row_rule, rule,
-    same, static_number,
+    WILD,
+    Call,
+    Tracked,
+    axis_of,
+    need_static,
+    numbers_are_static,
+    packet_of,
+    pointwise,
+    random,
+    register_row_rule,
+    rule,
+    same,
+    static_number,
 )  # fmt: skip
 
 # -- dimensions that stay, move, or are read along ----------------------------------------------------------------
@@ -244,11 +266,12 @@ def grid_sampler(call: Call) -> Dims:
 
 
 @rule("nonzero nonzero_static _unique _unique2 unique_dim unique_consecutive bincount block_diag _embedding_bag "
-      "_embedding_bag_forward_only segment_reduce histc as_strided as_strided_scatter diagonal tril_indices triu_indices "
-      "masked_select masked_scatter index_reduce _local_scalar_dense item dist cdist _cdist_forward trace linspace "
-      "logspace eye one_hot equal repeat_interleave addbmm "
+      "_embedding_bag_forward_only segment_reduce histc as_strided as_strided_scatter diagonal tril_indices "
+      "triu_indices masked_select masked_scatter index_reduce _local_scalar_dense item dist cdist _cdist_forward trace "
+      "linspace logspace eye one_hot equal repeat_interleave addbmm "
       # These raise where a value is out of range, that of padding too.
-      "binary_cross_entropy nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward")  # fmt: skip
+      "binary_cross_entropy nll_loss_forward nll_loss2d_forward multi_margin_loss "
+      "multilabel_margin_loss_forward")  # fmt: skip
 def full_size(call: Call) -> list[Dims]:
     for dim in (dim for tensor in call.tensors() for dim in tensor.dims):
         need_static(dim, "mixes the entries of")
@@ -257,8 +280,8 @@ def full_size(call: Call) -> list[Dims]:
     return [dims_of(shape) for shape in call.shapes]
 
 
-@rule("sym_size sym_stride sym_numel sym_storage_offset _assert_scalar sym_constrain_range_for_size sym_constrain_range "
-      "_assert_tensor_metadata")  # fmt: skip
+@rule("sym_size sym_stride sym_numel sym_storage_offset _assert_scalar sym_constrain_range_for_size "
+      "sym_constrain_range _assert_tensor_metadata")  # fmt: skip
 def check_only(call: Call) -> list[Dims]:
     return []
 

@@ -1,4 +1,4 @@
-"""Whether an index that counts through the padding stays within what it looks up. On a GPU, one that leaves it is fatal.
+"""Whether an index that counts through the padding stays within what it looks up: on a GPU, one that leaves it kills.
 
 Padding repeats row 0, so an index made of inputs is as good in the padding as in row 0. An arange and a cumulative sum
 go on counting instead.

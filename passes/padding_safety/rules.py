@@ -184,8 +184,8 @@ def need_static(dim: Dim, what: str) -> None:
         raise Mixing(f"it {what} a dimension that holds padding")
 
 
-@rule("where masked_fill copy contiguous lift_fresh nan_to_num _conj fill logical_not hardtanh hardswish floor_divide rsub "
-      "polar complex zero fake_quantize_per_tensor_affine prelu")  # fmt: skip
+@rule("where masked_fill copy contiguous lift_fresh nan_to_num _conj fill logical_not hardtanh hardswish floor_divide "
+      "rsub polar complex zero fake_quantize_per_tensor_affine prelu")  # fmt: skip
 def pointwise(call: Call) -> Dims | list[Dims]:
     """Every index stays where it is."""
     numbers_are_static(call)

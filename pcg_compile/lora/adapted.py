@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError, BatchError, message
+from ..errors import AdapterError, BatchError
 from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
@@ -102,10 +102,8 @@ def adapt(module: nn.Module, *, around: bool = False) -> None:
         module.__class__ = _adapted_class(_CopiedAsBase if around else _Adapted, cls)
     elif around and isinstance(module, _Adapted):
         raise AdapterError(
-            message(
-                f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
-                cure="Give it its former class back first, or make the pool on a new model.",
-            )
+            f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
+            cure="Give it its former class back first, or make the pool on a new model.",
         )
     if around:
         own: Any = module
@@ -148,10 +146,8 @@ def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
         adapters = None if state is None else state.batch.adapters
         if isinstance(adapters, torch.Tensor) or any(adapters or ()):
             raise BatchError(
-                message(
-                    "the batch names adapters, and the model is a copy of the one that their pool was made on",
-                    cure="Make a pool for the copy: AdapterPool(copy, ...)",
-                )
+                "the batch names adapters, and the model is a copy of the one that their pool was made on",
+                cure="Make a pool for the copy: AdapterPool(copy, ...)",
             )
 
 
@@ -159,6 +155,4 @@ def _refuse_gradients() -> None:
     """Gradients of the base model are the caller's business, those of a batch with adapters would be wrong."""
     state = current_step()
     if state is not None and state.batch.adapters is not None:
-        raise BatchError(
-            message("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
-        )
+        raise BatchError("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")

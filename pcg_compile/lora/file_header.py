@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError, message
+from ..errors import AdapterError
 
 __all__ = ["parse_json", "read_shapes", "shown"]
 
@@ -44,13 +44,13 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(size - 8, _MOST_HEADER):
                 raise AdapterError(
-                    message(f"{file.name} has {size} bytes, and says that its header alone has {length}", str(file))
+                    f"{file.name} has {size} bytes, and says that its header alone has {length}", str(file)
                 )
             header = parse_json(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(message(f"{file.name} has no readable header", where=str(file), why=str(error))) from None
+        raise AdapterError(f"{file.name} has no readable header", where=str(file), why=str(error)) from None
     if not isinstance(header, dict):
-        raise AdapterError(message(f"the header of {file.name} is no object", where=str(file)))
+        raise AdapterError(f"the header of {file.name} is no object", where=str(file))
     header.pop("__metadata__", None)
     return {name: _shape(name, entry, size - 8 - length, file) for name, entry in header.items()}
 
@@ -62,13 +62,13 @@ def _shape(name: str, entry: Any, room: int, file: Path) -> tuple[int, ...]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(message(f"tensor {shown(name)} has dtype {shown(dtype)}, which no adapter has", str(file)))
+        raise AdapterError(f"tensor {shown(name)} has dtype {shown(dtype)}, which no adapter has", str(file))
     if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(n) and n > 0 for n in shape):
-        raise AdapterError(message(f"tensor {shown(name)} has shape {shown(shape)}; factors are matrices", str(file)))
+        raise AdapterError(f"tensor {shown(name)} has shape {shown(shape)}; factors are matrices", str(file))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise AdapterError(message(f"tensor {shown(name)} lies outside of the file", where=str(file)))
+        raise AdapterError(f"tensor {shown(name)} lies outside of the file", where=str(file))
     if offsets[1] - offsets[0] != shape[0] * shape[1] * _DTYPES[dtype]:
-        raise AdapterError(message(f"tensor {shown(name)} has other bytes than its shape needs", where=str(file)))
+        raise AdapterError(f"tensor {shown(name)} has other bytes than its shape needs", where=str(file))
     return tuple(shape)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterError, message
+from ..errors import AdapterError
 
 __all__ = ["has_forward_of_class", "opened_forward"]
 
@@ -41,11 +41,9 @@ def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callab
     original: Any = cells[_REPLACED].cell_contents if _REPLACED in cells else None
     if not _is_of_class(original, module):
         raise AdapterError(
-            message(
-                f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
-                why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
-                cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
-            )
+            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
+            why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
+            cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
         )
 
     def opened(module: nn.Module) -> Callable[..., Any]:
