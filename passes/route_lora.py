@@ -72,7 +72,7 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
     regions = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in gm.graph.nodes)
     if found or ((context.continued or regions) and any_router()):
-        layers, context.moved = follow_rows(gm, context.facts, context.notes, context.moved)
+        layers, context.moved = follow_rows(gm, context.facts, context.notes, context.remarks, context.moved)
         if layers:
             return _Opening(gm, context, found, layers).done()
     return gm
