@@ -78,9 +78,7 @@ def follow_rows(
 
 
 class _Follower:
-    def __init__(
-        self, facts: Mapping[fx.Node, NodeFacts], notes: list[str], remarks: list[tuple[str, str]]
-    ) -> None:
+    def __init__(self, facts: Mapping[fx.Node, NodeFacts], notes: list[str], remarks: list[tuple[str, str]]) -> None:
         self.facts, self.notes, self.remarks, self.indices = facts, notes, remarks, Indices()
         #: By the identity of a tensor, which the facts keep, and by input.
         self.states: dict[int, dict[fx.Node, State]] = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copyreg
+import inspect
+from collections.abc import Callable
 from functools import cache
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
 
-__all__ = ["FACTORS", "adapt", "unadapt"]
+__all__ = ["FACTORS", "adapt", "has_forward_of_class", "opened_forward", "unadapt"]
 
 #: What a layer with adapters has beside its own: the packed factors, and plain attributes.
 FACTORS = "pcg_lora_factors"
@@ -156,3 +158,54 @@ def _refuse_gradients() -> None:
     state = current_step()
     if state is not None and state.batch.adapters is not None:
         raise BatchError("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+
+
+# -- layers whose forward was replaced by one that does more: adapters go inside of that ---------------------------
+
+#: What transformers' ``install_forward`` calls the method that it replaces (5.18 to 5.24).
+_REPLACED = "original_forward"
+
+
+def has_forward_of_class(module: nn.Module) -> bool:
+    """Whether calling a module calls its class's ``forward``."""
+    forward = vars(module).get("forward")
+    return forward is None or _is_of_class(forward, module)
+
+
+def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What makes of a module's own ``forward`` one that calls the module's class as it will be then.
+
+    transformers' parallel styles replace ``module.forward`` by a function that brings the input to the rank, calls the
+    method that was there, and sums up the ranks' results: adapters go inside of it.
+
+    Returns:
+        A function of the module that gives the new forward.
+
+    Raises:
+        AdapterError: a forward of which it is not known what it does with the class's.
+    """
+    forward = vars(module)["forward"]
+    names = forward.__code__.co_freevars if inspect.isfunction(forward) else ()
+    cells = dict(zip(names, forward.__closure__ or (), strict=True)) if names else {}
+    original: Any = cells[_REPLACED].cell_contents if _REPLACED in cells else None
+    if not _is_of_class(original, module):
+        raise AdapterError(
+            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
+            why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
+            cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
+        )
+
+    def opened(module: nn.Module) -> Callable[..., Any]:
+        inside = {**cells, _REPLACED: CellType(MethodType(type(module).forward, module))}
+        new = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, tuple(inside.values())
+        )
+        new.__kwdefaults__, new.__qualname__ = forward.__kwdefaults__, forward.__qualname__
+        return new
+
+    return opened
+
+
+def _is_of_class(function: Any, module: nn.Module) -> bool:
+    """Whether it is the method that the module's class has for ``forward``."""
+    return bool(function == MethodType(type(module).forward, module))

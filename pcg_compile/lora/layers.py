@@ -11,16 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError
-from .adapted import FACTORS, adapt, unadapt
-from .packed import PackedFactors
+from .adapted import FACTORS, adapt, has_forward_of_class, opened_forward, unadapt
+from .packed import MOST_SLICES, PackedFactors
 from .peft_folder import Factors
 from .shards import WHOLE, Share, refuse_plain_part, share_of
-from .wrapped import has_forward_of_class, opened_forward
 
 __all__ = ["LoRALayer", "find_layers"]
-
-#: What the kernels take.
-_MOST_PARTS = 4
 
 
 @dataclass
@@ -281,11 +277,11 @@ def _parts(name: str, module: nn.Module, fused: Mapping[str, Mapping[str, int] |
     own, outputs = name.rsplit(".", 1)[-1], features_of(module)[1]
     given = fused.get(own, {own: outputs})
     parts = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, outputs // max(1, len(given)))
-    if sum(parts.values()) != outputs or len(parts) > _MOST_PARTS:
+    if sum(parts.values()) != outputs or len(parts) > MOST_SLICES:
         raise AdapterError(
             f"the parts of {name}, {parts}, do not add up to its {outputs} outputs"
-            if len(parts) <= _MOST_PARTS
-            else f"{name} has {len(parts)} parts; {_MOST_PARTS} at most can be added to at once",
+            if len(parts) <= MOST_SLICES
+            else f"{name} has {len(parts)} parts; {MOST_SLICES} at most can be added to at once",
             cure=f'Give their widths: fused={{"{own}": {{"q_proj": 2048, "k_proj": 512, "v_proj": 512}}}}',
         )
     return parts

@@ -6,8 +6,10 @@ shapes before anything is allocated, and no pickle is ever opened.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,14 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError
-from .file_header import parse_json, read_shapes, shown
 
 __all__ = ["Adapter", "Factors", "read_adapter"]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _MOST_CONFIG = 1 << 20
 _MOST_RANK = 1 << 14
+_MOST_HEADER = 16 << 20
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _KEY = re.compile(r"base_model\.model\.(?P<module>\w+(?:\.\w+)*)\.lora_(?P<factor>[AB])\.weight", re.ASCII)
 #: Fields of a configuration that change what an adapter computes, and the only values that are computed here.
 _PLAIN: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -90,7 +93,7 @@ def read_adapter(folder: str | Path, check: Callable[[str, int, int, int], None]
     config = _read_config(_file(path, _CONFIG, _MOST_CONFIG))
     _refuse_unsupported(config, path)
     file = _file(path, _WEIGHTS, None)
-    shapes = read_shapes(file)
+    shapes = _read_shapes(file)
     pairs = sorted(_pairs(shapes, file).items())
     scalings = {module: _scaling(config, module, shapes[a][0], path) for module, (a, _) in pairs}
     if check is not None:
@@ -145,7 +148,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = parse_json(file.read_text(encoding="utf-8"))
+        config = _parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{_CONFIG} is no JSON", where=str(file), why=str(error)) from None
     if not isinstance(config, dict):
@@ -156,7 +159,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"peft_type is {shown(kind)}; only LORA is computed here", where=str(folder))
+        raise AdapterError(f"peft_type is {_shown(kind)}; only LORA is computed here", where=str(folder))
     for name in [*_PLAIN, *(config.keys() - _PLAIN.keys() - _HARMLESS)]:
         value = config.get(name)
         if name in _PLAIN:
@@ -167,7 +170,7 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
             supported = value is not True and not (isinstance(value, (dict, list)) and value)
         if not supported:
             raise AdapterError(
-                f"{shown(name)[1:-1]}={shown(value)} is not supported",
+                f"{_shown(name)[1:-1]}={_shown(value)} is not supported",
                 where=str(folder),
                 why="What the adapter adds would be computed otherwise than PEFT computes it.",
                 cure="Merge the adapter into a model of its own with PEFT: model.merge_and_unload()",
@@ -179,14 +182,14 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"), folder, "rank_pattern")
     if isinstance(declared, bool) or not isinstance(declared, int) or declared != rank:
         raise AdapterError(
-            f"the weights for {module} have rank {rank}, the configuration says {shown(declared)}", str(folder)
+            f"the weights for {module} have rank {rank}, the configuration says {_shown(declared)}", str(folder)
         )
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), folder, "alpha_pattern")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-        raise AdapterError(f"lora_alpha of {module} is {shown(alpha)}, which is no number", where=str(folder))
+        raise AdapterError(f"lora_alpha of {module} is {_shown(alpha)}, which is no number", where=str(folder))
     rooted = config.get("use_rslora", False)
     if not isinstance(rooted, bool):
-        raise AdapterError(f"use_rslora is {shown(rooted)}, not true or false", where=str(folder))
+        raise AdapterError(f"use_rslora is {_shown(rooted)}, not true or false", where=str(folder))
     return float(alpha) / (math.sqrt(rank) if rooted else rank)
 
 
@@ -195,11 +198,11 @@ def _by_pattern(patterns: Any, module: str, general: Any, folder: Path, field: s
     if patterns is None:
         return general
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{field} is {shown(patterns)}, not an object", where=str(folder))
+        raise AdapterError(f"{field} is {_shown(patterns)}, not an object", where=str(folder))
     for pattern, value in patterns.items():
         # A name, as PEFT writes it, its dots escaped or not; a general expression could take forever to match.
         if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", pattern, re.ASCII):
-            raise AdapterError(f"{field} has the pattern {shown(pattern)}; names are read", str(folder))
+            raise AdapterError(f"{field} has the pattern {_shown(pattern)}; names are read", str(folder))
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
             return value
     return general
@@ -212,7 +215,7 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple
         match = _KEY.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"tensor {shown(name)} is no factor of a linear layer",
+                f"tensor {_shown(name)} is no factor of a linear layer",
                 where=str(file),
                 why="Only lora_A and lora_B weights of linear layers are computed here.",
             )
@@ -236,3 +239,69 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{_WEIGHTS} cannot be read", where=str(file), why=str(error)) from None
+
+
+# -- what can be said of files before they are read ----------------------------------------------------------------
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """JSON, in which no name may stand twice: readers differ in which of the two they take.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return entries
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, once all that its header says fits the file.
+
+    Raises:
+        AdapterError: the file is damaged, or has tensors that no adapter has.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > min(size - 8, _MOST_HEADER):
+                raise AdapterError(
+                    f"{file.name} has {size} bytes, and says that its header alone has {length}", str(file)
+                )
+            header = _parse_json(stream.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file.name} has no readable header", where=str(file), why=str(error)) from None
+    if not isinstance(header, dict):
+        raise AdapterError(f"the header of {file.name} is no object", where=str(file))
+    header.pop("__metadata__", None)
+    return {name: _shape(name, entry, size - 8 - length, file) for name, entry in header.items()}
+
+
+def _shape(name: str, entry: Any, room: int, file: Path) -> tuple[int, ...]:
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= room
+
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise AdapterError(f"tensor {_shown(name)} has dtype {_shown(dtype)}, which no adapter has", str(file))
+    if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(n) and n > 0 for n in shape):
+        raise AdapterError(f"tensor {_shown(name)} has shape {_shown(shape)}; factors are matrices", str(file))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise AdapterError(f"tensor {_shown(name)} lies outside of the file", where=str(file))
+    if offsets[1] - offsets[0] != shape[0] * shape[1] * _DTYPES[dtype]:
+        raise AdapterError(f"tensor {_shown(name)} has other bytes than its shape needs", where=str(file))
+    return tuple(shape)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
