@@ -24,8 +24,6 @@ from .context import PassContext
 from .hazard_rules import MADE_FROM_DATA, Finding, finding_of, hazard_at, reads_host_scalars, tensor_arguments
 from .host_tensors import FROM_DATA, GraphMemory, data_of, is_lifted_number
 
-__all__ = ["capture_hazards", "node_finding"]
-
 _DROPOUT = Finding(
     "rng", "attention drops weights at random: the model is in training mode", "call model.eval() for inference"
 )

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["MAPPED", "DimensionMap", "map_of"]
-
 #: Where entry i is along dimensions that are read: in result i (a softmax), nowhere (a sum), elsewhere (a roll).
 After = Literal["kept", "gone", "moved"]
 

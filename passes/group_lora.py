@@ -17,8 +17,6 @@ from pcg_compile.fx.facts import NodeFacts, alias_of
 from pcg_compile.fx.sizes import is_scalar, leaves_of
 from pcg_compile.lora.packed import MOST_SLICES
 
-__all__ = ["LoRACall", "group_calls"]
-
 #: Nodes that move up for one layer: a linear layer in one op or two, and views.
 _MOST_MOVED = 4
 

@@ -17,8 +17,6 @@ from pcg_compile.errors import Hazard
 from pcg_compile.fx.facts import OpCall, tensors_in
 from pcg_compile.fx.places import Place
 
-__all__ = ["MADE_FROM_DATA", "Finding", "Memory", "finding_of", "hazard_at", "reads_host_scalars", "tensor_arguments"]
-
 
 @dataclass(frozen=True)
 class Finding:

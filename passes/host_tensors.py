@@ -15,8 +15,6 @@ from pcg_compile.torch_compat.fake_tensors import FakeTensor
 
 from .hazard_rules import tensor_arguments
 
-__all__ = ["FROM_DATA", "GraphMemory", "data_of", "is_lifted_number"]
-
 #: What makes a tensor of Python data.
 FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 

@@ -22,8 +22,6 @@ from pcg_compile.split_ops import SplitOp, add_split_op, registered_split_ops
 from .context import PassContext
 from .request_mode import Unproven, prove_request
 
-__all__ = ["pad_metadata"]
-
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 
 # Each returns memory of its own, also where there is no padding: that of a source which a piece computed is used again

@@ -29,8 +29,6 @@ from pcg_compile.fx.sizes import expr_of
 from .context import PassContext, StepInput
 from .rewriting import Rewriter
 
-__all__ = ["prepare_batch"]
-
 _TARGETS = (torch.ops.pcg.paged_attention, torch.ops.pcg.paged_attention.default)
 _NAMES = ("q", "k", "v", "layer", "shape", "sinks", "slopes")
 

@@ -16,8 +16,6 @@ from pcg_compile.torch_compat.fake_tensors import fake_mode_of
 
 from .context import PassContext, StepInput
 
-__all__ = ["Rewriter"]
-
 
 class Rewriter:
     """Adds nodes and step inputs to a graph; they carry fake values, so that facts can be made of them."""

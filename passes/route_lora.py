@@ -42,8 +42,6 @@ from .lora_rows.analysis import LayerRows, follow_rows
 from .lora_rows.slots import SlotsOfRows
 from .rewriting import Rewriter
 
-__all__ = ["route_lora"]
-
 _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 _NAMES = ("y", "x", "factors", "layout")
 

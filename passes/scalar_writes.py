@@ -26,8 +26,6 @@ from .hazard_rules import MADE_FROM_DATA, Finding, hazard_at
 from .host_tensors import data_of
 from .statements import assignment_of
 
-__all__ = ["host_scalar_write", "scalar_writes"]
-
 _Number = (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

@@ -27,8 +27,6 @@ from .layouts import Lost, Order, Rows, State, columns, fused, meet, moving, reg
 from .row_calls import Indices, RowCall
 from .rules import queried, rows_after
 
-__all__ = ["LayerRows", "follow_rows"]
-
 _LAYERS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 #: Ops that run their region once, and give what it gives.
 _REGIONS = ("wrap", "tag_activation_checkpoint", "wrap_activation_checkpoint", "invoke_subgraph", "wrap_with_autocast",

@@ -16,11 +16,6 @@ from torch import fx
 
 from ..padding_safety.dims import as_expr, expanded, quotient
 
-__all__ = [
-    "Dim", "Lost", "Order", "Rows", "State", "aligned", "columns", "fused", "listed", "meet", "moving", "regroup",
-    "size_of", "unpicked",
-]  # fmt: skip
-
 #: Factors (size, stride) of a dimension, outermost first; none of size 1.
 Dim = tuple[tuple[Any, Any], ...]
 

@@ -31,8 +31,6 @@ from .layouts import (
 )  # fmt: skip
 from .row_calls import Result, RowCall, Rule
 
-__all__ = ["queried", "rows_after"]
-
 
 def together(c: RowCall) -> Result:
     """Each entry is made of the entries there of all arguments; a number in a tensor is of no row."""

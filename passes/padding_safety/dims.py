@@ -15,11 +15,6 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = [
-    "Causal", "Dim", "Dims", "Mixing", "as_expr", "broadcast", "counts_alike", "dims_of", "expanded", "grows",
-    "has_tokens", "is_dynamic", "is_prefix", "quotient", "regroup", "size_of",
-]  # fmt: skip
-
 Dim = tuple[Any, ...]
 Dims = tuple[Dim, ...]
 

@@ -19,8 +19,6 @@ from pcg_compile.fx.sizes import evaluate, size_at, symbols_of
 from .dims import Mixing, as_expr, has_tokens, is_prefix, size_of
 from .rules import Call, axis_of, packet_of
 
-__all__ = ["Counts", "Reach"]
-
 #: Entries of an index that is computed to see how far it reaches.
 _MOST_ENTRIES = 1 << 24
 #: Argument that is looked up, argument with the index.

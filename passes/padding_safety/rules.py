@@ -15,12 +15,6 @@ import torch
 
 from .dims import Dim, Dims, Mixing, as_expr, broadcast, dims_of, has_tokens, is_dynamic
 
-__all__ = [
-    "OTHER", "REPEATED", "WILD", "Call", "Known", "Rule", "Tracked", "axis_of", "need_static", "no_size_as_number",
-    "numbers_are_static", "packet_of", "pointwise", "random", "register_row_rule", "rule", "rule_for", "same",
-    "static_number", "tensors_of",
-]  # fmt: skip
-
 #: What padding holds: some real row's values; other finite ones; anything.
 REPEATED, OTHER, WILD = 0, 1, 2
 

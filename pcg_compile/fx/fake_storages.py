@@ -15,8 +15,6 @@ import torch
 
 from ..torch_compat.fake_tensors import FakeTensor, empty_fake, fake_like, holds_data, without_transforms
 
-__all__ = ["Storage", "in_own_memory", "look_alike_of", "note_memory", "storage_behind", "storage_of", "told_apart"]
-
 _NOTE = "_pcg_storage"
 
 

@@ -18,8 +18,6 @@ from ..torch_compat.fake_tensors import FakeTensor, fake_mode_of, python_dispatc
 from ..torch_compat.functionalize import is_decomposed, run_functionally
 from .sizes import SymType
 
-__all__ = ["functional_form"]
-
 
 def functional_form(
     gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]

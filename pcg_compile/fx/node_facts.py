@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CopiedCall", "NodeFacts", "OpCall", "tensors_in", "written_tensors"]
-
 
 @dataclass(frozen=True)
 class OpCall:

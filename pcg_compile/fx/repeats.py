@@ -22,8 +22,6 @@ from .fake_storages import Storage, look_alike_of, storage_behind, storage_of
 from .node_facts import CopiedCall, NodeFacts, tensors_in
 from .sizes import SymType, expr_of, symbols_of
 
-__all__ = ["Call", "Repeats"]
-
 _CONSTANTS = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, EllipsisType)
 #: Of other ops nobody knows what their fake implementation looks at beside its arguments.
 _NAMESPACES = ("aten", "prim", "prims", "pcg")

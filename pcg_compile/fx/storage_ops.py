@@ -15,8 +15,6 @@ from .places import place_of
 from .sizes import expr_of
 from .splitting import Segment
 
-__all__ = ["reason_to_run_eagerly"]
-
 #: Whose result may lie outside the tensor that they are given, anywhere in its storage.
 _AROUND = frozenset(f"aten::{name}" for name in ("as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"))
 #: What changes the tensor itself, and not what its elements hold.

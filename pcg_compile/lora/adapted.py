@@ -17,8 +17,6 @@ from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
 
-__all__ = ["FACTORS", "adapt", "has_forward_of_class", "opened_forward", "unadapt"]
-
 #: What a layer with adapters has beside its own: the packed factors, and plain attributes.
 FACTORS = "pcg_lora_factors"
 FACTS = ("pcg_lora_layout", "pcg_lora_name", "pcg_lora_kinds", "pcg_lora_sizes", "pcg_lora_router")

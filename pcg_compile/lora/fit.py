@@ -13,8 +13,6 @@ from ..errors import AdapterError
 from .layers import LoRALayer, features_of
 from .peft_folder import Factors, read_adapter
 
-__all__ = ["Stored", "read_fitting"]
-
 
 @dataclass(frozen=True)
 class Stored:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expand", "shrink"]
-
 
 @triton.jit
 def _find_tile(seg_indptr, tile, ADAPTERS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):

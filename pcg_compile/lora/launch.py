@@ -13,8 +13,6 @@ import triton.language as tl
 from . import kernels
 from .packed import MOST_SLICES
 
-__all__ = ["Blocks", "Launch", "add_adapters_on_gpu", "blocks_for", "launches"]
-
 #: Tiles, times the parts of the sum, from which on more parts of the shrink's sum do not pay.
 _TILES, _MOST_SPLITS = 160, 8
 #: Programs of the expand, from which on more of them do not pay, and blocks of columns that one has at most.

@@ -16,8 +16,6 @@ from .packed import MOST_SLICES, PackedFactors
 from .peft_folder import Factors
 from .shards import WHOLE, Share, refuse_plain_part, share_of
 
-__all__ = ["LoRALayer", "find_layers"]
-
 
 @dataclass
 class LoRALayer:

@@ -18,11 +18,6 @@ from .packed import decode
 from .route import route
 from .routing import router_by_id
 
-__all__ = [
-    "add_adapters", "bind_prepare_lora", "bind_prepare_one_lora", "lora", "lora_apply", "lora_apply_many", "route_form",
-    "row_wise_form", "row_wise_form_of_many",
-]  # fmt: skip
-
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 
 

@@ -13,8 +13,6 @@ from math import prod
 
 import torch
 
-__all__ = ["MOST_SLICES", "PackedFactors", "decode", "pack"]
-
 #: Slices of all layers of one call, as many as the kernels take pointers for.
 MOST_SLICES = 4
 #: Bytes that each part begins at a multiple of: kernels read 16 at once.

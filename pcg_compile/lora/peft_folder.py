@@ -20,8 +20,6 @@ import torch
 
 from ..errors import AdapterError
 
-__all__ = ["Adapter", "Factors", "read_adapter"]
-
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _MOST_CONFIG = 1 << 20
 _MOST_RANK = 1 << 14

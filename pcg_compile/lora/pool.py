@@ -16,8 +16,6 @@ from .fit import Stored, read_fitting
 from .layers import LoRALayer, find_layers
 from .routing import Router
 
-__all__ = ["AdapterPool"]
-
 
 class AdapterPool:
     """Adapters that the requests of one batch choose from: ``Batch(..., adapters=["fr", None, "sql"])``.

@@ -19,8 +19,6 @@ from .route import Routing, route
 if TYPE_CHECKING:
     from ..step import StepState
 
-__all__ = ["OneAdapterMemory", "Router", "RoutingMemory", "SlotSource", "any_router", "router_by_id"]
-
 
 class SlotSource(Protocol):
     """What a router asks for the adapter slots of a batch: an adapter pool."""

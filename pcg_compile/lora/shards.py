@@ -13,8 +13,6 @@ from ..errors import AdapterError
 from ..torch_compat.subclasses import is_subclass
 from .peft_folder import Factors
 
-__all__ = ["WHOLE", "Share", "is_distributed", "own_tensors", "refuse_plain_part", "share_of"]
-
 
 @dataclass(frozen=True)
 class Share:

@@ -10,8 +10,6 @@ from torch import fx
 
 from .probe import deferred, private
 
-__all__ = ["is_decomposed", "run_functionally", "types_of_arguments"]
-
 _READ = "2.11 to 2.13"
 _parse_schema = private("torch._C.parse_schema", _READ)
 _is_functional_tensor = private("torch._is_functional_tensor", _READ)

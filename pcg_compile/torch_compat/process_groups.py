@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from .probe import private
 
-__all__ = ["GroupMaximum", "default_store", "group_backend", "ranks_of_group"]
-
 _READ = "2.11 to 2.13"
 _get_default_store = private("torch.distributed.distributed_c10d._get_default_store", _READ)
 _get_default_group = private("torch.distributed.distributed_c10d._get_default_group", _READ)
