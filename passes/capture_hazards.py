@@ -15,7 +15,7 @@ from torch import fx
 
 from pcg_compile.errors import CaptureHazard, Hazard
 from pcg_compile.fx.contexts import is_mode_switch
-from pcg_compile.fx.facts import NodeFacts, bodies_of, storage_of, tensors_in
+from pcg_compile.fx.facts import NodeFacts, arguments_of, bodies_of, storage_of, tensors_in
 from pcg_compile.fx.places import Place, place_of
 from pcg_compile.fx.splitting import find_cuts, op_names, segments_of
 from pcg_compile.split_ops import registered_split_ops
@@ -207,8 +207,7 @@ def _drops_in_attention(node: fx.Node, context: PassContext) -> bool:
     if node not in context.facts or not op_names(node, context.facts[node]) & registered_split_ops().keys():
         return False
     for call in context.facts[node].ops:
-        arguments = call.op._schema.arguments
-        given = {**dict(zip((a.name for a in arguments), call.args, strict=False)), **call.kwargs}
+        given = arguments_of(call.op, call.args, call.kwargs)
         # A kernel of attention that has it, or attention that was taken apart on its way to one that has not.
         share = given.get("p", 0.0) if "dropout" in str(call.op) else given.get("dropout_p", 0.0)
         if isinstance(share, float) and share > 0 and given.get("train") is not False:

@@ -114,7 +114,7 @@ def map_of(name: str, given: Arguments, sizes: Sequence[Any], shapes: Sequence[S
     if name in ("norm", "linalg_vector_norm"):
         order = given.get("ord", given.get("p", 2))
         neutral = 0 if isinstance(order, (int, float)) and order >= 0 else None
-    results = []
+    results: list[tuple[int | None, ...]] = []
     for shape in shapes:
         if after != "kept" and len(shape) == rank - len(reads):
             results.append(tuple(i for i in range(rank) if i not in reads))

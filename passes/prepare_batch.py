@@ -23,6 +23,7 @@ from pcg_compile.attention import ops as _ops
 from pcg_compile.attention.base import AttentionShape
 from pcg_compile.batch import current_step, require_step
 from pcg_compile.errors import BatchError
+from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.places import place_of
 from pcg_compile.fx.sizes import expr_of
 
@@ -59,7 +60,7 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+    given = arguments_of(node.target, node.args, node.kwargs)
     return [given.get(name) for name in _NAMES]
 
 
@@ -114,8 +115,8 @@ class _Attention(Rewriter):
             self.cache.check(layer, shape, device)
             # A backend that cannot compute it is an error ahead of the first step.
             self.cache.impl(text)
-        caches = [self._cache_input(which, layer, shape, device) for which in ("k", "v")]
-        scales = [self._scale_input(which, layer, shape, device) for which in ("k", "v") if self._is_fp8()]
+        caches = [self._cache_input(name, layer, shape, device) for name in ("k_cache", "v_cache")]
+        scales = [self._cache_input(name, layer, shape, device) for name in ("k_scale", "v_scale") if self._is_fp8()]
         slots = self.step_input(
             StepInput(
                 "slot_mapping",
@@ -151,36 +152,27 @@ class _Attention(Rewriter):
         reasons = sorted({self.cache.reasons[text] for text in shapes if text in self.cache.reasons})
         return f", by {' and '.join(names)}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
-    def _cache_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
+    def _cache_input(self, name: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
+        """One layer's keys, values or scales, which the step's cache has."""
         # Traced by pcg.check() outside a step, any number of slots does.
         slots = self.cache.num_pages * self.cache.page_size if self.cache is not None else 32
-
-        size = shape.head_dim if which == "k" else shape.v_dim
+        width = shape.head_dim if name == "k_cache" else shape.v_dim
+        size: tuple[int, ...] = (slots, shape.num_kv_heads, width)
         dtype = torch.uint8 if self._is_fp8() else shape.dtype
-
-        def fake(tokens: Any) -> torch.Tensor:
-            return torch.empty((slots, shape.num_kv_heads, size), dtype=dtype, device=device)
+        if name in ("k_scale", "v_scale"):
+            size, dtype = (shape.num_kv_heads,), torch.float32
 
         def get(state: Any, bucket: int) -> torch.Tensor:
             cache = state.require_cache()
             cache.check(layer, shape, device)
-            return (cache.flat_k if which == "k" else cache.flat_v)[layer]
+            found: torch.Tensor = getattr(cache, {"k_cache": "flat_k", "v_cache": "flat_v"}.get(name, name))[layer]
+            return found
 
-        return self.step_input(StepInput(f"{which}_cache_{layer}", fake, get, self.tokens))
+        fake = lambda tokens: torch.empty(size, dtype=dtype, device=device)
+        return self.step_input(StepInput(f"{name}_{layer}", fake, get, self.tokens))
 
     def _is_fp8(self) -> bool:
         return self.cache is not None and self.cache.k_scale is not None
-
-    def _scale_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
-        def fake(tokens: Any) -> torch.Tensor:
-            return torch.empty(shape.num_kv_heads, dtype=torch.float32, device=device)
-
-        def get(state: Any, bucket: int) -> torch.Tensor:
-            cache = state.require_cache()
-            cache.check(layer, shape, device)
-            return (cache.k_scale if which == "k" else cache.v_scale)[layer]
-
-        return self.step_input(StepInput(f"{which}_scale_{layer}", fake, get, self.tokens))
 
 
 def _given(extra: Sequence[Any]) -> Sequence[Any]:

@@ -72,7 +72,8 @@ class Rewriter:
                 if expr_of(value) == expr:
                     return node
                 sources.setdefault(expr_of(value), node)
-        return expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
+        found: fx.Node | int = expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
+        return found
 
     def done(self) -> fx.GraphModule:
         """The rewritten graph, checked."""

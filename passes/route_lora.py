@@ -31,7 +31,7 @@ import sympy
 import torch
 from torch import fx
 
-from pcg_compile.fx.facts import tensors_in
+from pcg_compile.fx.facts import arguments_of, tensors_in
 from pcg_compile.fx.sizes import expr_of, symbols_of
 from pcg_compile.lora.packed import decode
 from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router, router_by_id
@@ -43,7 +43,6 @@ from .lora_rows.slots import SlotsOfRows
 from .rewriting import Rewriter
 
 _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
-_NAMES = ("y", "x", "factors", "layout")
 
 
 @dataclass
@@ -110,7 +109,7 @@ class _Opening:
         return self.rewriter.done()
 
     def _call(self, node: fx.Node) -> LoRACall | None:
-        given: Mapping[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+        given = arguments_of(node.target, node.args, node.kwargs)
         y, layout, layer = self.context.facts[given["y"]].value, decode(given["layout"]), self.layers[node]
         pool = self._pool(layout.pool)
         routing = self._routing(node, y, layer, pool)

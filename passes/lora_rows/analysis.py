@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from pcg_compile.fx.facts import NodeFacts, OpCall, bodies_of, storage_of, tensors_in, written_tensors
+from pcg_compile.fx.facts import NodeFacts, OpCall, arguments_of, bodies_of, storage_of, tensors_in, written_tensors
 from pcg_compile.fx.places import place_of
 from pcg_compile.split_ops import registered_split_ops
 from pcg_compile.torch_compat.dynamo_graphs import is_static_input
@@ -188,8 +188,7 @@ class _Follower:
             self.by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
         name = str(call.op.name()).split(".")[0]
         name = name if name == "aten::copy_" else name.removesuffix("_")
-        names = [argument.name for argument in call.op._schema.arguments]
-        arguments = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+        arguments = arguments_of(call.op, call.args, call.kwargs)
         found: list[dict[fx.Node, State]] = [{} for _ in targets]
         sources = [root for t in given[:1] for root, s in self.of(t).items() if name in _LOOK_UPS]
         for root in self.class_of if self.dynamic.isdisjoint(sources) else sources:

@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from pcg_compile.attention.ops import store_kv
+from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.functional import functional_form
 from pcg_compile.fx.places import place_of
 from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
@@ -222,7 +223,8 @@ class _Analysis:
         value = node.meta.get("val")
         if node.target is operator.getitem:
             source = self.values[node.args[0]]  # type: ignore[index]
-            self.values[node] = source[node.args[1]] if isinstance(source, (list, tuple)) else value
+            position: Any = node.args[1]
+            self.values[node] = source[position] if isinstance(source, (list, tuple)) else value
             self.counts.note_element(node)
             return
         if not _has_tensors(value) and not isinstance(node.target, torch._ops.OpOverload):
@@ -331,11 +333,7 @@ def _named(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
     def known(n: fx.Node) -> Any:
         return values[n]
 
-    args, kwargs = fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known)
-    schema = getattr(node.target, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else [f"arg{i}" for i in range(len(args))]
-    named = dict(zip(names, args, strict=False))
-    named.update(kwargs)
+    named = arguments_of(node.target, fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known))
     return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in named.items() if v is not None}
 
 

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.sizes import evaluate, size_at, symbols_of
 
 from .dims import Mixing, as_expr, has_tokens, is_prefix, size_of
@@ -121,8 +122,7 @@ class Counts:
             return
         looked_up, name = _LOOKUPS[packet_of(node.target)]
         source = call.tensor(looked_up)
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}[name]
+        given = arguments_of(node.target, node.args, node.kwargs)[name]
         for place, index in enumerate(given if isinstance(given, (list, tuple)) else [given]):
             axis = axis_of(source.dims, call.arguments["dim"]) if name == "index" else place
             if not isinstance(index, fx.Node) or index not in self.counting:

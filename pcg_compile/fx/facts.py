@@ -26,12 +26,12 @@ from ..torch_compat.fake_tensors import (
 )
 from .contexts import is_transform
 from .fake_storages import in_own_memory, note_memory, storage_of
-from .node_facts import NodeFacts, OpCall, tensors_in, written_tensors
+from .node_facts import NodeFacts, OpCall, arguments_of, tensors_in, written_tensors
 from .repeats import Repeats
 
 __all__ = [
-    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "bodies_of", "calls_of", "squeezed_sizes", "storage_of",
-    "tensors_in", "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
+    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "arguments_of", "bodies_of", "calls_of", "squeezed_sizes",
+    "storage_of", "tensors_in", "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
 ]  # fmt: skip
 
 #: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .facts import NodeFacts, alias_of, storage_of
-from .node_facts import OpCall
+from .node_facts import OpCall, arguments_of
 from .places import place_of
 from .sizes import expr_of
 from .splitting import Segment
@@ -59,10 +59,7 @@ def _within(call: OpCall, argument: bool) -> bool:
 
     Offsets count from the start of the storage, where an ``argument`` may lie anywhere at the next call.
     """
-    names: tuple[str, ...] = ("self", "size", "stride", "storage_offset")
-    if call.op._schema.name == "aten::as_strided_scatter":
-        names = ("self", "src", "size", "stride", "storage_offset")
-    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    given = arguments_of(call.op, call.args, call.kwargs)
     tensor, offset = given["self"], given.get("storage_offset")
     if offset is not None and (argument or expr_of(offset) != expr_of(tensor.storage_offset())):
         return False

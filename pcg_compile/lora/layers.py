@@ -32,7 +32,7 @@ class LoRALayer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     parts: Mapping[str, int]
     max_rank: int
     share: Share = WHOLE
@@ -180,7 +180,7 @@ def _called(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     """A hook that does nothing: nn.TransformerEncoderLayer calls its layers where they have hooks."""
 
 
-def features_of(module: nn.Module) -> tuple[int, int]:
+def features_of(module: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer; transformers' Conv1D keeps its weight transposed."""
     if _is_conv1d(module):
         rows, columns = module.weight.shape

@@ -59,7 +59,7 @@ class GroupMaximum:
         assert group is not None
         self._backend = group._get_backend(torch.device("cpu"))
         self._largest = dist.AllreduceOptions()
-        self._largest.reduceOp = dist.ReduceOp.MAX
+        self._largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         with torch.inference_mode(False):
             numbers = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._numbers, self._array = [numbers], numbers.numpy()
