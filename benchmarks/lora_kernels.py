@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pcg_compile.lora import route
-from pcg_compile.lora.plain import add_adapters
+from pcg_compile.lora.ops import add_adapters
 
 from .common import Budget, Results, add_common, one_line, resolve, sizes_of
 from .report import tables
@@ -49,7 +49,7 @@ class Work:
     slices: tuple[int, ...]
 
     def launches(self, blocks: Any = None) -> tuple[Any, Any]:
-        from pcg_compile.lora.kernels import launches
+        from pcg_compile.lora.launch import launches
 
         y, x, a, b, scalings, ranks, *routing = self.tensors
         return launches([(y, a, b, scalings, ranks)], x, *routing, [self.slices], blocks)
@@ -166,7 +166,7 @@ def _measure(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]
 
 def _sweep(shape: tuple[int, ...], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each kernel with every tile size that makes sense for the tokens, the other one as the rule has it."""
-    from pcg_compile.lora.kernels import Blocks, blocks_for
+    from pcg_compile.lora.launch import Blocks, blocks_for
 
     work = _copies(shape, args.device)
     rule, rows = blocks_for(*shape[:3]), (16, 32) if shape[0] <= 128 else (32, 64, 128)

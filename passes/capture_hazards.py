@@ -1,36 +1,42 @@
 """Finds what no CUDA graph can capture, and isolates it: such nodes run between pieces.
 
 On a CPU run the capture device is the CPU, and the same statements get the same verdict as far as they tell what a
-GPU would do (see :class:`~pcg_compile.passes.graph_memory.GraphMemory`): ``torch.tensor([5], device=x.device)`` copies
+GPU would do (see :class:`~pcg_compile.passes.host_tensors.GraphMemory`): ``torch.tensor([5], device=x.device)`` copies
 from the host, ``x.copy_(y)`` of two inputs does not. Nothing is ever refused for being unclear: isolating a node is
 always right, and only ``strict`` makes an error of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
 
-from pcg_compile.errors import CaptureHazard, Hazard, message
+from pcg_compile.errors import CaptureHazard, Hazard
 from pcg_compile.fx.contexts import is_mode_switch
-from pcg_compile.fx.facts import NodeFacts, storage_of, tensors_in
+from pcg_compile.fx.facts import NodeFacts, arguments_of, bodies_of, storage_of, tensors_in
 from pcg_compile.fx.places import Place, place_of
 from pcg_compile.fx.splitting import find_cuts, op_names, segments_of
 from pcg_compile.split_ops import registered_split_ops
 
 from .context import PassContext
-from .hazard_rules import finding_of, reads_host_scalars
+from .hazard_rules import MADE_FROM_DATA, Finding, finding_of, hazard_at, reads_host_scalars, tensor_arguments
 from .host_tensors import FROM_DATA, GraphMemory, data_of, is_lifted_number
-from .padding_safety.bodies import bodies_of
-from .padding_safety.findings import Finding, hazard_at, made_from_data, tensor_arguments
-
-__all__ = ["capture_hazards", "node_finding"]
 
 _DROPOUT = Finding(
     "rng", "attention drops weights at random: the model is in training mode", "call model.eval() for inference"
 )
+_TO_HOST = Finding(
+    "sync", "it copies to the host, and waits for the device", "Keep the value on the device until after the step"
+)
+_CONDITION = Finding(
+    "sync", "it waits for the device, to read the condition", "Compute both and choose: torch.where(condition, a, b)"
+)
+_HOST_OP = Finding(
+    "host op", "it runs on the host, so a replay would find the result of the captured graph",
+    "Give it the device: device=x.device",
+)  # fmt: skip
 _MOVES = ("to", "cuda", "type")
 _BRANCHES = ("cond", "while_loop")
 #: Ops of pcg's own that a later pass takes apart.
@@ -60,7 +66,7 @@ def capture_hazards(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
             context.remarks.append((f"{op}: {_DROPOUT.reason}; {_DROPOUT.cure}", str(place)))
     context.hazards += [hazard for hazard, _ in found]
     if found and context.options.strict and not context.collect:
-        raise CaptureHazard(_strict_message(found))
+        raise _refusal(found)
     for node in _scattered_constants(gm, context):
         context.splits[node] = f"{_op_name(node, context.facts)}: a constant on the host, read by several pieces"
     return gm
@@ -82,91 +88,41 @@ def _findings(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[fx.Nod
 
 
 def node_finding(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node] = frozenset()) -> Finding | None:
-    """The first predicate's finding for a node, or None.
+    """The first finding for a node, or None.
 
     ``constants``: nodes whose host scalars are the same in every step.
     """
-    for predicate in _PREDICATES:
-        found = predicate(node, memory, constants)
-        if found is not None:
-            return found
+    found = _in_statement(node, memory)
+    if found is not None:
+        return found
     memory.enter(node)
-    for call in memory.facts[node].ops:
-        found = finding_of(call, memory)
-        if found is not None:
-            return found
-    return _on_host(node, memory, constants)
+    of_ops = (finding_of(call, memory) for call in memory.facts[node].ops)
+    return next((one for one in of_ops if one is not None), None) or _on_host(node, memory, constants)
 
 
-Predicate = Callable[[fx.Node, GraphMemory, "frozenset[fx.Node]"], "Finding | None"]
-
-
-def _makes_from_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """``torch.tensor(data, device=...)``, which is also what Dynamo makes of ``new_tensor`` from torch 2.12 on."""
-    value = memory.facts[node].value
-    if node.op == "call_method" and node.target == "new_tensor":
-        if memory.on_host(value) or 0 in value.shape:
-            return None
-        return made_from_data()
-    if node.kwargs.get("device") is None:
-        return None
-    if data_of(node, memory.facts) is None and not _is_made_of_host_data(node, memory):
-        return None
-    if not isinstance(value, torch.Tensor) or value.device.type != memory.device.type or 0 in value.shape:
-        return None
-    return made_from_data()
-
-
-def _is_made_of_host_data(node: fx.Node, memory: GraphMemory) -> bool:
-    """On a CPU run, ``torch.as_tensor(array, device=...)``: Dynamo has made a tensor of numpy's array."""
-    if memory.device.type != "cpu" or node.target not in FROM_DATA or not node.all_input_nodes:
-        return False
-    return all(memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value))
-
-
-def _brings_to_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """``t.cpu()`` and ``torch.tensor([t[0], t[1]])`` on a CPU run, where neither dispatches a copy to the host."""
-    if memory.device.type != "cpu":
-        return None
+def _in_statement(node: fx.Node, memory: GraphMemory) -> Finding | None:
+    """What a statement tells, where the ops that it dispatches do not: on a CPU run no copy to the device is one."""
+    value, on_cpu = memory.facts[node].value, memory.device.type == "cpu"
+    given = [t for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)]
+    of_host = all(memory.on_host(t) for t in given)
+    method = node.target if node.op == "call_method" else None
+    if method == "new_tensor":
+        return None if memory.on_host(value) or 0 in value.shape else MADE_FROM_DATA
+    # torch.as_tensor(array, device=...) too, where Dynamo has made a tensor of numpy's array.
+    from_data = data_of(node, memory.facts) is not None or (on_cpu and node.target in FROM_DATA and given and of_host)
+    if node.kwargs.get("device") is not None and from_data and isinstance(value, torch.Tensor):
+        return None if value.device.type != memory.device.type or 0 in value.shape else MADE_FROM_DATA
     data = node.args[0] if node.args else None
-    if not (node.op == "call_method" and node.target == "cpu") and not (
-        node.op == "call_function"
-        and getattr(node.target, "__name__", "") == "tensor"
-        and isinstance(data, (list, tuple))
-    ):
-        return None
-    tensors = [t for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)]
-    if all(memory.on_host(t) for t in tensors):
-        return None
-    return Finding(
-        "sync", "it copies to the host, and waits for the device", "Keep the value on the device until after the step"
-    )
-
-
-def _moves_host_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """``torch.tensor([1, 2]).to(device)`` on a CPU run, where the move dispatches nothing."""
-    if node.op != "call_method" or node.target not in _MOVES or memory.device.type != "cpu":
-        return None
-    names_device = any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
-    if not names_device or not all(
-        memory.on_host(t) for n in node.all_input_nodes for t in tensors_in(memory.facts[n].value)
-    ):
-        return None
-    return made_from_data()
-
-
-def _branches_on_data(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
-    """``torch.cond`` and its like read their condition on the host."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _BRANCHES:
-        return None
-    return Finding(
-        "sync",
-        "it waits for the device, to read the condition",
-        "Compute both and choose: torch.where(condition, a, b)",
-    )
-
-
-_PREDICATES: tuple[Predicate, ...] = (_makes_from_data, _brings_to_host, _moves_host_data, _branches_on_data)
+    from_list = getattr(node.target, "__name__", "") == "tensor" and isinstance(data, (list, tuple))
+    if on_cpu and (method == "cpu" or (node.op == "call_function" and from_list)) and not of_host:
+        return _TO_HOST
+    if on_cpu and method in _MOVES and of_host:
+        # torch.tensor([1, 2]).to(device)
+        names_device = any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
+        return MADE_FROM_DATA if names_device else None
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _BRANCHES:
+        return _CONDITION
+    return None
 
 
 def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) -> Finding | None:
@@ -175,11 +131,7 @@ def _on_host(node: fx.Node, memory: GraphMemory, constants: frozenset[fx.Node]) 
         return None
     facts = memory.facts
     if any(memory.on_host(t) for t in tensors_in(facts[node].value)):
-        return Finding(
-            "host op",
-            "it runs on the host, so a replay would find the result of the captured graph",
-            "Give it the device: device=x.device",
-        )
+        return _HOST_OP
     host = [
         n for n in node.all_input_nodes if n in facts and any(memory.on_host(t) for t in tensors_in(facts[n].value))
     ]
@@ -255,8 +207,7 @@ def _drops_in_attention(node: fx.Node, context: PassContext) -> bool:
     if node not in context.facts or not op_names(node, context.facts[node]) & registered_split_ops().keys():
         return False
     for call in context.facts[node].ops:
-        arguments = call.op._schema.arguments
-        given = {**dict(zip((a.name for a in arguments), call.args, strict=False)), **call.kwargs}
+        given = arguments_of(call.op, call.args, call.kwargs)
         # A kernel of attention that has it, or attention that was taken apart on its way to one that has not.
         share = given.get("p", 0.0) if "dropout" in str(call.op) else given.get("dropout_p", 0.0)
         if isinstance(share, float) and share > 0 and given.get("train") is not False:
@@ -269,15 +220,8 @@ def _op_name(node: fx.Node, facts: Mapping[fx.Node, NodeFacts]) -> str:
     return f"torch.{name}" if data_of(node, facts) is not None else name
 
 
-def _strict_message(found: list[tuple[Hazard, Place]]) -> str:
+def _refusal(found: list[tuple[Hazard, Place]]) -> CaptureHazard:
     (first, place), others = found[0], found[1:]
-    lines = [
-        message(
-            f"{first.op} cannot be captured: {first.reason}",
-            str(place),
-            "strict=True forbids to isolate it.",
-            first.cure,
-        )
-    ]
-    lines += [f"  also {hazard.op} at {where}: {hazard.reason}" for hazard, where in others]
-    return "\n".join(lines)
+    cure = "\n".join([first.cure, *(f"also {hazard.op} at {where}: {hazard.reason}" for hazard, where in others)])
+    what = f"{first.op} cannot be captured: {first.reason}"
+    return CaptureHazard(what, str(place), "strict=True forbids to isolate it.", cure.replace("\n", "\n  "))

@@ -17,8 +17,6 @@ from pcg_compile.errors import Hazard
 from pcg_compile.fx.facts import NodeFacts
 from pcg_compile.options import Options
 
-__all__ = ["PassContext", "StepInput"]
-
 
 @dataclass(frozen=True)
 class StepInput:

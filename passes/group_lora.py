@@ -15,11 +15,8 @@ from torch import fx
 
 from pcg_compile.fx.facts import NodeFacts, alias_of
 from pcg_compile.fx.sizes import is_scalar, leaves_of
+from pcg_compile.lora.packed import MOST_SLICES
 
-__all__ = ["LoRACall", "group_calls"]
-
-#: Slices of all layers of a call, as many as the kernels take.
-_MOST_SLICES = 4
 #: Nodes that move up for one layer: a linear layer in one op or two, and views.
 _MOST_MOVED = 4
 
@@ -73,7 +70,7 @@ def _join(group: _Group, call: LoRACall, facts: Mapping[fx.Node, NodeFacts]) -> 
     first = group.calls[0]
     if (call.routing, call.shared) != (first.routing, first.shared):
         return False
-    if sum(one.slices for one in (*group.calls, call)) > _MOST_SLICES:
+    if sum(one.slices for one in (*group.calls, call)) > MOST_SLICES:
         return False
     written = frozenset[int]().union(*(alias_of(facts[one.given["y"]].value) for one in group.calls))
     mine = alias_of(facts[call.given["y"]].value)

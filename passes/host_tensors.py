@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 from pcg_compile.fx.facts import NodeFacts, alias_of, storage_of, tensors_in
 from pcg_compile.torch_compat.fake_tensors import FakeTensor
 
-from .padding_safety.findings import tensor_arguments
-
-__all__ = ["FROM_DATA", "GraphMemory", "data_of", "is_lifted_number"]
+from .hazard_rules import tensor_arguments
 
 #: What makes a tensor of Python data.
 FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
@@ -39,7 +37,7 @@ def is_lifted_number(node: fx.Node) -> bool:
 
 
 class GraphMemory:
-    """Where the fake tensors of one graph lie; a :class:`pcg_compile.passes.padding_safety.findings.Memory`.
+    """Where the fake tensors of one graph lie; a :class:`pcg_compile.passes.hazard_rules.Memory`.
 
     On a CUDA capture device this is the tensors' own device. On a CPU run, where all tensors lie in one memory, it
     follows from the statements as far as they tell: ``torch.tensor([1, 2])`` without a device would be a host tensor on

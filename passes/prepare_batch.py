@@ -22,14 +22,13 @@ from torch import fx
 from pcg_compile.attention import ops as _ops
 from pcg_compile.attention.base import AttentionShape
 from pcg_compile.batch import current_step, require_step
-from pcg_compile.errors import BatchError, message
+from pcg_compile.errors import BatchError
+from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.places import place_of
 from pcg_compile.fx.sizes import expr_of
 
 from .context import PassContext, StepInput
 from .rewriting import Rewriter
-
-__all__ = ["prepare_batch"]
 
 _TARGETS = (torch.ops.pcg.paged_attention, torch.ops.pcg.paged_attention.default)
 _NAMES = ("q", "k", "v", "layer", "shape", "sinks", "slopes")
@@ -61,7 +60,7 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+    given = arguments_of(node.target, node.args, node.kwargs)
     return [given.get(name) for name in _NAMES]
 
 
@@ -73,12 +72,10 @@ def _check_layers(calls: Sequence[fx.Node]) -> None:
         first = stored.setdefault(layer, (k, v, node))
         if first[:2] != (k, v):
             raise BatchError(
-                message(
-                    f"two calls of paged attention store other keys or values in layer {layer} of the cache",
-                    where=f"{place_of(first[2])} and {place_of(node)}",
-                    why="Later steps would read what the last one stored.",
-                    cure="Give each a layer of its own: pcg.PagedAttention(layer=i, ...), and the cache as many.",
-                )
+                f"two calls of paged attention store other keys or values in layer {layer} of the cache",
+                where=f"{place_of(first[2])} and {place_of(node)}",
+                why="Later steps would read what the last one stored.",
+                cure="Give each a layer of its own: pcg.PagedAttention(layer=i, ...), and the cache as many.",
             )
 
 
@@ -88,11 +85,9 @@ def _one_size(calls: Sequence[fx.Node], context: PassContext) -> Any:
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.values())[:2]
         raise BatchError(
-            message(
-                f"attention layers of one model see different numbers of tokens: {one} and {other}",
-                where=f"{place_of(first)} and {place_of(second)}",
-                why="A step has one batch.",
-            )
+            f"attention layers of one model see different numbers of tokens: {one} and {other}",
+            where=f"{place_of(first)} and {place_of(second)}",
+            why="A step has one batch.",
         )
     return next(iter(sizes.values()))[0]
 
@@ -120,8 +115,8 @@ class _Attention(Rewriter):
             self.cache.check(layer, shape, device)
             # A backend that cannot compute it is an error ahead of the first step.
             self.cache.impl(text)
-        caches = [self._cache_input(which, layer, shape, device) for which in ("k", "v")]
-        scales = [self._scale_input(which, layer, shape, device) for which in ("k", "v") if self._is_fp8()]
+        caches = [self._cache_input(name, layer, shape, device) for name in ("k_cache", "v_cache")]
+        scales = [self._cache_input(name, layer, shape, device) for name in ("k_scale", "v_scale") if self._is_fp8()]
         slots = self.step_input(
             StepInput(
                 "slot_mapping",
@@ -157,36 +152,27 @@ class _Attention(Rewriter):
         reasons = sorted({self.cache.reasons[text] for text in shapes if text in self.cache.reasons})
         return f", by {' and '.join(names)}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
-    def _cache_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
+    def _cache_input(self, name: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
+        """One layer's keys, values or scales, which the step's cache has."""
         # Traced by pcg.check() outside a step, any number of slots does.
         slots = self.cache.num_pages * self.cache.page_size if self.cache is not None else 32
-
-        size = shape.head_dim if which == "k" else shape.v_dim
+        width = shape.head_dim if name == "k_cache" else shape.v_dim
+        size: tuple[int, ...] = (slots, shape.num_kv_heads, width)
         dtype = torch.uint8 if self._is_fp8() else shape.dtype
-
-        def fake(tokens: Any) -> torch.Tensor:
-            return torch.empty((slots, shape.num_kv_heads, size), dtype=dtype, device=device)
+        if name in ("k_scale", "v_scale"):
+            size, dtype = (shape.num_kv_heads,), torch.float32
 
         def get(state: Any, bucket: int) -> torch.Tensor:
             cache = state.require_cache()
             cache.check(layer, shape, device)
-            return (cache.flat_k if which == "k" else cache.flat_v)[layer]
+            found: torch.Tensor = getattr(cache, {"k_cache": "flat_k", "v_cache": "flat_v"}.get(name, name))[layer]
+            return found
 
-        return self.step_input(StepInput(f"{which}_cache_{layer}", fake, get, self.tokens))
+        fake = lambda tokens: torch.empty(size, dtype=dtype, device=device)
+        return self.step_input(StepInput(f"{name}_{layer}", fake, get, self.tokens))
 
     def _is_fp8(self) -> bool:
         return self.cache is not None and self.cache.k_scale is not None
-
-    def _scale_input(self, which: str, layer: int, shape: AttentionShape, device: torch.device) -> fx.Node:
-        def fake(tokens: Any) -> torch.Tensor:
-            return torch.empty(shape.num_kv_heads, dtype=torch.float32, device=device)
-
-        def get(state: Any, bucket: int) -> torch.Tensor:
-            cache = state.require_cache()
-            cache.check(layer, shape, device)
-            return (cache.k_scale if which == "k" else cache.v_scale)[layer]
-
-        return self.step_input(StepInput(f"{which}_scale_{layer}", fake, get, self.tokens))
 
 
 def _given(extra: Sequence[Any]) -> Sequence[Any]:

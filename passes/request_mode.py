@@ -22,8 +22,6 @@ from pcg_compile.split_ops import SplitOp
 
 from .context import PassContext
 
-__all__ = ["Unproven", "prove_request"]
-
 #: Types of page tables, lengths and flags.
 _INDEX_LIKE = (torch.int32, torch.int64, torch.bool)
 

@@ -16,8 +16,6 @@ from pcg_compile.torch_compat.fake_tensors import fake_mode_of
 
 from .context import PassContext, StepInput
 
-__all__ = ["Rewriter"]
-
 
 class Rewriter:
     """Adds nodes and step inputs to a graph; they carry fake values, so that facts can be made of them."""
@@ -74,7 +72,8 @@ class Rewriter:
                 if expr_of(value) == expr:
                     return node
                 sources.setdefault(expr_of(value), node)
-        return expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
+        found: fx.Node | int = expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
+        return found
 
     def done(self) -> fx.GraphModule:
         """The rewritten graph, checked."""

@@ -31,7 +31,7 @@ import sympy
 import torch
 from torch import fx
 
-from pcg_compile.fx.facts import tensors_in
+from pcg_compile.fx.facts import arguments_of, tensors_in
 from pcg_compile.fx.sizes import expr_of, symbols_of
 from pcg_compile.lora.packed import decode
 from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router, router_by_id
@@ -42,10 +42,7 @@ from .lora_rows.analysis import LayerRows, follow_rows
 from .lora_rows.slots import SlotsOfRows
 from .rewriting import Rewriter
 
-__all__ = ["route_lora"]
-
 _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
-_NAMES = ("y", "x", "factors", "layout")
 
 
 @dataclass
@@ -72,7 +69,7 @@ def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _TARGETS]
     regions = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in gm.graph.nodes)
     if found or ((context.continued or regions) and any_router()):
-        layers, context.moved = follow_rows(gm, context.facts, context.notes, context.moved)
+        layers, context.moved = follow_rows(gm, context.facts, context.notes, context.remarks, context.moved)
         if layers:
             return _Opening(gm, context, found, layers).done()
     return gm
@@ -112,7 +109,7 @@ class _Opening:
         return self.rewriter.done()
 
     def _call(self, node: fx.Node) -> LoRACall | None:
-        given: Mapping[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+        given = arguments_of(node.target, node.args, node.kwargs)
         y, layout, layer = self.context.facts[given["y"]].value, decode(given["layout"]), self.layers[node]
         pool = self._pool(layout.pool)
         routing = self._routing(node, y, layer, pool)

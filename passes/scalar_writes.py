@@ -10,23 +10,21 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcg_compile.errors import GraphBreakingScalarWrite, message
-from pcg_compile.fx.facts import NodeFacts, storage_of
+from pcg_compile.errors import GraphBreakingScalarWrite
+from pcg_compile.fx.facts import NodeFacts, bodies_of, storage_of
 from pcg_compile.fx.places import place_of
 
 from .context import PassContext
+from .hazard_rules import MADE_FROM_DATA, Finding, hazard_at
 from .host_tensors import data_of
-from .padding_safety.bodies import bodies_of
-from .padding_safety.findings import Finding, hazard_at, made_from_data
 from .statements import assignment_of
-
-__all__ = ["host_scalar_write", "scalar_writes"]
 
 _Number = (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -136,7 +134,7 @@ def _reject(node: fx.Node, context: PassContext, facts: Mapping[fx.Node, NodeFac
     what, why, cure = statement.refusal(facts[node.args[0]].value.device)  # type: ignore[index]
     cure += '   (or options={"scalar_writes": "rewrite"})'
     if not context.collect:
-        raise GraphBreakingScalarWrite(message(what, str(place), why, cure))
+        raise GraphBreakingScalarWrite(what, str(place), why, cure)
     context.hazards.append(hazard_at(place, Finding("scalar write", f"{what}. {why}", cure), "setitem"))
     context.splits[node] = what
 
@@ -217,7 +215,7 @@ def _device_scalar(
 def _fill_instead_of_copy(
     gm: fx.GraphModule, node: fx.Node, number: Any, context: PassContext, facts: Mapping[fx.Node, NodeFacts]
 ) -> None:
-    value, place, found = facts[node].value, place_of(node), made_from_data()
+    value, place = facts[node].value, place_of(node)
     with gm.graph.inserting_before(node):
         full = gm.graph.call_function(torch.full, ((), number), {"dtype": value.dtype, "device": value.device})
     _inherit(full, node)
@@ -227,8 +225,6 @@ def _fill_instead_of_copy(
     for source in sources:
         if not source.users:
             gm.graph.erase_node(source)
-    found = Finding(
-        found.kind, found.reason, f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)"
-    )
-    context.hazards.append(hazard_at(place, found, "torch.tensor"))
+    cure = f"Write: torch.full((), {number!r}, dtype={value.dtype}, device=x.device)"
+    context.hazards.append(hazard_at(place, replace(MADE_FROM_DATA, cure=cure), "torch.tensor"))
     context.notes.append(f"torch.tensor({number!r}) on {value.device} at {place}: rewritten to a fill on the device")

@@ -11,8 +11,6 @@ from torch import fx
 
 from pcg_compile.fx.places import Place
 
-__all__ = ["Statement", "assignment_at", "assignment_of"]
-
 
 @dataclass(frozen=True)
 class Statement:

@@ -16,9 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import CaptureHazard, GraphBreakingScalarWrite, Hazard, OptionsError, message
 from .fx.facts import OpCall, tensors_in
 from .fx.places import Place, place_of_frame
-from .passes.hazard_rules import finding_of
+from .passes.hazard_rules import MADE_FROM_DATA, Finding, finding_of, hazard_at, tensor_arguments
 from .passes.host_tensors import FROM_DATA
-from .passes.padding_safety.findings import Finding, hazard_at, made_from_data, tensor_arguments
 from .passes.statements import assignment_at
 
 __all__ = ["capture_guard"]
@@ -63,7 +62,7 @@ def capture_guard(
 
 
 class _Guard:
-    """What both modes share; a :class:`pcg_compile.passes.padding_safety.findings.Memory` of real tensors."""
+    """What both modes share; a :class:`pcg_compile.passes.hazard_rules.Memory` of real tensors."""
 
     def __init__(self, device: torch.device, raises: bool) -> None:
         self.device = device
@@ -184,7 +183,7 @@ class _Calls(TorchFunctionMode):
             )
         if guard.device.type != "cpu" or not _puts_on_device(guard, func, args, kwargs):
             return func(*args, **kwargs)
-        guard.report(made_from_data(), name)
+        guard.report(MADE_FROM_DATA, name)
         result = func(*args, **kwargs)
         guard.host.pop(result, None)
         return result

@@ -15,9 +15,8 @@ import torch
 
 from benchmarks import lora_kernels
 from pcg_compile.lora import route
-from pcg_compile.lora.apply import lora_apply
+from pcg_compile.lora.ops import add_adapters, lora_apply
 from pcg_compile.lora.packed import pack
-from pcg_compile.lora.plain import add_adapters
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
@@ -136,7 +135,7 @@ def run_many(layers, x, permutation, seg_indptr, widths):
 
 
 def run_many_kernels(*args):
-    from pcg_compile.lora.kernels import add_adapters_on_gpu
+    from pcg_compile.lora.launch import add_adapters_on_gpu
 
     add_adapters_on_gpu(*args)
 
@@ -155,13 +154,13 @@ def test_several_layers(widths, max_rank, ranks, slots):
 
 
 def run_kernels(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices):
-    from pcg_compile.lora.kernels import add_adapters_on_gpu
+    from pcg_compile.lora.launch import add_adapters_on_gpu
 
     add_adapters_on_gpu([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices])
 
 
 def launches(y, x, a, b, scalings, ranks, permutation, seg_indptr, slices, overlap=None):
-    from pcg_compile.lora.kernels import launches
+    from pcg_compile.lora.launch import launches
 
     return launches([(y, a, b, scalings, ranks)], x, permutation, seg_indptr, [slices], overlap=overlap)
 
@@ -201,7 +200,7 @@ def test_several_layers_on_kernels(widths, max_rank, ranks, slots):
 @pytest.mark.parametrize(("max_rank", "turns"), [(16, 8), (64, 2), (80, 2), (80, 8)])
 def test_tiles_of_other_sizes_on_kernels(max_rank, turns):
     """Columns in several turns, of which the last ones may lie beyond a layer."""
-    from pcg_compile.lora.kernels import Blocks, launches
+    from pcg_compile.lora.launch import Blocks, launches
 
     def run_tiles(layers, x, permutation, seg_indptr, widths):
         blocks = Blocks(rows=16, sum=32, splits=2, columns=16, turns=turns)

@@ -10,6 +10,7 @@ from row_programs import REFUSED, RIGHT, WIDTH, Check, adapter_on
 
 import pcg_compile as pcg
 from pcg_compile.errors import AdapterError, PCGError
+from pcg_compile.passes.lora_rows import rules
 
 
 def dispatched(p, x, h, pick):
@@ -255,6 +256,18 @@ def test_an_op_that_nobody_knows():
         for n in (3, 5):
             assert check([1] * n, ["a", "b", *[None] * (n - 2)], torch.randn(n, WIDTH)) == REFUSED
             assert "rowtest::turn" in check.reason
+
+
+def test_a_rule_that_fails_is_counted(monkeypatch):
+    def fails(call):
+        raise ZeroDivisionError("no such arguments")
+
+    monkeypatch.setitem(rules._NAMED, "aten::flip", fails)
+    check = Check(FLAT["reversed"], {"x": 0})
+    assert check([1] * 3, ["a", "b", None], torch.randn(3, WIDTH)) == REFUSED
+    assert "aten::flip could not be followed: ZeroDivisionError" in check.reason
+    counted = [f.reason for f in pcg.stats(check.run).fallbacks]
+    assert any("aten::flip could not be followed" in reason and "no such arguments" in reason for reason in counted)
 
 
 def test_slots_from_the_device_follow_rows_too():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from models import ToyLlama
 from test_facts import compare
 from torch import fx
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 import pcg_compile as pcg
 from pcg_compile import backend
-from pcg_compile.fx import functional
 from pcg_compile.fx.facts import NodeFacts, storage_of, tensors_in, trace_all_facts, trace_facts
 from pcg_compile.fx.fake_storages import Storage, look_alike_of, told_apart
 from pcg_compile.fx.submodules import Compiled, copy_graph
 from pcg_compile.options import Options
 from pcg_compile.passes.padding_safety import analysis as padding_safety
-from pcg_compile.torch_compat.fake_tensors import fake_inputs, fake_mode_of
-from pcg_compile.torch_compat.functionalize import functional_aten
+from pcg_compile.torch_compat.fake_tensors import fake_inputs, fake_mode_of, python_dispatcher
 from pcg_compile.torch_compat.inductor import prepare_inductor
 
 decorator = importlib.import_module("pcg_compile.piecewise")
@@ -201,15 +202,17 @@ def test_layers_compiled(compiler: str) -> None:
 def test_functional_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict from the short way to aten is the verdict from torch's tracer."""
     verdicts: list[Any] = []
-    short = functional._captured
+    short = padding_safety.functional_form
 
-    def both(*args: Any) -> fx.GraphModule:
-        verdicts.append(padding_safety._Analysis(functional_aten(*args), ()).run())
-        made = short(*args)
-        verdicts.append(padding_safety._Analysis(made, ()).run())
+    def both(gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Any) -> fx.GraphModule:
+        fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+        with fake_mode_of(inputs), python_dispatcher(), torch.no_grad(), preserve_node_meta():
+            torchs = make_fx(dispatch_functionalize(gm.forward), record_module_stack=False)(*fresh)
+        made = short(gm, inputs, decompositions)
+        verdicts.extend(padding_safety._Analysis(one, ()).run() for one in (torchs, made))
         return made
 
-    monkeypatch.setattr(functional, "_captured", both)
+    monkeypatch.setattr(padding_safety, "functional_form", both)
     function = layered(BLOCKS[name])
     run = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [8]})
     x = torch.randn(5, 4)

@@ -17,18 +17,15 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from pcg_compile.fx.facts import NodeFacts, OpCall, storage_of, tensors_in, written_tensors
+from pcg_compile.fx.facts import NodeFacts, OpCall, arguments_of, bodies_of, storage_of, tensors_in, written_tensors
 from pcg_compile.fx.places import place_of
 from pcg_compile.split_ops import registered_split_ops
 from pcg_compile.torch_compat.dynamo_graphs import is_static_input
 
-from ..padding_safety.bodies import bodies_of
 from ..padding_safety.dims import as_expr
-from .calls import Indices, RowCall
 from .layouts import Lost, Order, Rows, State, columns, fused, meet, moving, regroup, size_of
+from .row_calls import Indices, RowCall
 from .rules import queried, rows_after
-
-__all__ = ["LayerRows", "follow_rows"]
 
 _LAYERS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 #: Ops that run their region once, and give what it gives.
@@ -58,15 +55,19 @@ class LayerRows:
 
 
 def follow_rows(
-    gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], notes: list[str], before: str = ""
+    gm: fx.GraphModule,
+    facts: Mapping[fx.Node, NodeFacts],
+    notes: list[str],
+    remarks: list[tuple[str, str]],
+    before: str = "",
 ) -> tuple[dict[fx.Node, LayerRows], str]:
     """What the rows of each ``pcg::lora`` of a graph are, and why rows of its results are not tokens in order, if so.
 
     Args:
-        notes: remarks for explain() go there.
+        notes: what explain() shows goes there. remarks: what is counted, (reason, where): rules that failed.
         before: the same of an earlier graph of the model, whose results may be inputs of this one.
     """
-    follower = _Follower(facts, notes)
+    follower = _Follower(facts, notes, remarks)
     for node in gm.graph.nodes:
         follower.node(node, gm)
     if before:
@@ -75,8 +76,8 @@ def follow_rows(
 
 
 class _Follower:
-    def __init__(self, facts: Mapping[fx.Node, NodeFacts], notes: list[str]) -> None:
-        self.facts, self.notes, self.indices = facts, notes, Indices()
+    def __init__(self, facts: Mapping[fx.Node, NodeFacts], notes: list[str], remarks: list[tuple[str, str]]) -> None:
+        self.facts, self.notes, self.remarks, self.indices = facts, notes, remarks, Indices()
         #: By the identity of a tensor, which the facts keep, and by input.
         self.states: dict[int, dict[fx.Node, State]] = {}
         self.by_storage: dict[int, dict[int, torch.Tensor]] = {}
@@ -187,8 +188,7 @@ class _Follower:
             self.by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
         name = str(call.op.name()).split(".")[0]
         name = name if name == "aten::copy_" else name.removesuffix("_")
-        names = [argument.name for argument in call.op._schema.arguments]
-        arguments = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+        arguments = arguments_of(call.op, call.args, call.kwargs)
         found: list[dict[fx.Node, State]] = [{} for _ in targets]
         sources = [root for t in given[:1] for root, s in self.of(t).items() if name in _LOOK_UPS]
         for root in self.class_of if self.dynamic.isdisjoint(sources) else sources:
@@ -198,7 +198,7 @@ class _Follower:
 
             if any(root in self.of(t) for t in given):
                 made = RowCall(name, arguments, targets, given, state_of, self.indices, self.region or node)
-                for states, state in zip(found, self._after(call.op, made), strict=True):
+                for states, state in zip(found, self._after(call.op, made, node), strict=True):
                     states[root] = state
         for states in found:
             self._join(states)
@@ -212,7 +212,7 @@ class _Follower:
                 self._write(tensor, {root: Lost(f"{name} writes it") for t in given for root in self.of(t)})
         self.indices.note(name, arguments, targets[-1])
 
-    def _after(self, op: Any, call: RowCall) -> list[State]:
+    def _after(self, op: Any, call: RowCall, node: fx.Node) -> list[State]:
         try:
             if call.op == "pcg::paged_attention":
                 found = queried(call, call.tensors[0])
@@ -221,9 +221,11 @@ class _Follower:
                 found = queried(call, next(t for t in call.tensors if call.state(t) is not None))
             else:
                 found = rows_after(op, call)
-        except Exception as error:
-            # A rule that meets arguments it was not written for: the rows are lost, and the layer refused by name.
+        except Exception as error:  # a rule met arguments it was not written for: counted, and the rows are lost
             found = Lost(f"{call.op} could not be followed: {type(error).__name__}")
+            remark = (f"rows of LoRA layers: {found.reason}: {error}", str(place_of(node)))
+            if remark not in self.remarks:
+                self.remarks.append(remark)
         return found if isinstance(found, list) else [found] * len(call.results)
 
     def _write(self, tensor: torch.Tensor, states: dict[fx.Node, State]) -> None:

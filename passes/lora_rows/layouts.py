@@ -11,16 +11,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from ..padding_safety.dims import as_expr
-
-__all__ = [
-    "Dim", "Lost", "Order", "Rows", "State", "aligned", "columns", "expanded", "fused", "listed", "meet", "moving",
-    "quotient", "regroup", "size_of", "unpicked",
-]  # fmt: skip
+from ..padding_safety.dims import as_expr, expanded, quotient
 
 #: Factors (size, stride) of a dimension, outermost first; none of size 1.
 Dim = tuple[tuple[Any, Any], ...]
@@ -75,20 +69,6 @@ class Lost:
 
 
 State = Rows | Lost | None
-
-
-def expanded(value: Any) -> Any:
-    """A size in one form, so equal ones compare equal."""
-    value = as_expr(value)
-    return as_expr(sympy.expand(value)) if isinstance(value, sympy.Basic) else value
-
-
-def quotient(whole: Any, part: Any) -> Any:
-    """``whole / part`` where that is a whole number at all sizes, else None."""
-    if isinstance(whole, int) and isinstance(part, int):
-        return whole // part if part and whole % part == 0 else None
-    ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
-    return expanded(ratio) if ratio.as_numer_denom()[1] == 1 else None
 
 
 def size_of(factors: Iterable[tuple[Any, Any]]) -> Any:

@@ -1,7 +1,7 @@
 """What an op does with the tokens of rows: a rule takes those of its arguments and gives those of its results.
 
-What kind of op it is comes from the padding analysis: ops that share a rule there (:mod:`.rules`) share one
-here. Without a rule, the rows are lost.
+What kind of op it is comes from the padding analysis: ops that share a rule there share one here, and ops on one
+tensor follow from :mod:`..dimension_maps`. Without a rule, the rows are lost.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..padding_safety import indexing, rules, shapes, sums
-from ..padding_safety.dims import as_expr
-from .calls import Result, RowCall, Rule
+from ..dimension_maps import map_of
+from ..padding_safety import index_rules, op_rules, rules
+from ..padding_safety.dims import as_expr, expanded, quotient
 from .layouts import (
     Lost,
     Order,
@@ -21,18 +21,15 @@ from .layouts import (
     State,
     aligned,
     columns,
-    expanded,
     fused,
     listed,
     meet,
     moving,
-    quotient,
     regroup,
     size_of,
     unpicked,
-)
-
-__all__ = ["queried", "rows_after"]
+)  # fmt: skip
+from .row_calls import Result, RowCall, Rule
 
 
 def together(c: RowCall) -> Result:
@@ -82,14 +79,19 @@ def viewed(c: RowCall, rows: Rows) -> Result:
     return regroup(rows, c.shape) or c.lost()
 
 
-def permuted(c: RowCall, rows: Rows) -> Result:
-    rank, order = len(rows.dims), list(range(len(rows.dims)))
-    if "dims" in c.arguments:
-        order = [d % rank for d in c.arguments["dims"]]
-    elif rank > 1:
-        one, two = c.axis(rank, "dim0", 0), c.axis(rank, "dim1", 1)
-        order[one], order[two] = two, one
-    return rows.like(rows.dims[i] for i in order)
+def mapped(c: RowCall, rows: Rows) -> Result:
+    """Dimensions that stay or move; along those that are read, entries are of no token, or of another one."""
+    source = c.tensors[0]
+    shapes = [[expanded(size) for size in result.shape] for result in c.results]
+    found = map_of(rules.packet_of(c.op), c.arguments, [expanded(size) for size in source.shape], shapes)
+    if found.after != "kept" and moving(*(rows.dims[d] for d in found.reads)):
+        return None if found.after == "gone" else c.lost()
+    made: list[State] = []
+    for dims, shape in zip(found.results, shapes, strict=True):
+        whole = all(d in dims for d, dim in enumerate(rows.dims) if moving(dim))
+        own = rows.like(rows.dims[d] if d is not None else columns(shape[i]) for i, d in enumerate(dims))
+        made.append(own if whole else None)
+    return made if made[0] is not None else c.lost()
 
 
 def repeated(c: RowCall, rows: Rows) -> Result:
@@ -142,7 +144,7 @@ def turned(c: RowCall, rows: Rows) -> Result:
     for d in c.arguments["dims"]:
         offset = expanded(offset + sum((size - 1) * stride for size, stride in dims[d]))
         dims[d] = tuple((size, expanded(-stride)) for size, stride in dims[d])
-    return Rows(rows.order, offset, tuple(dims)) if c.op == "aten::flip" else c.lost()
+    return Rows(rows.order, offset, tuple(dims))
 
 
 def joined(c: RowCall) -> Result:
@@ -160,18 +162,6 @@ def joined(c: RowCall) -> Result:
         return c.lost()
     order = Order(c.shape[d], tuple(s.like((s.dims[d],)) for s in known), place=c.place)
     return known[0] if len(known) == 1 else listed(known[0], d, order, [c.shape[d]])
-
-
-def over_dims(c: RowCall, rows: Rows) -> Result:
-    """Entries along some dimensions become one, or get an order of their own; the others stay."""
-    rank = len(rows.dims)
-    given = c.get("dim", default=-1 if c.op in ("aten::topk", "aten::sort", "aten::kthvalue", "aten::mode") else [])
-    chosen = {d % max(1, rank) for d in (given if isinstance(given, (list, tuple)) else [given])} or set(range(rank))
-    if moving(*(dim for d, dim in enumerate(rows.dims) if d in chosen)):
-        return None
-    if c.results[0].dim() == rank:
-        return rows.like(columns(c.shape[d]) if d in chosen else dim for d, dim in enumerate(rows.dims))
-    return rows.like(dim for d, dim in enumerate(rows.dims) if d not in chosen)
 
 
 def product(c: RowCall) -> Result:
@@ -283,18 +273,6 @@ def copied(c: RowCall) -> Result:
     return meet([c.state(t) for name in ("src", "other") if isinstance(t := c.get(name), torch.Tensor)], c.shape)
 
 
-def padded(c: RowCall, rows: Rows) -> Result:
-    """More columns; more rows would be of no token."""
-    dims, pads = list(rows.dims), c.arguments["pad"]
-    for i in range(len(pads) // 2):
-        d = len(dims) - 1 - i
-        if any(as_expr(pad) != 0 for pad in pads[2 * i : 2 * i + 2]):
-            if moving(dims[d]):
-                return c.lost()
-            dims[d] = columns(c.shape[d])
-    return rows.like(dims)
-
-
 def collected(c: RowCall, rows: Rows) -> Result:
     """Every rank's part, one behind the other: of columns, where each rank has all tokens; else of who knows which."""
     strides = [entry for dim in rows.dims for entry in dim if entry[1] != 0]
@@ -312,47 +290,35 @@ def scattered(c: RowCall, rows: Rows) -> Result:
 _RULES: dict[Any, Rule] = {
     rules.pointwise: together,
     rules.same: together,
-    shapes.view: with_rows(viewed),
-    shapes.squeeze: with_rows(viewed),
-    shapes.permute: with_rows(permuted),
-    shapes.transpose: with_rows(permuted),
-    shapes.expand: with_rows(lambda c, rows: aligned(rows, c.shape)),
-    shapes.view_as_real: with_rows(lambda c, rows: rows.like((*rows.dims, columns(2)))),
-    shapes.view_as_complex: with_rows(lambda c, rows: rows.like(rows.dims[:-1])),
-    shapes.repeat: with_rows(repeated),
-    shapes.select: with_rows(divided),
-    shapes.slice_: with_rows(sliced),
-    shapes.split: with_rows(divided),
-    shapes.cat: joined,
-    sums.matmul: product,
     # ``max`` and ``min`` may be of two tensors.
-    sums.reduction: lambda c: (together if len(c.tensors) > 1 else with_rows(over_dims))(c),
-    sums.along_static: with_rows(over_dims),
-    sums.topk: with_rows(over_dims),
-    sums.flip: with_rows(turned),
-    indexing.embedding: looked_up,
-    indexing.index: looked_up,
-    indexing.index_select: looked_up,
-    indexing.gather: gathered,
-    indexing.scatter: put,
-    indexing.index_put: put,
-    indexing.copy_into: copied,
+    op_rules.mapped: lambda c: (together if "other" in c.arguments else with_rows(mapped))(c),
+    op_rules.view: with_rows(viewed),
+    op_rules.repeat: with_rows(repeated),
+    op_rules.select: with_rows(divided),
+    op_rules.slice_: with_rows(sliced),
+    op_rules.cat: joined,
+    op_rules.matmul: product,
+    op_rules.created: lambda c: None,
+    op_rules.arange: lambda c: None,
+    index_rules.embedding: looked_up,
+    index_rules.index: looked_up,
+    index_rules.index_select: looked_up,
+    index_rules.gather: gathered,
+    index_rules.scatter: put,
+    index_rules.index_put: put,
+    index_rules.copy_into: copied,
+    **dict.fromkeys((rules.random, op_rules.triangle, op_rules.scan, op_rules.attention), of_first),
 }
-for _rule in (
-    rules.random, shapes.triangle, sums.softmax, sums.scan, sums.renorm,
-    sums.layer_norm, sums.group_norm, sums.batch_norm, sums.attention,
-):  # fmt: skip
-    _RULES[_rule] = of_first
-for _rule in (shapes._created, shapes.scalar_tensor, shapes.like, shapes.arange):
-    _RULES[_rule] = lambda c: None
 _NAMED: dict[str, Rule] = {
     **dict.fromkeys(("aten::nonzero", "aten::bincount", "aten::histc", "aten::repeat_interleave"), lambda c: None),
+    **dict.fromkeys(("aten::_grouped_mm", "transformers::grouped_mm_fallback"), of_first),
+    **dict.fromkeys((f"aten::{name}" for name in ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split",
+                                                  "unsafe_chunk", "tensor_split")), with_rows(divided)),
+    "aten::flip": with_rows(turned),
     **{f"_c10d_functional::{name}": of_first for name in ("all_reduce", "all_reduce_", "broadcast", "wait_tensor")},
-    "aten::constant_pad_nd": with_rows(padded),
     "_c10d_functional::all_gather_into_tensor": with_rows(collected),
     "_c10d_functional::reduce_scatter_tensor": with_rows(scattered),
-    **dict.fromkeys(("aten::_grouped_mm", "transformers::grouped_mm_fallback"), of_first),
-}
+}  # fmt: skip
 
 
 def rows_after(op: Any, c: RowCall) -> Result:

@@ -12,8 +12,6 @@ from torch import fx
 from ..rewriting import Rewriter
 from .layouts import Order, Rows, fused
 
-__all__ = ["SlotsOfRows"]
-
 
 class SlotsOfRows:
     """Moves the slots of a step's tokens as the graph moves rows."""

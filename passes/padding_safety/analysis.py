@@ -1,8 +1,8 @@
 """May a piece be captured at a bucket? Only if its real rows cannot depend on padding rows.
 
-The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`): every input's real
-entries are right and lie first; each op's rule (:mod:`.rules`) says where the result's are, or that they may
-depend on padding.
+The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`). The real entries of every
+input are right and lie first. Each op's rule (:mod:`.rules`) says where the result's are, or that they may depend on
+padding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,27 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from pcg_compile.attention.ops import store_kv
+from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.functional import functional_form
 from pcg_compile.fx.places import place_of
 from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
-from . import indexing, sums  # noqa: F401 - they enter their rules
-from . import shapes as shape_rules  # noqa: F401
+from . import index_rules, op_rules  # noqa: F401 - they enter their rules
 from .dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
-from .masks import OTHER, REPEATED, WILD, Known, finiteness, known_after
+from .masks import finiteness, known_after
 from .reach import Counts, Reach
-from .rules import Call, Tracked, no_size_as_number, register_row_rule, rule_for
+from .rules import (
+    OTHER,
+    REPEATED,
+    WILD,
+    Call,
+    Known,
+    Tracked,
+    no_size_as_number,
+    packet_of,
+    register_row_rule,
+    rule_for,
+)  # fmt: skip
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
 
@@ -212,7 +223,8 @@ class _Analysis:
         value = node.meta.get("val")
         if node.target is operator.getitem:
             source = self.values[node.args[0]]  # type: ignore[index]
-            self.values[node] = source[node.args[1]] if isinstance(source, (list, tuple)) else value
+            position: Any = node.args[1]
+            self.values[node] = source[position] if isinstance(source, (list, tuple)) else value
             self.counts.note_element(node)
             return
         if not _has_tensors(value) and not isinstance(node.target, torch._ops.OpOverload):
@@ -252,8 +264,7 @@ class _Analysis:
 
     def _padding_of(self, node: fx.Node, call: Call, result: Any, known: bool) -> Any:
         """Enters what is known of the padding of a result."""
-        packet = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
-        packet = packet if packet == "_to_copy" else packet.removesuffix("_copy")
+        packet = packet_of(node.target) if str(node.target).startswith("aten.") else ""
         starts = call.kind == "prefix" or (packet == "arange" and any(map(has_tokens, dims_of(call.shapes[0]))))
         level = finiteness(packet, call, starts) if known or not call.tensors() else WILD
         if isinstance(result, list):
@@ -322,11 +333,7 @@ def _named(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
     def known(n: fx.Node) -> Any:
         return values[n]
 
-    args, kwargs = fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known)
-    schema = getattr(node.target, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else [f"arg{i}" for i in range(len(args))]
-    named = dict(zip(names, args, strict=False))
-    named.update(kwargs)
+    named = arguments_of(node.target, fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known))
     return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in named.items() if v is not None}
 
 

@@ -15,22 +15,6 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = [
-    "Dim",
-    "Dims",
-    "Mixing",
-    "as_expr",
-    "broadcast",
-    "counts_alike",
-    "dims_of",
-    "grows",
-    "has_tokens",
-    "is_dynamic",
-    "is_prefix",
-    "regroup",
-    "size_of",
-]
-
 Dim = tuple[Any, ...]
 Dims = tuple[Dim, ...]
 
@@ -54,6 +38,20 @@ def as_expr(size: Any) -> Any:
     if isinstance(size, sympy.Basic):
         return int(size) if size.is_Integer else size
     return size
+
+
+def expanded(size: Any) -> Any:
+    """A size in one form, so equal ones compare equal."""
+    size = as_expr(size)
+    return as_expr(sympy.expand(size)) if isinstance(size, sympy.Basic) else size
+
+
+def quotient(whole: Any, part: Any) -> Any:
+    """``whole / part`` where that is a whole number at all sizes, else None."""
+    if isinstance(whole, int) and isinstance(part, int):
+        return whole // part if part and whole % part == 0 else None
+    ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
+    return expanded(ratio) if ratio.as_numer_denom()[1] == 1 else None
 
 
 def is_dynamic(factor: Any) -> bool:
@@ -107,7 +105,7 @@ def size_of(dim: Dim) -> Any:
     total: Any = 1
     for factor in dim:
         total = total * (factor.size if isinstance(factor, Causal) else factor)
-    return as_expr(sympy.expand(total)) if isinstance(total, sympy.Basic) else total
+    return expanded(total)
 
 
 def broadcast(shapes: Sequence[Dims]) -> Dims:
@@ -171,7 +169,7 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims:
         wanted = as_expr(size)
         taken: list[Any] = []
         while size_of(tuple(taken)) != wanted:
-            missing = _quotient(wanted, size_of(tuple(taken)))
+            missing = quotient(wanted, size_of(tuple(taken)))
             if missing == 1:
                 break  # The same size, written otherwise.
             if not factors:
@@ -185,7 +183,7 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims:
                     head = missing
                 elif missing % head != 0:
                     raise Mixing("its view cuts across dimensions")
-            elif isinstance(head, int) and not isinstance(missing, int) and _quotient(missing, head) is None:
+            elif isinstance(head, int) and not isinstance(missing, int) and quotient(missing, head) is None:
                 common = _common(missing, head)
                 if common in (0, 1):
                     raise Mixing("its view cuts through a dynamic size")
@@ -201,14 +199,3 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims:
 def _common(expr: Any, number: int) -> int:
     coefficient = sympy.sympify(expr).as_coeff_Mul()[0]
     return int(sympy.gcd(coefficient, number)) if coefficient.is_Integer else 1
-
-
-def _quotient(whole: Any, part: Any) -> Any:
-    if part == 1:
-        return whole
-    if isinstance(whole, int) and isinstance(part, int):
-        return whole // part if part and whole % part == 0 else None
-    ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
-    if ratio.is_Integer:
-        return int(ratio)
-    return ratio if ratio.as_numer_denom()[1] == 1 else None

@@ -10,38 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
 from pcg_compile.fx.facts import storage_of
+from pcg_compile.fx.plan import Plan
 from pcg_compile.fx.sizes import is_scalar, symbols_of
 
 from .dims import Dims, is_dynamic
+from .rules import OTHER, REPEATED, WILD, Call, Known, Tracked, packet_of
 
-if TYPE_CHECKING:
-    from pcg_compile.fx.plan import Plan
-
-    from .rules import Call, Tracked
-
-__all__ = ["FINITE", "OTHER", "REPEATED", "WILD", "Known", "finiteness", "known_after", "mask_inputs"]
-
-#: What padding holds: some real row's values; other finite ones; anything.
-REPEATED, OTHER, WILD = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Known:
-    """Padding along ``symbol`` is ``value`` if the input ``source`` is padded with zeros along ``along``."""
-
-    symbol: sympy.Symbol
-    value: float
-    source: str
-    along: sympy.Symbol
-
+__all__ = ["OTHER", "WILD", "finiteness", "known_after", "mask_inputs"]
 
 _VIEWS = frozenset(
     ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand",
@@ -56,7 +38,7 @@ _SELECTIONS = frozenset(("where", "masked_fill", "index_put"))
 _CONTRACTIONS = frozenset(("mm", "bmm", "baddbmm", "addmm", "matmul", "mv", "dot"))
 #: Ops whose results are finite where what they read is. An overflow of padding alone is left out of account: its values
 #: are sums and products of what real rows hold as well.
-FINITE = (
+_FINITE = (
     _VIEWS
     | _COMPARISONS
     | _SELECTIONS
@@ -84,7 +66,7 @@ def finiteness(packet: str, call: Call, starts: bool) -> int:
         level = max(level, OTHER)
     if packet in ("_softmax", "softmax", "_safe_softmax") and call.zeroed:
         return OTHER
-    if level == OTHER and packet not in FINITE:
+    if level == OTHER and packet not in _FINITE:
         return WILD
     numbers = [*call.arguments.values(), *(t.uniform for t in call.tensors())]
     if level == OTHER and any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
@@ -217,7 +199,7 @@ def _only_masks(plan: Plan, mask: fx.Node) -> bool:
             continue
         if is_scalar(fact.value):
             continue
-        packets = {_packet(call.op) for call in fact.ops} - {"device"}
+        packets = {packet_of(call.op) for call in fact.ops} - {"device"}
         written = {storage_of(plan.value(n)) for n in same} & fact.writes
         indexed = reads if "embedding" in packets else [n for n in reads if not node.args or n is not node.args[0]]
         if written or (packets & _LOOKUPS and any(plan.value(n).dtype is not torch.bool for n in indexed)):
@@ -231,8 +213,3 @@ def _only_masks(plan: Plan, mask: fx.Node) -> bool:
                 return False
         made.add(node)
     return masks
-
-
-def _packet(op: Any) -> str:
-    name = op.name() if isinstance(op, torch._ops.OpOverload) else str(op)
-    return name.split("::")[-1].partition(".")[0]

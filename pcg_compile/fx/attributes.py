@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["attributes_as_inputs"]
-
 
 def attributes_as_inputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """A graph with its tensor attributes as further inputs, and those tensors; the graph itself where it has none.

@@ -10,8 +10,6 @@ from torch import fx
 
 from ..torch_compat.fake_tensors import is_real
 
-__all__ = ["isolate_numbers"]
-
 #: Why such an op runs between pieces.
 REASON = "a float that changes from call to call, which a capture would hold as it was; pass a tensor to capture it"
 

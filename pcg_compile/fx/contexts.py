@@ -12,17 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    "Autocast",
-    "autocast_regions",
-    "is_grad_switch",
-    "is_mode_switch",
-    "is_transform",
-    "region_without_gradients",
-    "switches_gradients_on",
-    "transform_depth",
-]
-
 #: The arguments of ``torch.amp.autocast_mode._enter_autocast``, outermost region first.
 Autocast = tuple[tuple[Any, ...], ...]
 

@@ -6,7 +6,7 @@ passes read these facts instead of guessing from names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +26,12 @@ from ..torch_compat.fake_tensors import (
 )
 from .contexts import is_transform
 from .fake_storages import in_own_memory, note_memory, storage_of
-from .node_facts import NodeFacts, OpCall, tensors_in, written_tensors
+from .node_facts import NodeFacts, OpCall, arguments_of, tensors_in, written_tensors
 from .repeats import Repeats
 
 __all__ = [
-    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "calls_of", "squeezed_sizes", "storage_of", "tensors_in",
-    "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
+    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "arguments_of", "bodies_of", "calls_of", "squeezed_sizes",
+    "storage_of", "tensors_in", "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
 ]  # fmt: skip
 
 #: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.
@@ -179,6 +179,37 @@ def _detached(value: Any) -> Any:
     if type(value) is FakeTensor and value.layout == torch.strided and not holds_data(value):
         return fake_like(value)
     return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+#: What ops raise of operands in another order than the body's: other shapes, types, or no tensors at all.
+_MISTRACED = (
+    ArithmeticError, AssertionError, AttributeError, DataDecide, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def bodies_of(
+    gm: fx.GraphModule, node: fx.Node, facts: Mapping[fx.Node, NodeFacts], notes: list[str]
+) -> Iterator[tuple[fx.GraphModule, dict[fx.Node, NodeFacts]]]:
+    """The graphs inside an op of a higher order (a checkpointed region, branches), with their facts.
+
+    A body's inputs are the last operands of the op: before them stand names, conditions and further bodies. A body that
+    cannot be traced alone is left out, and named in ``notes``, which explain() shows.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    leaves = [leaf for leaf in tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, fx.Node)]
+    operands = [facts[n].value for n in leaves if n.op != "get_attr"]
+    for body in [getattr(gm, str(n.target), None) for n in leaves if n.op == "get_attr"]:
+        count = len(body.graph.find_nodes(op="placeholder")) if isinstance(body, fx.GraphModule) else -1
+        if not isinstance(body, fx.GraphModule) or count > len(operands):
+            continue
+        try:
+            inner = trace_facts(body, operands[len(operands) - count :], keep_results=True)
+        except _MISTRACED as error:
+            first = str(error).splitlines()[0] if str(error) else ""
+            notes.append(f"{node.name} is judged as a whole: its body cannot be traced alone ({first})")
+            continue
+        yield body, inner
 
 
 def calls_of(gm: fx.GraphModule) -> Calls:

@@ -15,8 +15,6 @@ import torch
 
 from ..torch_compat.fake_tensors import FakeTensor, empty_fake, fake_like, holds_data, without_transforms
 
-__all__ = ["Storage", "in_own_memory", "look_alike_of", "note_memory", "storage_behind", "storage_of", "told_apart"]
-
 _NOTE = "_pcg_storage"
 
 
@@ -43,7 +41,7 @@ def storage_behind(tensor: torch.Tensor) -> Storage:
     return noted if noted is not None else Storage(tensor)
 
 
-def look_alike_of(tensor: torch.Tensor, storage: Storage) -> torch.Tensor:
+def look_alike_of(tensor: FakeTensor, storage: Storage) -> torch.Tensor:
     """A fake tensor like another one, in other memory."""
     look_alike = fake_like(tensor)
     setattr(look_alike, _NOTE, storage)
@@ -118,7 +116,7 @@ def in_own_memory(inputs: Sequence[Any]) -> list[Any]:
 
 def _apparent(tensor: torch.Tensor) -> int:
     try:
-        return without_transforms(tensor).untyped_storage()._cdata
+        return int(without_transforms(tensor).untyped_storage()._cdata)
     except NotImplementedError:
         # Inside vmap: a wrapper without memory of its own.
         return -id(tensor)

@@ -1,7 +1,6 @@
 """A piece in functional aten form: the ops that it dispatches once nothing writes in place.
 
-torch's own tracer follows all arithmetic on sizes into the graph, which costs more than the ops. Here sizes stay
-numbers; what is unusual is left to torch's tracer.
+``make_fx`` traces all arithmetic on sizes as well, which takes three times as long as the ops. Here sizes stay numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..torch_compat.fake_tensors import FakeTensor, fake_mode_of, python_dispatcher
-from ..torch_compat.functionalize import functional_aten, is_decomposed, run_functionally
+from ..torch_compat.functionalize import is_decomposed, run_functionally
 from .sizes import SymType
-
-__all__ = ["functional_form"]
-
-_LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
 def functional_form(
@@ -29,22 +24,11 @@ def functional_form(
 ) -> fx.GraphModule:
     """``gm`` in functional aten form, on fake ``inputs``; nodes have their fake values and the lines they come from.
 
-    Its results are the graph's, a tuple, and the inputs that it writes. ``decompositions`` are what custom ops are
-    made of.
+    Its results are the graph's, a tuple, and the inputs that it writes.
+
+    Args:
+        decompositions: by overload, what custom ops are made of.
     """
-    try:
-        return _captured(gm, inputs, decompositions)
-    except _Unusual:
-        return functional_aten(gm, inputs, decompositions)
-
-
-class _Unusual(Exception):
-    """Something that only torch's tracer has a way for."""
-
-
-def _captured(
-    gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]
-) -> fx.GraphModule:
     fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     tracer = _Tracer(fresh)
     with fake_mode_of(fresh), python_dispatcher(), torch.no_grad(), tracer:
@@ -53,47 +37,42 @@ def _captured(
 
 
 class _Tracer(TorchDispatchMode):
-    """Writes down each op that arrives below functionalization."""
+    """Records each op that arrives below functionalization."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.graph = fx.Graph()
+        self.constants: dict[str, torch.Tensor] = {}
         self.place: fx.Node | None = None
-        #: The node of each tensor, which is kept so that its identity stays its own.
+        #: The node of each tensor, by identity, and the tensor, which keeps its identity from being reused.
         self.nodes: dict[int, tuple[torch.Tensor, fx.Node]] = {}
         for position, value in enumerate(inputs):
             self._name(self.graph.placeholder(f"arg_{position}"), value)
 
     def come_to(self, node: fx.Node) -> None:
-        """The node of the piece that runs next."""
+        """Says which node of the piece runs next."""
         self.place = node
 
     def graph_of(self, results: Any) -> fx.GraphModule:
         """The graph, once all has run."""
         self.graph.output(tree_map_only((torch.Tensor, *SymType), self._node, results))
-        return fx.GraphModule(torch.nn.Module(), self.graph)
+        return fx.GraphModule(self.constants, self.graph)
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        leaves = tree_leaves((args, kwargs))
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        if torch.Tag.data_dependent_output in func.tags or func in _LIFTS:
-            raise _Unusual
-        if is_decomposed(func, leaves):
+        if is_decomposed(func, tree_leaves((args, kwargs))):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         nodes = tree_map_only((torch.Tensor, *SymType), self._node, (args, kwargs))
         result = func(*args, **kwargs)
-        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+        gives_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
+        if gives_tensors or torch.Tag.data_dependent_output in func.tags:
             node = self.graph.call_function(func, *nodes)
             if self.place is not None:
                 node.stack_trace = self.place.stack_trace
@@ -116,10 +95,13 @@ class _Tracer(TorchDispatchMode):
             number = self.graph.call_function(_number)
             number.meta["val"] = value
             return number
-        known = self.nodes.get(id(value))
-        if known is None or type(value) is not FakeTensor:
-            raise _Unusual
-        return known[1]
+        if id(value) not in self.nodes:
+            if isinstance(value, FakeTensor):
+                raise RuntimeError(f"{self.place} reads a tensor that no op gave")
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = value
+            self._name(self.graph.create_node("get_attr", name), value)
+        return self.nodes[id(value)][1]
 
 
 def _number() -> Any:

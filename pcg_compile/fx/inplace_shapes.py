@@ -14,8 +14,6 @@ from torch import fx
 
 from .node_facts import NodeFacts, tensors_in
 
-__all__ = ["shape_by_views"]
-
 #: What changes a shape in place and has a view that gives the same.
 _VIEWS = {f"{name}_": name for name in ("as_strided", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")}
 

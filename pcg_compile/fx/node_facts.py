@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-
-__all__ = ["CopiedCall", "NodeFacts", "OpCall", "tensors_in", "written_tensors"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,13 @@ class NodeFacts:
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors among the leaves of a nested value."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def arguments_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given to an op, by the names of its schema; to a function without one, by position and keyword."""
+    schema = getattr(op, "_schema", None) or getattr(getattr(op, "default", None), "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else map("arg{}".format, range(len(args)))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def written_tensors(call: OpCall) -> Iterator[torch.Tensor]:

@@ -17,8 +17,6 @@ from torch import fx
 
 from ..torch_compat.dynamo_graphs import traced_function
 
-__all__ = ["Place", "module_of", "name_of_input", "place_of", "place_of_frame", "place_of_stack", "place_parts"]
-
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OWN = tuple(

@@ -22,8 +22,6 @@ from .fake_storages import Storage, look_alike_of, storage_behind, storage_of
 from .node_facts import CopiedCall, NodeFacts, tensors_in
 from .sizes import SymType, expr_of, symbols_of
 
-__all__ = ["Call", "Repeats"]
-
 _CONSTANTS = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, EllipsisType)
 #: Of other ops nobody knows what their fake implementation looks at beside its arguments.
 _NAMESPACES = ("aten", "prim", "prims", "pcg")
@@ -126,6 +124,7 @@ class Repeats:
     def _look(self, tensor: torch.Tensor) -> int:
         seen = self._seen.get(id(tensor))
         if seen is None:
+            assert isinstance(tensor, FakeTensor)
             if holds_data(tensor) or tensor.layout != torch.strided:
                 raise _Unlike
             numbers = (*tensor.shape, *tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes())
@@ -167,6 +166,7 @@ class _Copy:
     def _one(self, tensor: torch.Tensor) -> torch.Tensor:
         put = self.put.get(id(tensor))
         if put is None:
+            assert isinstance(tensor, FakeTensor)
             put = self.put[id(tensor)] = look_alike_of(tensor, self._memory(storage_of(tensor)))
             self.repeats.looks_like(put, tensor)
         return put

@@ -12,8 +12,6 @@ from torch import fx
 
 from .sizes import size_at
 
-__all__ = ["Request"]
-
 
 @dataclass(frozen=True)
 class Request:

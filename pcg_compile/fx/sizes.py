@@ -11,22 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..torch_compat.expressions import evaluate_expression
 
-__all__ = [
-    "SymType",
-    "evaluate",
-    "expr_of",
-    "is_scalar",
-    "learned_from",
-    "leaves_of",
-    "plain",
-    "shape_at",
-    "size_at",
-    "sizes_of",
-    "strides_at",
-    "symbol_values",
-    "symbols_of",
-]
-
 SymType = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (
     int,

@@ -10,12 +10,10 @@ import torch
 from torch import fx
 
 from .facts import NodeFacts, alias_of, storage_of
-from .node_facts import OpCall
+from .node_facts import OpCall, arguments_of
 from .places import place_of
 from .sizes import expr_of
 from .splitting import Segment
-
-__all__ = ["reason_to_run_eagerly"]
 
 #: Whose result may lie outside the tensor that they are given, anywhere in its storage.
 _AROUND = frozenset(f"aten::{name}" for name in ("as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"))
@@ -61,10 +59,7 @@ def _within(call: OpCall, argument: bool) -> bool:
 
     Offsets count from the start of the storage, where an ``argument`` may lie anywhere at the next call.
     """
-    names: tuple[str, ...] = ("self", "size", "stride", "storage_offset")
-    if call.op._schema.name == "aten::as_strided_scatter":
-        names = ("self", "src", "size", "stride", "storage_offset")
-    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    given = arguments_of(call.op, call.args, call.kwargs)
     tensor, offset = given["self"], given.get("storage_offset")
     if offset is not None and (argument or expr_of(offset) != expr_of(tensor.storage_offset())):
         return False

@@ -15,8 +15,6 @@ import torch
 
 from .sizes import evaluate, expr_of, shape_at, strides_at, symbols_of
 
-__all__ = ["Layouts"]
-
 Sizes = Mapping[sympy.Symbol, int]
 #: Rows of a static buffer begin at multiples of this many elements where the graph's guards allow it.
 _ALIGNMENT = 16

@@ -5,8 +5,6 @@ from __future__ import annotations
 from .facts import alias_of, storage_of
 from .plan import PieceItem, Plan, SplitOpItem
 
-__all__ = ["uninitialized_results"]
-
 _UNINITIALIZED = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )

@@ -10,8 +10,6 @@ from torch import fx
 
 from .places import name_of_input, place_of
 
-__all__ = ["strange_tensor"]
-
 _STRIDED = (torch.strided, torch.jagged)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copyreg
+import inspect
+from collections.abc import Callable
 from functools import cache
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import AdapterError, BatchError, message
+from ..errors import AdapterError, BatchError
 from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
-
-__all__ = ["FACTORS", "adapt", "unadapt"]
 
 #: What a layer with adapters has beside its own: the packed factors, and plain attributes.
 FACTORS = "pcg_lora_factors"
@@ -102,10 +102,8 @@ def adapt(module: nn.Module, *, around: bool = False) -> None:
         module.__class__ = _adapted_class(_CopiedAsBase if around else _Adapted, cls)
     elif around and isinstance(module, _Adapted):
         raise AdapterError(
-            message(
-                f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
-                cure="Give it its former class back first, or make the pool on a new model.",
-            )
+            f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
+            cure="Give it its former class back first, or make the pool on a new model.",
         )
     if around:
         own: Any = module
@@ -148,10 +146,8 @@ def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
         adapters = None if state is None else state.batch.adapters
         if isinstance(adapters, torch.Tensor) or any(adapters or ()):
             raise BatchError(
-                message(
-                    "the batch names adapters, and the model is a copy of the one that their pool was made on",
-                    cure="Make a pool for the copy: AdapterPool(copy, ...)",
-                )
+                "the batch names adapters, and the model is a copy of the one that their pool was made on",
+                cure="Make a pool for the copy: AdapterPool(copy, ...)",
             )
 
 
@@ -159,6 +155,55 @@ def _refuse_gradients() -> None:
     """Gradients of the base model are the caller's business, those of a batch with adapters would be wrong."""
     state = current_step()
     if state is not None and state.batch.adapters is not None:
-        raise BatchError(
-            message("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+        raise BatchError("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+
+
+# -- layers whose forward was replaced by one that does more: adapters go inside of that ---------------------------
+
+#: What transformers' ``install_forward`` calls the method that it replaces (5.18 to 5.24).
+_REPLACED = "original_forward"
+
+
+def has_forward_of_class(module: nn.Module) -> bool:
+    """Whether calling a module calls its class's ``forward``."""
+    forward = vars(module).get("forward")
+    return forward is None or _is_of_class(forward, module)
+
+
+def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What makes of a module's own ``forward`` one that calls the module's class as it will be then.
+
+    transformers' parallel styles replace ``module.forward`` by a function that brings the input to the rank, calls the
+    method that was there, and sums up the ranks' results: adapters go inside of it.
+
+    Returns:
+        A function of the module that gives the new forward.
+
+    Raises:
+        AdapterError: a forward of which it is not known what it does with the class's.
+    """
+    forward = vars(module)["forward"]
+    names = forward.__code__.co_freevars if inspect.isfunction(forward) else ()
+    cells = dict(zip(names, forward.__closure__ or (), strict=True)) if names else {}
+    original: Any = cells[_REPLACED].cell_contents if _REPLACED in cells else None
+    if not _is_of_class(original, module):
+        raise AdapterError(
+            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
+            why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
+            cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
         )
+
+    def opened(module: nn.Module) -> Callable[..., Any]:
+        inside = {**cells, _REPLACED: CellType(MethodType(type(module).forward, module))}
+        new = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, tuple(inside.values())
+        )
+        new.__kwdefaults__, new.__qualname__ = forward.__kwdefaults__, forward.__qualname__
+        return new
+
+    return opened
+
+
+def _is_of_class(function: Any, module: nn.Module) -> bool:
+    """Whether it is the method that the module's class has for ``forward``."""
+    return bool(function == MethodType(type(module).forward, module))

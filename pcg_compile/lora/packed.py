@@ -13,8 +13,8 @@ from math import prod
 
 import torch
 
-__all__ = ["PackedFactors", "decode", "pack"]
-
+#: Slices of all layers of one call, as many as the kernels take pointers for.
+MOST_SLICES = 4
 #: Bytes that each part begins at a multiple of: kernels read 16 at once.
 _ALIGN = 32
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Routing", "route"]
-
 
 class Routing(NamedTuple):
     """Tokens sorted by adapter: ``permutation`` int32 ``[tokens]``, ``seg_indptr`` int32 ``[max_adapters + 1]``."""

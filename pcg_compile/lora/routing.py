@@ -19,8 +19,6 @@ from .route import Routing, route
 if TYPE_CHECKING:
     from ..step import StepState
 
-__all__ = ["OneAdapterMemory", "Router", "RoutingMemory", "SlotSource", "any_router", "router_by_id"]
-
 
 class SlotSource(Protocol):
     """What a router asks for the adapter slots of a batch: an adapter pool."""
@@ -142,11 +140,9 @@ class Router:
         tokens = state.batch.num_tokens
         if rows < tokens:
             raise BatchError(
-                message(
-                    f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
-                    why="Which row belongs to which request is then unknown.",
-                    cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
-                )
+                f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
+                why="Which row belongs to which request is then unknown.",
+                cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
             )
         if isinstance(slots, torch.Tensor):
             padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
@@ -331,7 +327,5 @@ def router_by_id(router_id: int) -> Router:
 
 def _there(router: Router | None) -> Router:
     if router is None:
-        raise BatchError(
-            message("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")
-        )
+        raise BatchError("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")
     return router

@@ -16,7 +16,7 @@ from ..fx.facts import DataDecide, trace_facts
 from ..fx.places import place_of, place_of_stack
 from ..fx.submodules import copy_graph
 from ..options import Options
-from ..passes.padding_safety.findings import Finding, hazard_at
+from ..passes.hazard_rules import Finding, hazard_at
 from ..torch_compat.fake_tensors import fake_inputs
 
 __all__ = ["CheckBackend", "ReportBackend", "compile_apart", "hazards_of_breaks"]

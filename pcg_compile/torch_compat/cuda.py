@@ -10,15 +10,6 @@ import torch
 
 from .probe import private
 
-__all__ = [
-    "FEW_COPIES",
-    "CurrentStream",
-    "abandon_capture",
-    "data_ptrs_equal",
-    "foreach_copy",
-    "unowned_alias",
-]
-
 _READ = "2.11 to 2.13"
 _compare_data_ptrs = private("torch._C._tensors_data_ptrs_at_indices_equal", _READ, optional=True)
 _storage_at = private("torch._C._construct_storage_from_data_pointer", _READ)

@@ -16,8 +16,6 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .probe import attributes
 
-__all__ = ["evaluate_expression", "expression_nodes", "number_of_symbol"]
-
 _READ = "2.11 to 2.13"
 attributes("torch.utils._sympy.interp", _READ, "sympy_interp")
 attributes("torch.utils._sympy.reference", _READ, "PythonReferenceAnalysis")

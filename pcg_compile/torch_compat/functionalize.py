@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fake_tensors import fake_mode_of, python_dispatcher
 from .probe import deferred, private
-
-__all__ = ["functional_aten", "is_decomposed", "run_functionally", "types_of_arguments"]
 
 _READ = "2.11 to 2.13"
 _parse_schema = private("torch._C.parse_schema", _READ)
@@ -22,8 +19,6 @@ _sync = private("torch._sync", _READ)
 _enable_functionalization = private("torch._enable_functionalization", _READ)
 _disable_functionalization = private("torch._disable_functionalization", _READ)
 _has_data_mutation = private("torch._functionalize_has_data_mutation", _READ)
-_FunctionalTensor = deferred("torch._subclasses.functional_tensor.FunctionalTensor", _READ)
-_dispatch_functionalize = deferred("torch._subclasses.functional_tensor.dispatch_functionalize", _READ)
 _would_decompose = deferred("torch.fx.experimental.proxy_tensor.autograd_would_have_decomposed", _READ)
 
 
@@ -40,7 +35,7 @@ class _Decomposing(fx.Interpreter):
         self,
         gm: fx.GraphModule,
         decompositions: Mapping[Any, Callable[..., Any]],
-        at: Callable[[fx.Node], None] = lambda node: None,
+        at: Callable[[fx.Node], None],
     ) -> None:
         super().__init__(gm)
         self.decompositions, self.at = decompositions, at
@@ -81,27 +76,6 @@ def run_functionally(
         _disable_functionalization()
     tensors = [x for x in wrapped if isinstance(x, torch.Tensor)]
     return tuple(map(plain, (*results, *(x for x in tensors if _has_data_mutation(x)))))
-
-
-def functional_aten(
-    gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]
-) -> fx.GraphModule:
-    """A graph in functional aten form, its nodes with fake values and the lines they come from (2.11 to 2.13).
-
-    Its results are the graph's, a tuple, and the inputs that it writes.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.traceback import preserve_node_meta
-
-    def run(*args: Any) -> Any:
-        # What the graph writes is a result as well.
-        results = _Decomposing(gm, decompositions).run(*args)
-        tensors = [x for x in args if isinstance(x, _FunctionalTensor())]
-        return (*results, *(x for x in tensors if _has_data_mutation(x.elem)))
-
-    fresh = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-    with fake_mode_of(inputs), python_dispatcher(), torch.no_grad(), preserve_node_meta():
-        return make_fx(_dispatch_functionalize()(run), record_module_stack=False)(*fresh)
 
 
 def is_decomposed(op: torch._ops.OpOverload, args: Sequence[Any]) -> bool:

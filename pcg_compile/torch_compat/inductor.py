@@ -13,15 +13,6 @@ from torch import fx
 
 from .probe import attributes, deferred
 
-__all__ = [
-    "compile_all_with_inductor",
-    "compile_with_inductor",
-    "freezes_weights",
-    "inductor_output",
-    "prepare_inductor",
-    "start_inductor_workers",
-]
-
 _READ = "2.11 to 2.13"
 attributes("torch._inductor.config", _READ, "freezing keep_output_stride triton")
 _compile_fx = deferred("torch._inductor.compile_fx.compile_fx", _READ)

@@ -10,8 +10,6 @@ import torch
 
 from .probe import attributes
 
-__all__ = ["completed_call", "drop_forward_hook", "with_forward_hook"]
-
 attributes("torch.nn.Module", "2.11 to 2.13", "_forward_hooks _forward_pre_hooks", torch.nn.Module)
 
 

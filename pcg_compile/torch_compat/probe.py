@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Private", "attributes", "declared", "deferred", "exceptions", "missing", "private"]
-
 
 @dataclass(frozen=True)
 class Private:

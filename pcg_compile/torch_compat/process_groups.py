@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from .probe import private
 
-__all__ = ["GroupMaximum", "default_store", "group_backend", "ranks_of_group"]
-
 _READ = "2.11 to 2.13"
 _get_default_store = private("torch.distributed.distributed_c10d._get_default_store", _READ)
 _get_default_group = private("torch.distributed.distributed_c10d._get_default_group", _READ)
@@ -61,7 +59,7 @@ class GroupMaximum:
         assert group is not None
         self._backend = group._get_backend(torch.device("cpu"))
         self._largest = dist.AllreduceOptions()
-        self._largest.reduceOp = dist.ReduceOp.MAX
+        self._largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         with torch.inference_mode(False):
             numbers = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._numbers, self._array = [numbers], numbers.numpy()

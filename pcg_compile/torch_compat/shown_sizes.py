@@ -14,9 +14,6 @@ from .dynamo_traces import Marks
 from .fake_tensors import FakeTensor, FakeTensorMode, python_dispatcher
 from .guards import set_replacements
 
-__all__ = ["show_more_rows", "shown_larger"]
-
-
 #: What a compiler is shown for sizes of 0 and 1, by symbol: equal ones it would take for the same. The first row that
 #: breaks no condition.
 _SHOWN = ((16, 24, 40, 48, 56, 80, 88, 96), (8, 12, 14, 10, 6, 4), (2, 3, 5, 7, 9, 11))

@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .fake_tensors import TracingContext
 from .probe import attributes, deferred, private
 
-__all__ = ["functionalized_call", "is_subclass", "lower_subclasses"]
-
 _READ = "2.11 to 2.13"
 attributes("torch.utils._python_dispatch", _READ, "is_traceable_wrapper_subclass")
 attributes("torch._inductor.config", _READ, "enable_auto_functionalized_v2")

@@ -14,8 +14,6 @@ from pcg_compile.fx.facts import tensors_in
 from ..padding_safety.dims import as_expr
 from .layouts import Lost, State
 
-__all__ = ["Indices", "Result", "RowCall", "Rule"]
-
 
 class Indices:
     """What is known of the values of index tensors, by a key of their values."""

@@ -1,11 +1,11 @@
-"""Rules of ops that read or write by index."""
+"""The rules of the padding analysis for ops that read or write by index."""
 
 from __future__ import annotations
 
 import sympy
 
-from .dims import Dims, Mixing, broadcast, counts_alike, has_tokens, size_of
-from .rules import Call, Tracked, axis_of, need_static, numbers_are_static, rule
+from .dims import Dim, Dims, Mixing, broadcast, counts_alike, has_tokens, size_of
+from .rules import Call, Tracked, axis_of, need_static, numbers_are_static, rule, tensors_of
 
 
 @rule("embedding")
@@ -15,11 +15,11 @@ def embedding(call: Call) -> Dims:
     return (*indices.dims, *weight.dims[1:])
 
 
-@rule("bucketize", "searchsorted")
+@rule("bucketize searchsorted")
 def search(call: Call) -> Dims:
     """Places of values in sorted rows, which are read whole."""
     values = call.arguments["self"]
-    rows = [call.arguments[name] for name in ("boundaries", "sorted_sequence", "sorter") if name in call.arguments]
+    rows = tensors_of(call.arguments.get(name) for name in ("boundaries", "sorted_sequence", "sorter"))
     for row in rows:
         need_static(row.dims[-1], "searches")
     dims = values.dims if isinstance(values, Tracked) else ()
@@ -37,28 +37,30 @@ def is_among(call: Call) -> Dims:
     return entries.dims if isinstance(entries, Tracked) else ()
 
 
+def _others_alike(source: Tracked, index: Tracked, axis: int) -> list[tuple[Dim, Dim]]:
+    pairs = [pair for i, pair in enumerate(zip(source.dims, index.dims, strict=True)) if i != axis]
+    for one, other in pairs:
+        broadcast([(one,), (other,)])
+    return pairs
+
+
 @rule("gather")
 def gather(call: Call) -> Dims:
     source, index = call.tensor("self"), call.tensor("index")
     axis = axis_of(source.dims, call.arguments["dim"])
     need_static(source.dims[axis], "gathers from")
-    for i, (one, other) in enumerate(zip(source.dims, index.dims, strict=True)):
-        if i != axis:
-            broadcast([(one,), (other,)])
+    _others_alike(source, index, axis)
     return index.dims
 
 
-@rule("scatter", "scatter_add", "scatter_reduce")
+@rule("scatter scatter_add scatter_reduce")
 def scatter(call: Call) -> Dims:
     source, index = call.tensor("self"), call.tensor("index")
     axis = axis_of(source.dims, call.arguments["dim"])
     need_static(source.dims[axis], "scatters into")
     need_static(index.dims[axis], "scatters from")
     numbers_are_static(call)
-    for i, (one, other) in enumerate(zip(source.dims, index.dims, strict=True)):
-        if i == axis:
-            continue
-        broadcast([(one,), (other,)])
+    for one, other in _others_alike(source, index, axis):
         if has_tokens(other) and not counts_alike(one, other):
             # With fewer rows than there are to write to, the index's padding would write real ones.
             call.equals.append((size_of(other), size_of(one)))
@@ -88,17 +90,16 @@ def _gathered(call: Call, source: Tracked, index: Tracked, axis: int, place: int
     call.row_indices.append((index.source, factors[0]))
 
 
-@rule("index", "_unsafe_index")
+@rule("index _unsafe_index")
 def index(call: Call) -> Dims:
-    source, indices = call.tensor("self"), call.arguments["indices"]
-    used = [(i, t) for i, t in enumerate(indices) if isinstance(t, Tracked)]
-    for i, tensor in used:
+    source = call.tensor("self")
+    used = {i: t for i, t in enumerate(call.arguments["indices"]) if isinstance(t, Tracked)}
+    for i, tensor in used.items():
         _gathered(call, source, tensor, i, i)
-    merged = broadcast([tensor.dims for _, tensor in used])
-    places = [i for i, _ in used]
-    rest = [d for i, d in enumerate(source.dims) if i not in places]
-    adjacent = places == list(range(places[0], places[-1] + 1))
-    at = places[0] if adjacent else 0
+    merged = broadcast([tensor.dims for tensor in used.values()])
+    rest = [d for i, d in enumerate(source.dims) if i not in used]
+    # Behind the dimensions ahead of them where they are neighbours, else first.
+    at = min(used) if max(used) - min(used) == len(used) - 1 else 0
     return (*rest[:at], *merged, *rest[at:])
 
 
@@ -110,25 +111,22 @@ def index_select(call: Call) -> Dims:
     return (*source.dims[:axis], *(chosen.dims or ((1,),)), *source.dims[axis + 1 :])
 
 
-@rule("put", "index_put", "index_copy", "index_add", "index_fill", "_unsafe_index_put")
+@rule("put index_put index_copy index_add index_fill _unsafe_index_put")
 def index_put(call: Call) -> Dims:
-    source = call.tensor("self")
-    indices = call.arguments.get("indices")
-    indices = [call.tensor("index")] if indices is None else [t for t in indices if isinstance(t, Tracked)]
-    values = call.arguments.get("values")
+    source, values = call.tensor("self"), call.arguments.get("values")
+    indices = tensors_of([call.arguments.get("indices", call.arguments.get("index"))])
     if len(indices) == 1 and indices[0].is_mask and isinstance(values, Tracked) and not values.dims:
         # One value for what a mask selects fills it, entry by entry.
         mask = indices[0].dims
         return (*broadcast([source.dims[: len(mask)], mask]), *source.dims[len(mask) :])
-    for tensor in indices:
-        if any(has_tokens(d) for d in tensor.dims) and not tensor.scratch:
-            raise Mixing("padding rows would be written where their index points")
-    if any(has_tokens(d) for d in source.dims):
+    if any(has_tokens(d) for tensor in indices if not tensor.scratch for d in tensor.dims):
+        raise Mixing("padding rows would be written where their index points")
+    if any(map(has_tokens, source.dims)):
         raise Mixing("it writes by index into a tensor that holds padding")
     return source.dims
 
 
-@rule("slice_scatter", "select_scatter")
+@rule("slice_scatter select_scatter")
 def slice_scatter(call: Call) -> Dims:
     source, part = call.tensor("self"), call.tensor("src")
     axis = axis_of(source.dims, call.arguments.get("dim", 0))
@@ -139,7 +137,7 @@ def slice_scatter(call: Call) -> Dims:
         if size_of(part.dims[axis]) != size_of(source.dims[axis]):
             raise Mixing("it writes a part of a dimension that holds padding")
         return broadcast([source.dims, part.dims])
-    broadcast([tuple((1,) if i == axis else d for i, d in enumerate(t.dims)) for t in (source, part)])
+    _others_alike(source, part, axis)
     return source.dims
 
 
@@ -147,6 +145,6 @@ def slice_scatter(call: Call) -> Dims:
 def copy_into(call: Call) -> Dims:
     target, source = call.tensor("self"), call.tensor("src")
     broadcast([target.dims, source.dims])
-    if any(has_tokens(d) for d in source.dims) and not any(has_tokens(d) for d in target.dims):
+    if any(map(has_tokens, source.dims)) and not any(map(has_tokens, target.dims)):
         raise Mixing("it writes padding into a tensor without any")
     return target.dims
