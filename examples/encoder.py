@@ -107,7 +107,7 @@ def main() -> None:
         results.append(embed(encoder, given).cpu())  # waits for the device
         print(f"{name:5} {options.sentences / (time.perf_counter() - started):7,.0f} sentences/s")
     after = pcg.stats(compiled)
-    print(f"{after.pieces} pieces, {after.captured} captured graphs, {after.replays} replays, fallbacks: {after.fallbacks}")
+    print(f"{after.captured} captured graphs, {after.replays} replays, fallbacks: {after.fallbacks}")
     graphs, compilations = after.graphs - before.graphs, after.compiled - before.compiled
     print(f"after the first 3 batches: {graphs} new graphs, {compilations} pieces compiled")
     difference = (results[0] - results[1]).abs().max().item()
