@@ -113,9 +113,7 @@ class Sees(_NoTensor):
 
     what = "its attention mask"
 
-    def __init__(
-        self, nearest: int | None, farthest: int | None, chunk: int | None = None, trial: Any = None
-    ) -> None:
+    def __init__(self, nearest: int | None, farthest: int | None, chunk: int | None = None, trial: Any = None) -> None:
         self.nearest, self.farthest, self.chunk, self.trial = nearest, farthest, chunk, trial
 
 
