@@ -23,6 +23,7 @@ __all__ = ["add_arguments", "run"]
 _TOKENS = (256, 1024, 4096)
 _QUICK = (256, 2048)
 _TINY = (128,)
+_ORDERS = ("sorted", "mixed")
 _VARIANTS = ("eager", "compile", "reduce-overhead", "pcg")
 #: Passes that are not timed: they compile, capture, and replay for the first time.
 _UNTIMED = 3
@@ -33,6 +34,7 @@ _LIMITS = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentences", type=int, help="how many (1,000; quick on a CPU 100; tiny 20)")
     parser.add_argument("--tokens", help=f"tokens a batch, comma-separated ({','.join(map(str, _TOKENS))})")
+    parser.add_argument("--orders", help=f"comma-separated, of {', '.join(_ORDERS)} (all; tiny: sorted)")
     parser.add_argument("--variants", help=f"comma-separated, of {', '.join(_VARIANTS)} (all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16; on a CPU float32)")
     parser.add_argument("--compiler", choices=("inductor", "eager"), help="what pcg compiles with (tiny: eager)")
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     unknown = [name for name in names if name not in _VARIANTS]
     if unknown:
         raise SystemExit(f"unknown variants {', '.join(unknown)}; there are {', '.join(_VARIANTS)}")
+    orders = args.orders.split(",") if args.orders else _ORDERS[: 1 if args.tiny else 2]
     count = args.sentences or (20 if args.tiny else 100 if args.quick and not gpu else 1000)
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     compiler = args.compiler or ("eager" if args.tiny else "inductor")
@@ -62,11 +65,13 @@ def run(args: argparse.Namespace) -> None:
         results.data |= {"model": "all-MiniLM-L6-v2", "dtype": str(dtype), "sentences": count}
         model = AutoModel.from_pretrained(example.weights(), dtype=dtype).to(args.device).eval()
         for most in tokens:
-            _compare(example, model, names, most, count, compiler, results, args)
+            for order in orders:
+                _compare(example, model, names, most, order, count, compiler, results, args)
 
 
 _NOTES = {
-    "tokens": "at most, a batch of sentences of similar length; batches are on the device before the clock starts",
+    "tokens": "at most, of a batch; batches are on the device before the clock starts",
+    "order": "sorted: sentences of similar length together; mixed: in the order of the text",
     "compile": "torch.compile(model, dynamic=True)",
     "reduce-overhead": 'torch.compile(model, mode="reduce-overhead"), which captures each shape of a batch',
     "pcg": 'torch.compile(model, backend="pcg"), with the buckets of examples/encoder.py',
@@ -100,6 +105,7 @@ def _compare(
     model: torch.nn.Module,
     names: list[str],
     most: int,
+    order: str,
     count: int,
     compiler: str,
     results: Results,
@@ -107,7 +113,7 @@ def _compare(
 ) -> None:
     """All variants over the same batches of at most ``most`` tokens."""
     torch._dynamo.reset()
-    given = example.batches(example.sentences(count), most, args.device)
+    given = example.batches(example.sentences(count), most, args.device, by_length=order == "sorted")
     shapes = [tuple(inputs["input_ids"].shape) for _, inputs in given]
     real = sum(int(inputs["attention_mask"].sum()) for _, inputs in given)
     own = 1 - real / sum(rows * longest for rows, longest in shapes)
@@ -115,7 +121,8 @@ def _compare(
     calls: dict[str, Callable[..., Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        row: dict[str, Any] = {"tokens": most, "variant": name, "batches": len(given), "shapes": len(set(shapes))}
+        row: dict[str, Any] = {"tokens": most, "order": order, "variant": name}
+        row |= {"batches": len(given), "shapes": len(set(shapes))}
         try:
             call = _build(name, model, example, compiler)
             started = time.perf_counter()

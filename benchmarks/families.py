@@ -93,6 +93,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"vision_config": {"mm_embed_dim": 32, "patch_size": 4}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    # The fourth layer is one without rotary embeddings.
+    "llama4_text": {"num_hidden_layers": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "roc_bert": {
         "shape_vocab_size": 32, "shape_embed_dim": 16, "pronunciation_vocab_size": 32, "pronunciation_embed_dim": 16,

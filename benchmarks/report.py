@@ -209,7 +209,8 @@ def _crossover(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _encoder(rows: Sequence[Row]) -> list[Panel]:
-    speeds = series(rows, "tokens", "sentences_per_s", "variant")
+    named = [{**row, "name": f"{row['variant']}, {row.get('order', 'sorted')}"} for row in rows]
+    speeds = series(named, "tokens", "sentences_per_s", "name")
     return [("lines", speeds, ("tokens a batch", "sentences / s", "embeddings"))]
 
 

@@ -50,14 +50,15 @@ def sentences(count: int) -> list[str]:
 Batch = tuple[list[int], dict[str, torch.Tensor]]  # which sentences, and the model's input
 
 
-def batches(texts: list[str], tokens: int = 1024, device: str = DEVICE) -> list[Batch]:
-    """Sentences of similar length together, in batches of at most ``tokens`` tokens."""
+def batches(texts: list[str], tokens: int = 1024, device: str = DEVICE, by_length: bool = True) -> list[Batch]:
+    """Batches of at most ``tokens`` tokens: of sentences of similar length, or in the order given."""
     tokenizer = AutoTokenizer.from_pretrained(weights())
     ids = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
-    order, groups = sorted(range(len(texts)), key=lambda i: -len(ids[i])), []
+    order, groups = sorted(range(len(texts)), key=lambda i: -len(ids[i]) if by_length else i), []
     while order:
         # As many as a bucket has rows, so that no row is padding.
-        count = max((b for b in BUCKETS if b * len(ids[order[0]]) <= tokens), default=1)
+        fits = (b for b in BUCKETS if b <= len(order) or b == 1)
+        count = max((b for b in fits if b * max(len(ids[i]) for i in order[:b]) <= tokens), default=1)
         groups.append(order[:count])
         order = order[count:]
     inputs = (tokenizer.pad({"input_ids": [ids[i] for i in group]}, return_tensors="pt") for group in groups)
@@ -106,7 +107,7 @@ def main() -> None:
         results.append(embed(encoder, given).cpu())  # waits for the device
         print(f"{name:5} {options.sentences / (time.perf_counter() - started):7,.0f} sentences/s")
     after = pcg.stats(compiled)
-    print(f"{after.pieces} pieces, {after.captured} captures, {after.replays} replays, fallbacks: {after.fallbacks}")
+    print(f"{after.captured} captured graphs, {after.replays} replays, fallbacks: {after.fallbacks}")
     graphs, compilations = after.graphs - before.graphs, after.compiled - before.compiled
     print(f"after the first 3 batches: {graphs} new graphs, {compilations} pieces compiled")
     difference = (results[0] - results[1]).abs().max().item()

@@ -69,3 +69,14 @@ class ToyLayer(nn.Module):
         x = x + self.out(attended)
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
         return x + self.down(nn.functional.silu(gate) * up)
+
+
+def word_tokenizer(words: list[str]):
+    """A tokenizer of transformers, without files: the id of a word is its place, behind that of ``<end>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: i for i, word in enumerate(["<end>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")

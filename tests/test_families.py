@@ -83,6 +83,7 @@ SERVED = {
     "bart": "takes no position_ids", "mamba": "carries a state", "gpt_oss": "right",
     "diffllama": "several times with layer_idx", "git": "chooses its attention by itself", "rembert": "by itself",
     "deepseek_v3": "right", "gemma4_text": "differ", "lfm2": "layers of type conv",
+    "llama4_text": "attn_temperature_tuning", "doge": "by itself",
 }  # fmt: skip
 
 
@@ -93,6 +94,16 @@ def test_packed_steps_are_right_or_refused(name):
     result = families.outcome(name)
     assert result == SERVED[name] if SERVED[name] == "right" else result.startswith("refused: ")
     assert SERVED[name] in result
+
+
+@pytest.mark.skipif(not hasattr(tf, "Llama4ForCausalLM"), reason="this transformers does not have it")
+def test_chunked_attention_is_right():
+    """Llama 4 without the scale that it counts positions for: a chunk of five tokens, the cache in pages of four."""
+    config = families.small_config("llama4_text")
+    config.attn_temperature_tuning = False
+    assert config.layer_types == 3 * ["chunked_attention"] + ["full_attention"] and config.attention_chunk_size == 5
+    eager, model = families.both(config, tf.Llama4ForCausalLM)
+    assert families.worst_of_steps(eager, model, plain=4) < 1e-5
 
 
 def test_the_table_has_right_or_refused_families_alone():

@@ -27,6 +27,7 @@ BASES = {
     "both sides": lambda w: lambda b, h, q, kv: abs(q - kv) <= w,
     "in reach": lambda w: lambda b, h, q, kv: (kv - q >= -w) & (kv + 1 < q + 2),
     "ahead": lambda w: lambda b, h, q, kv: q + w > kv,
+    "chunks": lambda w: theirs.chunked_overlay(w, [0]),
     "far": lambda w: lambda b, h, q, kv: q - kv >= w,
 }
 rules = st.recursive(
@@ -48,7 +49,7 @@ def values_of(rule):
 @settings(max_examples=200, deadline=None)
 def test_a_rule_that_is_read_has_the_values_that_it_has_on_tensors(rule):
     try:
-        nearest, farthest = read_rule(rule)
+        nearest, farthest, chunk = read_rule(rule)
     except BatchError as error:
         assert "neither causal nor a window" in str(error)
         return
@@ -56,16 +57,21 @@ def test_a_rule_that_is_read_has_the_values_that_it_has_on_tensors(rule):
     seen = torch.ones(SIZE, SIZE, dtype=torch.bool)
     seen &= distance >= (-SIZE if nearest is None else nearest)
     seen &= distance <= (SIZE if farthest is None else farthest)
+    if chunk is not None:
+        chunks = torch.arange(SIZE) // chunk
+        seen &= chunks[:, None] == chunks
     assert torch.equal(seen, values_of(rule))
 
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (theirs.causal_mask_function, (0, None)),
-        (theirs.sliding_window_causal_mask_function(5), (0, 4)),
-        (theirs.or_masks(theirs.sliding_window_causal_mask_function(5), theirs.causal_mask_function), (0, None)),
-        (theirs.bidirectional_mask_function, (None, None)),
+        (theirs.causal_mask_function, (0, None, None)),
+        (theirs.sliding_window_causal_mask_function(5), (0, 4, None)),
+        (theirs.or_masks(theirs.sliding_window_causal_mask_function(5), theirs.causal_mask_function), (0, None, None)),
+        (theirs.bidirectional_mask_function, (None, None, None)),
+        (theirs.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64)), (0, None, 4)),
+        (theirs.and_masks(theirs.chunked_overlay(4, [0]), theirs.sliding_window_causal_mask_function(3)), (0, 2, 4)),
     ],
 )
 def test_rules_of_transformers_are_read(rule, expected):
@@ -78,7 +84,10 @@ def test_rules_of_transformers_are_read(rule, expected):
         (theirs.packed_sequence_mask_function(torch.zeros(1, SIZE)), "depends on data"),
         (theirs.padding_mask_function(torch.ones(1, SIZE)), "depends on data"),
         (blockwise(torch.zeros(1, SIZE)), "depends on data"),
-        (theirs.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64)), "depends on data"),
+        (theirs.chunked_causal_mask_function(4, torch.ones(1, dtype=torch.int64)), "depends on data"),
+        (theirs.or_masks(theirs.chunked_overlay(4, [0]), theirs.causal_mask_function), "neither causal nor a window"),
+        (theirs.and_masks(theirs.chunked_overlay(4, [0]), theirs.chunked_overlay(6, [0])), "neither causal nor"),
+        (lambda b, h, q, kv: (q + 1) // 4 == (kv + 1) // 4, "neither causal nor a window"),
         (
             theirs.or_masks(theirs.causal_mask_function, blockwise(torch.ones(1, SIZE))),
             "depends on data",
@@ -112,7 +121,7 @@ def test_a_model_that_computes_with_its_mask_is_refused(mask, compute):
 
 def test_dynamo_reads_rules_too():
     def windowed(x, w):
-        nearest, farthest = read_rule(theirs.sliding_window_causal_mask_function(w))
+        nearest, farthest, _ = read_rule(theirs.sliding_window_causal_mask_function(w))
         return x + nearest + farthest
 
     traced = torch.compile(windowed, backend="eager", fullgraph=True)

@@ -1,7 +1,8 @@
 """Paged attention in plain PyTorch, for any device and dtype.
 
 Requests are grouped by the powers of two that their lengths lie below, and each group is computed at once, padded
-to its longest request; there is no loop over tokens. The padding request is a group of its own, so that the real
+to its longest request; there is no loop over tokens. ``scaled_dot_product_attention`` computes a group where it can:
+there is no soft cap, no sink, no fp8 cache. The padding request is a group of its own, so that the real
 rows are the same numbers with and without it.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..metadata import Ints
 from .base import PLAIN, AttentionImpl, AttentionShape, Layer
@@ -60,6 +62,8 @@ class ReferenceAttention(AttentionImpl):
         super().__init__(shape, cache)
         # A replay on the CPU runs it again, with the plan of its step.
         self.capturable = self.device.type == "cpu"
+        #: Whether PyTorch's fused attention computes the shape.
+        self._fused = shape.softcap is None
 
     def plan(self, prepared: Prepared) -> list[_Group]:
         padded = prepared.padded
@@ -174,18 +178,37 @@ class ReferenceAttention(AttentionImpl):
     ) -> None:
         shape = self.shape
         (g, queries, length), kv_heads, repeat = group.size, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-        dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
+        fused = self._fused and layer.sinks is None and layer.k_scale is None
+        dtype = shape.dtype if fused or shape.dtype == torch.float64 else torch.float32
         k = _taken(keys, group.slots, layer.k_scale, dtype).view(g, length, kv_heads, shape.head_dim)
         v = _taken(values, group.slots, layer.v_scale, dtype).view(g, length, kv_heads, shape.v_dim)
+        slopes, bias = layer.slopes, None
+        if slopes is not None:
+            distance = torch.arange(length, device=self.device) - group.at
+            bias = slopes.to(dtype).view(kv_heads, repeat, 1, 1) * distance
+        if fused:
+            mask = group.mask[:, 0]
+            if bias is not None:
+                mask = bias.masked_fill(~group.mask, -torch.inf).view(g, shape.num_heads, queries, length).to(dtype)
+            rows = q.index_select(0, group.rows).view(g, queries, shape.num_heads, shape.head_dim)
+            result = F.scaled_dot_product_attention(
+                rows.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                mask,
+                scale=shape.scale,
+                enable_gqa=repeat > 1,
+            ).transpose(1, 2)
+            self._store(group, result.reshape(g * queries, shape.num_heads, shape.v_dim), out)
+            return
         rows = q.index_select(0, group.rows).to(dtype).view(g, queries, kv_heads, repeat, shape.head_dim)
         rows = rows.permute(0, 2, 3, 1, 4).reshape(g, kv_heads, repeat * queries, shape.head_dim)
         scores = torch.matmul(rows, k.permute(0, 2, 3, 1)) * shape.scale
         if shape.softcap is not None:
             scores = torch.tanh(scores / shape.softcap) * shape.softcap
         scores = scores.view(g, kv_heads, repeat, queries, length)
-        if layer.slopes is not None:
-            distance = torch.arange(length, device=self.device) - group.at
-            scores = scores + layer.slopes.to(dtype).view(kv_heads, repeat, 1, 1) * distance
+        if bias is not None:
+            scores = scores + bias
         scores = scores.masked_fill(~group.mask, -torch.inf)
         if layer.sinks is not None:
             # A key without a value.
@@ -193,7 +216,11 @@ class ReferenceAttention(AttentionImpl):
             scores = torch.cat([scores, sinks], -1)
         weights = torch.softmax(scores, -1)[..., :length].reshape(g, kv_heads, repeat * queries, length)
         result = torch.matmul(weights, v.transpose(1, 2)).view(g, kv_heads, repeat, queries, shape.v_dim)
-        result = result.permute(0, 3, 1, 2, 4).reshape(g * queries, shape.num_heads, shape.v_dim).to(out.dtype)
+        self._store(group, result.permute(0, 3, 1, 2, 4).reshape(g * queries, shape.num_heads, shape.v_dim), out)
+
+    def _store(self, group: _Group, result: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the results of a group ``[g * Q, num_heads, v_dim]`` to their rows."""
+        result = result.to(out.dtype)
         if group.take is not None:
             result = result.index_select(0, group.take)
         if group.targets is None:

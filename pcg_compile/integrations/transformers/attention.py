@@ -61,7 +61,7 @@ def attention(
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     cap, sinks = None if softcap is None else float(softcap), kwargs.get("s_aux")
     shape = encode_shape(
-        heads, kv_heads, head_dim, window, cap, scale, q.dtype,
+        heads, kv_heads, head_dim, window, cap, scale, q.dtype, chunk=attention_mask.chunk,
         v_head_dim=None if v_head_dim == head_dim else v_head_dim, extras="" if sinks is None else "s",
     )  # fmt: skip
     if sinks is None:

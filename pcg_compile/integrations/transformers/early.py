@@ -20,7 +20,9 @@ from .trial import refusal, refused
 __all__ = ["prepare"]
 
 #: Types of layers, as configs name them, in which a token sees others through causal attention alone, or not at all.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention", "dense", "mlp", "moe", "sparse"})
+_LAYER_TYPES = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "mlp", "moe", "sparse"}
+)
 #: Rotary embeddings whose frequencies follow from the longest position of a call, whoever's it is.
 _ROPE_BY_CALL = frozenset({"dynamic", "longrope"})
 
@@ -56,6 +58,9 @@ def _by_config(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of type {', '.join(sorted(map(str, types)))}; pages hold keys and values alone."
     if getattr(config, "index_topk", None) is not None:
         return f"{name} selects the keys that a token sees by an index of its own."
+    # Too few tokens of a trial would show it: it begins with the 8,192nd.
+    if getattr(config, "attn_temperature_tuning", None) and not all(getattr(config, "no_rope_layers", None) or [1]):
+        return f"{name} scales queries by positions that it counts by itself (attn_temperature_tuning)."
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {str(p.get("rope_type", p.get("type"))) for p in (rope, *rope.values()) if isinstance(p, dict)}
     if kinds & _ROPE_BY_CALL:

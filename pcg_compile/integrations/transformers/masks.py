@@ -10,6 +10,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 from ...errors import BatchError, message
 from .rules import read_rule
 
@@ -70,6 +72,30 @@ class StepMask(_NoTensor):
         """Itself: it is on no device."""
         return self
 
+    def cumsum(self, dim: int) -> NoPadding:
+        """Where transformers begins to count the padding on the left, which the chunks of a request begin behind."""
+        return NoPadding()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0 if function is torch.zeros_like else NotImplemented
+
+
+class NoPadding:
+    """The padding on the left of each row: none. It stands for the tensors that transformers computes that with."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        return self
+
+    def sum(self, dim: int) -> NoPadding:
+        """Over the tokens."""
+        return self
+
+    def __getitem__(self, row: Any) -> int:
+        return 0
+
 
 #: The mask of every step. One object, so that graphs have nothing to guard.
 STEP_MASK = StepMask()
@@ -81,13 +107,14 @@ class Sees(_NoTensor):
     Attributes:
         nearest, farthest: smallest and largest ``q - kv`` that is seen; None for no limit. Causal attention has
             ``nearest == 0``; a window of ``w`` tokens has ``farthest == w - 1``.
+        chunk: a token sees only its own chunk of as many positions; None for all.
         trial: the :class:`~.trial.Trial` that it is part of, or None in a step.
     """
 
     what = "its attention mask"
 
-    def __init__(self, nearest: int | None, farthest: int | None, trial: Any = None) -> None:
-        self.nearest, self.farthest, self.trial = nearest, farthest, trial
+    def __init__(self, nearest: int | None, farthest: int | None, chunk: int | None = None, trial: Any = None) -> None:
+        self.nearest, self.farthest, self.chunk, self.trial = nearest, farthest, chunk, trial
 
 
 def read_mask(*args: Any, mask_function: Any = None, attention_mask: Any = None, **kwargs: Any) -> Sees:
@@ -113,5 +140,4 @@ def read_mask(*args: Any, mask_function: Any = None, attention_mask: Any = None,
                     cure="Call the model itself, model(...), and pass no attention_mask.",
                 )
             )
-    nearest, farthest = read_rule(mask_function)
-    return Sees(nearest, farthest, trial)
+    return Sees(*read_rule(mask_function), trial)

@@ -1,14 +1,16 @@
 """Reads the rules that transformers builds attention masks from.
 
 A rule is a function of batch, head, and the positions of a query and of a key, such as ``kv <= q``. Called with
-symbolic positions, it says which distances between the two are seen. A rule that looks at data (images whose tokens see
-each other, padding), or at anything but that distance, is refused by name.
+symbolic positions, it says which distances between the two are seen, and whether they must lie in one chunk. A rule
+that looks at data (images whose tokens see each other, padding), or at anything else, is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from ...errors import BatchError, message
 
@@ -17,20 +19,20 @@ __all__ = ["read_rule"]
 _CURE = 'Use another attn_implementation, such as "sdpa", without pcg.step().'
 _FROM_DATA = message(
     "the model's attention mask depends on data",
-    why="Images or blocks whose tokens see each other, chunks, padding: paged attention has causal masks and windows.",
+    why="Images or blocks whose tokens see each other, padding: paged attention has causal masks, windows and chunks.",
     cure=_CURE,
 )
 _OWN_RULE = message(
     "the model's attention mask is neither causal nor a window",
-    why="Paged attention has causal masks and windows.",
+    why="Paged attention has causal masks, windows and chunks.",
     cure=_CURE,
 )
 
 
-def read_rule(mask_function: Callable[..., Any]) -> tuple[int | None, int | None]:
-    """The smallest and the largest distance ``q - kv`` that a rule lets a query see; None for no limit.
+def read_rule(mask_function: Callable[..., Any]) -> tuple[int | None, int | None, int | None]:
+    """The smallest and the largest distance ``q - kv`` that a rule lets a query see, and the size of a chunk.
 
-    Causal: ``(0, None)``. A window of ``w`` tokens: ``(0, w - 1)``.
+    None for no limit. Causal: ``(0, None, None)``. A window of ``w`` tokens: ``(0, w - 1, None)``.
 
     Raises:
         BatchError: the rule is no such range.
@@ -42,7 +44,7 @@ def read_rule(mask_function: Callable[..., Any]) -> tuple[int | None, int | None
         raise BatchError(_FROM_DATA) from error
     if not isinstance(rule, _Range):
         raise BatchError(_OWN_RULE)
-    return rule.nearest, rule.farthest
+    return rule.nearest, rule.farthest, rule.chunk
 
 
 class _Position:
@@ -78,6 +80,9 @@ class _Position:
     def __lt__(self, other: Any) -> Any:
         return (self - other) < 0 if isinstance(other, _Position) else _refuse()
 
+    def __floordiv__(self, other: Any) -> Any:
+        return _Chunk(_number(other)) if self.shift == 0 else _refuse()
+
     def __index__(self) -> int:
         raise BatchError(_FROM_DATA)
 
@@ -88,6 +93,19 @@ class _Position:
     def new_zeros(self, *args: Any, **kwargs: Any) -> Any:
         """What unions begin with."""
         return _Range(0, -1)
+
+
+class _Chunk:
+    """The chunk of ``size`` positions that a position lies in."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __eq__(self, other: Any) -> Any:
+        same = isinstance(other, _Chunk) and other.size == self.size
+        return _Range(None, None, self.size) if same else _refuse()
 
 
 class _Distance:
@@ -128,12 +146,12 @@ class _Absolute:
 
 
 class _Range:
-    """Distances ``q - kv`` from ``nearest`` to ``farthest``; None for no limit."""
+    """Distances ``q - kv`` from ``nearest`` to ``farthest``, within a chunk; None for no limit."""
 
     device = None
 
-    def __init__(self, nearest: int | None, farthest: int | None) -> None:
-        self.nearest, self.farthest = nearest, farthest
+    def __init__(self, nearest: int | None, farthest: int | None, chunk: int | None = None) -> None:
+        self.nearest, self.farthest, self.chunk = nearest, farthest, chunk
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself: it is on no device."""
@@ -142,12 +160,14 @@ class _Range:
     def __and__(self, other: Any) -> Any:
         if not isinstance(other, _Range):
             return _refuse()
-        nearest, farthest = self.nearest, self.farthest
+        nearest, farthest, chunk = self.nearest, self.farthest, self.chunk or other.chunk
+        if other.chunk is not None and other.chunk != chunk:
+            return _refuse()
         if nearest is None or (other.nearest is not None and other.nearest > nearest):
             nearest = other.nearest
         if farthest is None or (other.farthest is not None and other.farthest < farthest):
             farthest = other.farthest
-        return _Range(nearest, farthest)
+        return _Range(nearest, farthest, chunk)
 
     __rand__ = __and__
 
@@ -156,8 +176,8 @@ class _Range:
             return _refuse()
         if self.empty or other.empty:
             return other if self.empty else self
-        if not (self.reaches(other) and other.reaches(self)):
-            # Two ranges with a gap between them are no range.
+        if self.chunk or other.chunk or not (self.reaches(other) and other.reaches(self)):
+            # Two ranges with a gap between them are no range, nor is one that goes on beyond its chunk.
             return _refuse()
         nearest = None if self.nearest is None or other.nearest is None else min(self.nearest, other.nearest)
         farthest = None if self.farthest is None or other.farthest is None else max(self.farthest, other.farthest)
@@ -182,6 +202,9 @@ def _everything() -> Any:
 def _number(value: Any) -> Any:
     if isinstance(value, int):
         return value
+    # The left padding of a call without a mask, outside of steps.
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not value.any():
+        return 0
     raise BatchError(_FROM_DATA)
 
 

@@ -48,7 +48,7 @@ class Call:
     kv_heads: int
     head_dim: int
     v_head_dim: int
-    sees: tuple[int | None, int | None]
+    sees: tuple[int | None, int | None, int | None]
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -87,10 +87,10 @@ class Trial:
             )
         if query.shape[1] % key.shape[1]:
             raise BatchError(f"{type(module).__name__} has {query.shape[1]} query heads for {key.shape[1]} key heads")
-        limits = (sees.nearest, sees.farthest)
+        limits = (sees.nearest, sees.farthest, sees.chunk)
         self.calls.append(Call(layer, key.shape[1], key.shape[3], value.shape[3], limits, (query, key, value)))
         if self.compare and not query.is_meta:
-            _compare(module, query.shape[1], key.shape[1], query.shape[3], sees.farthest, scaling, options)
+            _compare(module, query.shape[1], key.shape[1], query.shape[3], sees, scaling, options)
         result = value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2).contiguous()
         for rows in self.poison:
             result[:, rows] = torch.nan
@@ -102,7 +102,7 @@ def _compare(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    farthest: int | None,
+    sees: Sees,
     scaling: float | None,
     options: dict[str, Any],
 ) -> None:
@@ -117,7 +117,10 @@ def _compare(
     )
     q, k = q * head_dim**-0.25, k * head_dim**-0.25
     distance = torch.arange(_TOKENS, device=device)[:, None] - torch.arange(_TOKENS, device=device)
-    unseen = (distance < 0) | (distance > (_TOKENS if farthest is None else farthest))
+    unseen = (distance < 0) | (distance > (_TOKENS if sees.farthest is None else sees.farthest))
+    if sees.chunk is not None:
+        chunk = torch.arange(_TOKENS, device=device) // sees.chunk
+        unseen |= chunk[:, None] != chunk
     mask = torch.zeros(1, 1, _TOKENS, _TOKENS, device=device).masked_fill(unseen, torch.finfo(torch.float32).min)
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     given = {name: value for name, value in options.items() if value is not None}
