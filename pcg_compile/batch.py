@@ -75,7 +75,8 @@ class Batch:
                 none.
             page_counts: where ``page_table`` is an array, how many entries of each row are the request's. Those that it
                 does not need yet let steps advance on the device. Lists say so themselves.
-            ids: token ids ``[tokens]`` on the host, for :attr:`ids`: they travel with the metadata.
+            ids: token ids ``[tokens]`` on the host, for :attr:`ids`: they travel with the metadata. Batches of requests
+                with one token each pass them on when they :meth:`advance`.
 
         Raises:
             BatchError: no requests, a length below 1 or beyond int32, a KV length below the query length, another
@@ -153,6 +154,7 @@ class Batch:
         batch._kv = self._kv + 1
         batch._pages, batch.adapters, batch.spans, batch.host_ids = self._pages, self.adapters, None, None
         if self.num_tokens == self.num_requests:
+            batch.host_ids = self.host_ids
             batch._qo, batch.line, batch.age = self._qo, self.line, self.age + 1
             batch.num_requests, batch.num_tokens, batch._tables = self.num_requests, self.num_tokens, {}
             return batch

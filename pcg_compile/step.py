@@ -211,7 +211,7 @@ class StepState:
         if self._positions is None:
             block = self._block()
             # Without a cache the size of a page is unknown, and whether the page table fits is nobody's concern.
-            self._positions = self._to_user(self.batch.host_positions()) if block is None else block[1]
+            self._positions = self._to_user(self.batch.host_positions()) if block is None else block[0]
         return self._positions
 
     def user_slots(self) -> torch.Tensor | None:
@@ -225,11 +225,16 @@ class StepState:
         """The same for the ids that the batch was made with."""
         if self._ids is None:
             block = self._block()
-            self._ids = self._to_user(self.batch.host_ids) if block is None else block[2]
+            self._ids = self._to_user(self.batch.host_ids) if block is None else block[1]
         return self._ids
 
+    def user_tokens(self) -> torch.Tensor:
+        """``[2, tokens]`` int64: the positions and the ids, fresh."""
+        block = self._block()
+        return torch.stack([self.user_positions(), self.user_ids()]) if block is None else block
+
     def _block(self) -> torch.Tensor | None:
-        """A copy of slots, positions and ids on the device; None where a call must tell first what the step prepares.
+        """A copy of positions and ids on the device; None where a call must tell first what the step prepares.
 
         It prepares what the last step of as many tokens did: then this is the step's only copy from the host.
         """
@@ -241,7 +246,7 @@ class StepState:
                     return None
                 prepared = self._written(*guess)
             with torch.inference_mode(False):
-                self._tokens = prepared.tokens.clone()
+                self._tokens = prepared.tokens[1:].clone()
         return self._tokens
 
     def _to_user(self, values: npt.NDArray[np.int64]) -> torch.Tensor:

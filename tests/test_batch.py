@@ -494,7 +494,9 @@ def test_ids_travel_with_the_metadata():
     batch = Batch([1], ids=[3])
     with step(batch):
         assert batch.ids.tolist() == [3]
-    with pytest.raises(BatchError, match="no ids"), step(batch.advance()) as later:
+    with step(batch.advance()) as later:
+        assert later.ids.tolist() == [3]
+    with pytest.raises(BatchError, match="no ids"), step(Batch([2], ids=[3, 4]).advance()) as later:
         _ = later.ids
     with pytest.raises(BatchError, match="one a token"):
         Batch([1], ids=[3, 4])
