@@ -228,11 +228,6 @@ class StepState:
             self._ids = self._to_user(self.batch.host_ids) if block is None else block[1]
         return self._ids
 
-    def user_tokens(self) -> torch.Tensor:
-        """``[2, tokens]`` int64: the positions and the ids, fresh."""
-        block = self._block()
-        return torch.stack([self.user_positions(), self.user_ids()]) if block is None else block
-
     def _block(self) -> torch.Tensor | None:
         """A copy of positions and ids on the device; None where a call must tell first what the step prepares.
 

@@ -17,7 +17,6 @@ from ...attention import PagedKVCache
 from ...batch import Batch, step
 from ...errors import GenerationError, OptionsError, message
 from ...piecewise import piecewise
-from ...step import require_step
 from .pages import PagePool
 from .sampler import SamplingState, make_sampler
 from .scheduler import NeedsResults, Request, ScheduledStep, Scheduler
@@ -53,7 +52,7 @@ class Engine:
     def forward(self, sampling: bool = False, filtering: bool = False, penalizing: bool = False) -> Callable[..., Any]:
         """The captured step, model and sampler in one, for requests that need only so much of the sampler.
 
-        It takes ``tokens [2, tokens]`` (positions and ids; an id below 0 stands for the last token of slot -1 - id),
+        It takes ``ids [tokens]`` (one below 0 stands for the last token of slot -1 - id), ``positions [tokens]``,
         ``rows [rows]`` and ``slots [rows]`` (which tokens are followed by a sampled one, and their slots), ``last`` and
         the sampler's ``floats``, ``longs`` and ``seen``. It returns ``[2, rows]`` int64, tokens and the bits of their
         log probabilities.
@@ -64,10 +63,9 @@ class Engine:
         model, sample, picks_rows = self.model, make_sampler(*key), self._picks_rows
 
         def forward(
-            tokens: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, last: torch.Tensor, floats: torch.Tensor,
-            longs: torch.Tensor, seen: torch.Tensor,
+            ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, last: torch.Tensor,
+            floats: torch.Tensor, longs: torch.Tensor, seen: torch.Tensor,
         ) -> torch.Tensor:  # fmt: skip
-            positions, ids = tokens[0], tokens[1]
             ids = torch.where(ids < 0, last[(-1 - ids).clamp_min(0)], ids)
             keep = {"logits_to_keep": rows} if picks_rows else {}
             logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
@@ -75,7 +73,7 @@ class Engine:
             chosen, logprobs = sample(logits, slots, positions[rows] + 1, floats, longs, seen)
             return torch.stack([chosen, logprobs.view(torch.int32).long()])
 
-        dynamic = {"tokens": 1, "rows": 0, "slots": 0}
+        dynamic = {"ids": 0, "positions": 0, "rows": 0, "slots": 0}
         self._forwards[key] = piecewise(dynamic=dynamic, guards="inputs", **self.options)(_of_one_model(forward))
         return self._forwards[key]
 
@@ -264,9 +262,8 @@ class Session:
         rows, samples = self._rows, len(scheduled.samples)
         assert rows is not None
         with step(batch, engine.cache):
-            tokens = require_step("generation").user_tokens()
             result = engine.forward(*self._variant)(
-                tokens, rows[0], rows[1], state.last, state.floats, state.longs, state.seen
+                batch.ids, batch.positions, rows[0], rows[1], state.last, state.floats, state.longs, state.seen
             )
             if samples:
                 chosen, slots = result[0], rows[1]
