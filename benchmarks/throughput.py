@@ -16,6 +16,7 @@ import torch
 import pcg_compile as pcg
 
 from .common import Results, one_line, synchronize
+from .windows import profile_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -207,7 +208,7 @@ class _Pcg:
         row: dict[str, Any] = {"fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks]}
         if self.args.device.type == "cuda":
             limit = self._limit()
-            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | self._profile()
+            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | profile_of(self, max(self.workload.news), self.args.device)
         return row
 
     @torch.no_grad()
@@ -239,71 +240,6 @@ class _Pcg:
         for some in pages:
             engine.cache.free(some)
         return count / seconds
-
-    def _profile(self, windows: int = 6, length: int = 32) -> dict[str, Any]:
-        """How busy the GPU is in windows of a run, what takes its time, and the host's."""
-        from torch.profiler import ProfilerActivity, profile
-
-        counted, host = [0], []
-        every = max(length + 1, max(self.workload.news) // windows)
-        state: dict[str, Any] = {"busy": 0.0, "wall": 0.0, "steps": 0, "kernels": {}, "ops": {}}
-
-        def begin() -> None:
-            synchronize(self.args.device)
-            state["profile"] = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]).__enter__()
-            state["started"] = time.perf_counter()
-
-        def end() -> None:
-            synchronize(self.args.device)
-            state["wall"] += time.perf_counter() - state["started"]
-            found = state.pop("profile")
-            found.__exit__(None, None, None)
-            events = list(found.events())
-            spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
-            last = 0.0
-            for start, stop in spans:
-                state["busy"] += max(0.0, stop - max(start, last)) * 1e-6
-                last = max(last, stop)
-            state["steps"] += length
-            for e in found.key_averages():
-                for kind, value in (("kernels", e.self_device_time_total), ("ops", e.self_cpu_time_total)):
-                    name = e.key[:60]
-                    if value and (kind == "ops" or e.device_type.name == "CUDA"):
-                        state[kind][name] = state[kind].get(name, 0.0) + value
-
-        def watch(session: Any) -> None:
-            launch = session._launch_next
-
-            def launch_next() -> Any:
-                counted[0] += 1
-                at = counted[0] % every
-                if at == every - length:
-                    begin()
-                started = time.perf_counter()
-                found = launch()
-                if "profile" not in state:
-                    host.append(1e6 * (time.perf_counter() - started))
-                elif at == 0:
-                    end()
-                return found
-
-            session._launch_next = launch_next
-
-        self(watch)
-        if "profile" in state:
-            end()
-        if not state["steps"]:
-            return {}
-        host.sort()
-        per_step = {
-            kind: {n: round(v / state["steps"], 1) for n, v in sorted(state[kind].items(), key=lambda x: -x[1])[:12]}
-            for kind in ("kernels", "ops")
-        }
-        return {
-            "busy": round(state["busy"] / state["wall"], 3), "steps": counted[0],
-            "host_us": [round(host[len(host) // 2], 1), round(host[int(0.9 * len(host))], 1)],
-            "kernels_us": per_step["kernels"], "host_ops_us": per_step["ops"],
-        }  # fmt: skip
 
     def close(self) -> None:
         """Takes the adapters off the model."""
