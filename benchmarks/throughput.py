@@ -16,6 +16,7 @@ import torch
 import pcg_compile as pcg
 
 from .common import Results, one_line, synchronize
+from .windows import profile_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,7 +31,9 @@ _NOTES = {
     "transformers": "generate_batch of transformers with its best attention that is installed",
     "static": 'generate(cache_implementation="static"), one request at a time',
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
-    "busy": "share of the wall time in which a kernel runs, by torch's profiler, over the middle of a run",
+    "busy": "share of the wall time in which a kernel runs, by torch's profiler, in six windows of 32 steps of a run",
+    "host_us": "the host's time for a step in the same run, without waiting for the device: median, largest tenth",
+    "kernels_us, host_ops_us": "of these windows, the largest by microseconds a step",
     "first_s": "seconds of the first run: compiling and capturing",
 }
 
@@ -162,7 +165,7 @@ class _Pcg:
         self.most = max(lengths)
         cache = cache_for(model, num_pages=pages, max_requests=256)
         compiler = args.compiler or ("inductor" if args.device.type == "cuda" else "eager")
-        options = {"compiler": compiler, "max_tokens": 64 if args.tiny else 2048}
+        options = {"compiler": compiler, "max_tokens": 64 if args.tiny else 8192}
         self.engine = Engine(model, cache, 64 if args.tiny else 256, options["max_tokens"], options)
         self.request, self.sampling = Request, Sampling
 
@@ -179,31 +182,33 @@ class _Pcg:
         return "adapter"
 
     @torch.no_grad()
-    def __call__(self) -> int:
+    def __call__(self, watch: Callable[[Any], None] | None = None) -> int:
         from pcg_compile.integrations.generation import Session
         from pcg_compile.integrations.generation.engine import attending_through_pcg
 
-        work, tokens = self.workload, 0
+        work = self.workload
         heat = 1.0 if work.samples > 1 else 0.0
         with attending_through_pcg(self.model), Session(self.engine, self.most) as session:
             for i, (prompt, new) in enumerate(zip(work.prompts, work.news, strict=True)):
                 for sample in range(work.samples):
                     sampling = self.sampling(temperature=heat, seed=i * work.samples + sample)
                     session.add(self.request(f"{i}.{sample}", i, prompt, new, sampling, adapter=self.adapter))
-            for _, token in session.run():
-                tokens += token is not None
+            if watch is not None:
+                watch(session)
+            for _ in session.run(tokens=False):
+                pass
             errors = [request.error for request in session.requests.values() if request.error is not None]
             if errors:
                 raise errors[0]
-        return tokens
+        return sum(len(request.generated) for request in session.requests.values())
 
     def remarks(self, rate: float) -> dict[str, Any]:
         """Fallbacks, and the share of the limit."""
-        stats = pcg.stats(self.engine.forward)
+        stats = pcg.stats(self.engine.forward(self.workload.samples > 1))
         row: dict[str, Any] = {"fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks]}
         if self.args.device.type == "cuda":
             limit = self._limit()
-            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3), "busy": self._busy()}
+            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | profile_of(self, max(self.workload.news), self.args.device)
         return row
 
     @torch.no_grad()
@@ -215,20 +220,14 @@ class _Pcg:
         count = min(engine.slots, len(work.prompts) * work.samples)
         lengths = [len(work.prompts[i % len(work.prompts)]) + work.news[i % len(work.news)] // 2 for i in range(count)]
         pages = [engine.cache.allocate(-(-length // 16)) for length in lengths]
-        batch = pcg.Batch([1] * count, lengths, pages, adapters=[self.adapter] * count if self.adapter else None)
-        ids, source, rows, slots, counter = engine.to_device(
-            [5] * count, [-1] * count, range(count), range(count), lengths
-        )
-        sample, state = engine.sampler(work.samples > 1, False, False), engine.state
+        adapters = [self.adapter] * count if self.adapter else None
+        batch = pcg.Batch([1] * count, lengths, pages, adapters=adapters, ids=[5] * count)
+        rows, forward, state = engine.send(range(count)), engine.forward(work.samples > 1), engine.state
         with attending_through_pcg(self.model), pcg.step(batch, engine.cache):
-            positions = batch.positions
+            ids, positions = batch.ids, batch.positions
 
             def one() -> None:
-                logits = engine.forward(ids, source, positions, rows, state.last)
-                sample(
-                    logits, slots, counter, state.temperature, state.top_k, state.top_p, state.min_p, state.penalty,
-                    state.seed, state.seen,
-                )  # fmt: skip
+                forward(ids, positions, rows, rows, state.last, state.floats, state.longs, state.seen)
 
             for _ in range(5):
                 one()
@@ -241,23 +240,6 @@ class _Pcg:
         for some in pages:
             engine.cache.free(some)
         return count / seconds
-
-    def _busy(self) -> float:
-        """The share of a run's wall time in which a kernel runs."""
-        from torch.profiler import ProfilerActivity, profile
-
-        started = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            started = time.perf_counter()
-            self()
-            synchronize(self.args.device)
-            wall = time.perf_counter() - started
-        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
-        busy, end = 0.0, 0.0
-        for start, stop in spans:
-            busy += max(0.0, stop - max(start, end))
-            end = max(end, stop)
-        return round(busy * 1e-6 / wall, 3)
 
     def close(self) -> None:
         """Takes the adapters off the model."""

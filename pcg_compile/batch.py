@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from .metadata import (
     check_count,
     make_tables,
     positions_of,
+    read_ids,
     read_lengths,
     spans_of,
 )
 from .padding_request import PaddedBatch
-from .registry import runtimes
 from .step import RUNNING, StepState, current_step, require_step
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Batch:
         qo_lens, kv_lens: lengths by request.
         adapters: an adapter's name or None by request, or a tensor of slots by token; None where none were given.
         num_requests, num_tokens: numbers.
+        line, age: batches of one line come from each other by :meth:`advance`; the age counts the steps.
+        spans, host_ids: of groups and ids, or None.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Batch:
         adapters: Sequence[str | None] | torch.Tensor | None = None,
         *,
         groups: Sequence[int] | Any = None,
+        page_counts: Sequence[int] | npt.NDArray[Any] | None = None,
+        ids: Sequence[int] | npt.NDArray[Any] | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +73,10 @@ class Batch:
             groups: a number for each new token, on the host. Neighbours of one request with the same number, from 0 on,
                 see each other in every attention layer, whatever its mask and window: the tokens of an image. -1 for
                 none.
+            page_counts: where ``page_table`` is an array, how many entries of each row are the request's. Those that it
+                does not need yet let steps advance on the device. Lists say so themselves.
+            ids: token ids ``[tokens]`` on the host, for :attr:`ids`: they travel with the metadata. Batches of requests
+                with one token each pass them on when they :meth:`advance`.
 
         Raises:
             BatchError: no requests, a length below 1 or beyond int32, a KV length below the query length, another
@@ -90,26 +99,36 @@ class Batch:
                     cure="Write: kv_lens=[cached + new for each request]",
                 )
             )
-        self._pages = None if page_table is None else PageTable(page_table, len(self._qo))
-        self._finish(None)
-        self._spans = None if groups is None else spans_of(groups, self._qo, self._kv)
-        self.adapters = check_adapters(adapters, self.num_requests, self.num_tokens)
-        if self.num_tokens > MOST or max(self.kv_lens) > MOST:
+        self._pages = None if page_table is None else PageTable(page_table, len(self._qo), page_counts)
+        self._begin(int(self._qo.sum()))
+        if self.num_tokens > MOST or self._kv[self._kv.argmax()] > MOST:
             name, lengths = ("qo_lens", self.qo_lens) if max(self.qo_lens) > MOST else ("kv_lens", self.kv_lens)
             request = lengths.index(max(lengths))
             raise BatchError(
                 message(
-                    f"request {request} has {name}[{request}] = {lengths[request]}, the batch {self.num_tokens} tokens",
+                    f"request {request} has {name}[{request}] = {lengths[request]}, "
+                    f"the batch {sum(self.qo_lens)} tokens",
                     why=f"At most {MOST}: metadata are int32.",
                 )
             )
+        self.spans = None if groups is None else spans_of(groups, self._qo, self._kv)
+        self.host_ids = None if ids is None else read_ids(ids, self.num_tokens)
+        self.adapters = check_adapters(adapters, self.num_requests, self.num_tokens)
 
-    def _finish(self, tokens: int | None) -> None:
-        self.num_requests = len(self._qo)
-        self.qo_lens: tuple[int, ...] = tuple(self._qo.tolist())
-        self.num_tokens = sum(self.qo_lens) if tokens is None else tokens
-        self.kv_lens: tuple[int, ...] = self.qo_lens if self._kv is self._qo else tuple(self._kv.tolist())
+    def _begin(self, tokens: int) -> None:
+        self.num_requests, self.num_tokens = len(self._qo), tokens
+        self.line, self.age = object(), 0
         self._tables: dict[int, Tables] = {}
+
+    @cached_property
+    def qo_lens(self) -> tuple[int, ...]:
+        """New tokens of each request."""
+        return tuple(self._qo.tolist())
+
+    @cached_property
+    def kv_lens(self) -> tuple[int, ...]:
+        """Tokens of each request that attention sees."""
+        return tuple(self._kv.tolist())
 
     @classmethod
     def _of_padding(cls, tokens: int) -> Batch:
@@ -117,30 +136,40 @@ class Batch:
         batch = cls.__new__(cls)
         batch._qo = batch._kv = np.zeros(0, dtype=np.int64)
         batch._pages = PageTable(np.zeros((0, 1), dtype=np.int32), 0)
-        batch.adapters = batch._spans = None
-        batch._finish(tokens)
+        batch.adapters = batch.spans = batch.host_ids = None
+        batch._begin(tokens)
         return batch
 
     def advance(self) -> Batch:
         """The decode step that follows: the same requests on the same pages, each with one more token.
 
-        Nothing is read from lists. A request whose pages are full is a ``BatchError`` when the step is entered: give
-        every request pages to spare, or make a new batch then.
+        Nothing is read from lists. While every request has pages to spare, its metadata are made on the device from
+        those of this step; see Note [advance]. A request whose pages are full is a ``BatchError`` when the step is
+        entered: make a new batch then.
 
         Raises:
             BatchError: adapters given as a tensor of slots, where a request has several tokens.
         """
         batch = Batch.__new__(Batch)
-        batch._qo = np.ones(self.num_requests, dtype=np.int64)
         batch._kv = self._kv + 1
-        batch._pages, batch._spans = self._pages, None
-        batch._finish(self.num_requests)
-        batch.adapters = self.adapters
+        batch._pages, batch.adapters, batch.spans, batch.host_ids = self._pages, self.adapters, None, None
+        if self.num_tokens == self.num_requests:
+            batch.host_ids = self.host_ids
+            batch._qo, batch.line, batch.age = self._qo, self.line, self.age + 1
+            batch.num_requests, batch.num_tokens, batch._tables = self.num_requests, self.num_tokens, {}
+            return batch
+        batch._qo = np.ones(self.num_requests, dtype=np.int64)
+        batch._begin(self.num_requests)
         if isinstance(self.adapters, torch.Tensor) and self.num_tokens != self.num_requests:
             raise BatchError(
                 message("the adapters of the next step are unknown", why="The tensor of slots has one for each token.")
             )
         return batch
+
+    @property
+    def longest(self) -> int:
+        """Most new tokens of a request; 0 where there is none."""
+        return int(self._qo.max(initial=0)) if self.num_tokens != self.num_requests else 1
 
     def __repr__(self) -> str:
         return f"Batch({self.num_requests} requests, {self.num_tokens} tokens)"
@@ -169,7 +198,7 @@ class Batch:
         Raises:
             BatchError: ``bucket`` is below the number of tokens, or the page table does not fit.
         """
-        return PaddedBatch(self.tables(check_count("page_size", page_size)), bucket, slots, self._spans)
+        return PaddedBatch(self.tables(check_count("page_size", page_size)), bucket, slots)
 
     @property
     def has_pages(self) -> bool:
@@ -182,6 +211,13 @@ class Batch:
         return self._state("positions").user_positions()
 
     @property
+    def ids(self) -> torch.Tensor:
+        """``[tokens]`` int64 on the cache's device: the ids that the batch was made with; inside :func:`step` only."""
+        if self.host_ids is None:
+            raise BatchError(message("the batch has no ids", cure="Write: pcg.Batch(..., ids=[5, 9, 2])"))
+        return self._state("ids").user_ids()
+
+    @property
     def slot_mapping(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device, the slot of each token; inside :func:`step` with a cache only."""
         slots = self._state("slot_mapping").user_slots()
@@ -190,24 +226,6 @@ class Batch:
                 message("batch.slot_mapping needs a cache", cure="Enter the step as: with pcg.step(batch, cache):")
             )
         return slots
-
-    def prepare(self, compiled: Any) -> None:
-        """Pads and plans the batch for a compiled model now, inside :func:`step`, and sends that to the device.
-
-        A call of the model does the same where nobody did before. Ahead of it, the host works while the device still
-        computes the step before: enter the next step, prepare it, and only then wait for the tokens of the last one.
-
-        Args:
-            compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave; one that was never
-                called has nothing to prepare for yet.
-
-        Raises:
-            BatchError: outside of the batch's step, or the batch does not fit the cache.
-            TypeError: ``compiled`` was not compiled by pcg.
-        """
-        self._state("prepare()")
-        for runtime in runtimes(compiled):
-            runtime.prepare_ahead(self.num_tokens)
 
     def _state(self, name: str) -> StepState:
         state = current_step()
@@ -247,7 +265,7 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
                     cure="Write: pcg.Batch(..., page_table=[[3, 4], ...])",
                 )
             )
-        batch.tables(cache.page_size).check_limit(cache.num_pages)
+        cache.check_batch(batch)
         if not cache.step_lock.acquire(blocking=False):
             raise BatchError(
                 message("the cache is in a step of another thread", why="A cache serves one step at a time.")

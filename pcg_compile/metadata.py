@@ -23,6 +23,7 @@ __all__ = [
     "check_pages",
     "make_tables",
     "positions_of",
+    "read_ids",
     "read_lengths",
     "spans_of",
 ]
@@ -34,6 +35,8 @@ Ints = npt.NDArray[Any]
 
 #: Of tokens and of pages: metadata are int32.
 MOST = np.iinfo(np.int32).max
+#: Pages of a request beyond its KV length that go to the device with the others, for steps that advance there.
+_MOST_SPARE = 8
 
 
 def read_lengths(name: str, values: Any) -> Ints:
@@ -57,6 +60,18 @@ def read_lengths(name: str, values: Any) -> Ints:
             )
         )
     return lengths
+
+
+def read_ids(values: Any, tokens: int) -> Ints:
+    """``[tokens]`` token ids.
+
+    Raises:
+        BatchError: another number of them, or no whole numbers.
+    """
+    ids = _integers("ids", values)
+    if ids.shape != (tokens,):
+        raise BatchError(message(f"ids has the shape {list(ids.shape)} for {tokens} tokens", why="It is one a token."))
+    return ids
 
 
 def check_count(name: str, value: Any) -> int:
@@ -112,20 +127,21 @@ class PageTable:
     Attributes:
         flat: ``[entries]`` int32.
         starts, counts: ``[requests]`` int64, where each request's pages begin and how many are given.
-        highest: the highest page, 0 for none.
-        roomy: whether unused entries may hold anything, so that only those in use can be checked.
+        roomy: whether ``flat`` has entries beside those: they may hold anything.
+        spare: whether all that are given belong to their request, also those that its KV length does not need.
     """
 
-    __slots__ = ("counts", "flat", "highest", "roomy", "starts")
+    __slots__ = ("counts", "flat", "roomy", "spare", "starts")
 
-    def __init__(self, table: Any, requests: int) -> None:
+    def __init__(self, table: Any, requests: int, counts: Any = None) -> None:
         """``table``: a sequence of pages for each request, or an int array ``[requests, most pages]`` whose unused
-        entries may hold anything.
+        entries may hold anything. ``counts``: the entries of each row that belong to the request, None: unknown.
 
         Raises:
-            BatchError: another number of rows than requests, a page below 1 in a sequence.
+            BatchError: another number of rows than requests, a page below 1 in a sequence, a count beyond the row.
         """
-        self.roomy, self.highest = isinstance(table, (np.ndarray, torch.Tensor)), 0
+        self.roomy = isinstance(table, (np.ndarray, torch.Tensor))
+        self.spare = not self.roomy or counts is not None
         if self.roomy:
             array = _integers("page_table", table)
             if array.ndim != 2:
@@ -133,8 +149,18 @@ class PageTable:
                     message(f"page_table has {array.ndim} dimensions", why="It is [requests, most pages].")
                 )
             self.flat = _pages_of(array).ravel()
+            self.starts = np.arange(0, array.size, array.shape[1]) if array.size else np.zeros(len(array), np.int64)
             self.counts = np.full(array.shape[0], array.shape[1], dtype=np.int64)
+            if counts is not None:
+                self.counts = read_lengths("page_counts", counts)
+                if len(self.counts) != len(array) or self.counts.max(initial=0) > array.shape[1]:
+                    raise BatchError(
+                        message(f"page_counts does not fit a page_table of {list(array.shape)}",
+                                why="It is one number a request, of entries in its row.")
+                    )  # fmt: skip
         else:
+            if counts is not None:
+                raise BatchError(message("page_counts are given for a page_table of lists", cure="Leave them out."))
             try:
                 self.counts = np.fromiter(map(len, table), np.int64)
                 pages = _integers("page_table", list(chain.from_iterable(table)))
@@ -147,17 +173,26 @@ class PageTable:
                     message("page_table has lists within its rows", cure="Write: page_table=[[3, 4], [5]]")
                 )
             self.flat = self._checked(pages)
+            self.starts = _exclusive(self.counts)
         if len(self.counts) != requests:
             raise BatchError(f"page_table has {len(self.counts)} rows for {requests} requests")
-        self.starts = _exclusive(self.counts)
 
     def _checked(self, pages: Ints) -> Ints:
         if not pages.size:
             return np.zeros(0, dtype=np.int32)
-        self.highest = int(pages[pages.argmax()])
-        if self.highest >= MOST or pages[pages.argmin()] < 1:
+        if pages[pages.argmax()] >= MOST or pages[pages.argmin()] < 1:
             check_pages(_pages_of(pages), self.counts, None)
         return pages.astype(np.int32)
+
+    def first(self, counts: Ints) -> Ints:
+        """The first ``counts[i]`` pages of each request i, one request after the other."""
+        # Usually the lists have no page to spare.
+        if not self.roomy and counts.tobytes() == self.counts.tobytes():
+            return self.flat
+        ends = np.add.accumulate(counts)
+        shift = self.starts - ends
+        shift += counts
+        return self.flat[np.arange(ends[-1] if len(ends) else 0) + shift.repeat(counts)]
 
 
 def _pages_of(array: Ints) -> Ints:
@@ -264,26 +299,52 @@ class Tables:
         page_size: tokens a page.
         qo, kv: ``[requests]`` int64 lengths.
         counts: ``[requests]`` pages in use.
-        kv_indices: ``[sum(counts)]`` int32, None without a page table.
+        listed: ``[sum(listed_counts)]`` int32, the first pages of each request: those in use and some to spare, which
+            later tokens may be written to without another table. None without a page table.
+        room: tokens that every request can take behind its last one in ``listed``.
         positions: ``[tokens]`` int64.
         slots: ``[tokens]`` int64, ``page * page_size + offset``; None without a page table.
-        highest_page: the highest page in use, 0 for none.
+        highest_page: the highest page in ``listed``, 0 for none.
     """
 
-    __slots__ = ("counts", "highest_page", "kv", "kv_indices", "page_size", "positions", "qo", "slots")
+    __slots__ = (
+        "_pages", "counts", "highest_page", "kv", "listed", "listed_counts", "page_size", "positions", "qo", "room",
+        "slots",
+    )  # fmt: skip
 
     def __init__(self, qo: Ints, kv: Ints, page_size: int) -> None:
         self.page_size, self.qo, self.kv = page_size, qo, kv
-        self.counts = (kv + (page_size - 1)) // page_size
+        self.counts = self.listed_counts = (kv + (page_size - 1)) // page_size
         self.positions = positions_of(qo, kv)
-        self.kv_indices: Ints | None = None
+        self.listed: Ints | None = None
         self.slots: Ints | None = None
-        self.highest_page = 0
+        self.highest_page = self.room = 0
+        self._pages: PageTable | None = None
+
+    @property
+    def kv_indices(self) -> Ints | None:
+        """``[sum(counts)]`` int32: the pages in use; None without a page table."""
+        if self._pages is None or self.listed_counts is self.counts:
+            return self.listed
+        return self._pages.first(self.counts)
+
+    def list_pages(self, pages: PageTable, spare: bool) -> None:
+        """Reads ``listed``, with pages to spare where the table has some."""
+        self._pages, self.listed_counts = pages, self.counts
+        if spare and pages.counts.tobytes() != self.counts.tobytes():
+            self.listed_counts = np.minimum(pages.counts, self.counts + _MOST_SPARE)
+        listed = self.listed = pages.first(self.listed_counts)
+        self.highest_page = int(listed[listed.argmax()]) if len(listed) else 0
+        left = self.listed_counts * self.page_size
+        left -= self.kv
+        self.room = int(left[left.argmin()]) if len(left) else 0
 
     def check_limit(self, num_pages: int) -> None:
         """Raises :class:`BatchError` where a request uses a page that a cache of ``num_pages`` does not have."""
-        if self.kv_indices is not None and self.highest_page >= num_pages:
-            check_pages(self.kv_indices, self.counts, num_pages)
+        if self.listed is not None and self.highest_page >= num_pages:
+            assert self._pages is not None
+            self.list_pages(self._pages, spare=False)
+            check_pages(self.listed, self.counts, num_pages)
 
 
 def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> Tables:
@@ -301,37 +362,58 @@ def make_tables(qo: Ints, kv: Ints, pages: PageTable | None, page_size: int) -> 
         if int(counts.sum()) > MOST:
             raise BatchError(message(f"the batch needs {counts.sum()} pages", why=f"At most {MOST}: int32."))
         return tables
-    # Usually the lists have no page to spare.
-    if counts.tobytes() == pages.counts.tobytes():
-        used = pages.flat
-    else:
-        short = counts > pages.counts
-        if short.any():
-            request = int(np.argmax(short))
-            raise BatchError(
-                message(
-                    f"request {request} has {pages.counts[request]} pages and needs {counts[request]}",
-                    why=f"Its KV length, new tokens included, is {kv[request]}, and a page holds {page_size}.",
-                    cure="Extend its row of page_table: row += cache.allocate(1)",
-                )
+    short = pages.counts - counts
+    if len(short) and short[request := int(short.argmin())] < 0:
+        request = int(np.argmax(short < 0))
+        raise BatchError(
+            message(
+                f"request {request} has {pages.counts[request]} pages and needs {counts[request]}",
+                why=f"Its KV length, new tokens included, is {kv[request]}, and a page holds {page_size}.",
+                cure="Extend its row of page_table: row += cache.allocate(1)",
             )
-        total = int(counts.sum())
-        used = pages.flat[np.arange(total) + (pages.starts - _exclusive(counts)).repeat(counts)]
-    tables.highest_page = check_pages(used, counts, None) if pages.roomy or used is not pages.flat else pages.highest
-    row_starts = pages.starts if len(positions) == len(qo) else pages.starts.repeat(qo)
+        )
+    tables.list_pages(pages, pages.spare)
     in_row = positions // page_size
-    token_pages = pages.flat[row_starts + in_row].astype(np.int64)
-    _check_writes(used, counts, token_pages, qo)
-    tables.kv_indices, tables.slots = used, (token_pages - in_row) * page_size + positions
+    token_pages = pages.flat[(pages.starts if len(positions) == len(qo) else pages.starts.repeat(qo)) + in_row]
+    if not _is_sound(tables, token_pages):
+        tables.list_pages(pages, spare=False)
+        assert tables.listed is not None
+        tables.highest_page = check_pages(tables.listed, counts, None)
+        _check_writes(tables.listed, counts, token_pages, qo)
+    # page * page_size + position % page_size
+    slots = token_pages.astype(np.int64)
+    slots -= in_row
+    slots *= page_size
+    slots += positions
+    tables.slots = slots
     return tables
+
+
+def _is_sound(tables: Tables, token_pages: Ints) -> bool:
+    """Whether the listed pages, to spare ones included, are pages of a cache, and nobody shares one that is written."""
+    listed = tables.listed
+    assert listed is not None
+    if not len(listed):
+        return True
+    if listed[listed.argmin()] < 1 or tables.highest_page > max(64 * len(listed), 1 << 16):
+        return False
+    uses = np.bincount(listed)
+    if uses[uses.argmax()] < 2:
+        return True
+    if (uses[token_pages] > 1).any():
+        return False
+    if tables.listed_counts is tables.counts:
+        return True
+    counts = tables.listed_counts
+    in_row = np.arange(len(listed)) - _exclusive(counts).repeat(counts)
+    return not bool((uses[listed[in_row >= tables.counts.repeat(counts)]] > 1).any())
 
 
 def _check_writes(used: Ints, counts: Ints, token_pages: Ints, qo: Ints) -> None:
     """A page may be shared by requests that only read it (a common prefix), never where one writes."""
-    shared = _repeated(used)
-    if not len(shared):
-        return
-    written = np.isin(token_pages, shared)
+    order = used.copy()
+    order.sort()
+    written = np.isin(token_pages, order[1:][order[1:] == order[:-1]])
     if written.any():
         token = int(np.argmax(written))
         page, writer = int(token_pages[token]), _owner(token, qo)
@@ -345,15 +427,6 @@ def _check_writes(used: Ints, counts: Ints, token_pages: Ints, qo: Ints) -> None
                 cure="Give the request a page of its own for its new tokens.",
             )
         )
-
-
-def _repeated(pages: Ints) -> Ints:
-    """The pages that occur more than once."""
-    if len(pages) > 512 and int(pages.max()) < 64 * len(pages):
-        return np.flatnonzero(np.bincount(pages) > 1)
-    order = pages.copy()
-    order.sort()
-    return order[1:][order[1:] == order[:-1]]
 
 
 def check_adapters(

@@ -10,7 +10,82 @@ import torch
 from .errors import BatchError, message
 from .metadata import MOST, Ints, Tables, check_count
 
-__all__ = ["PaddedBatch"]
+__all__ = ["Layout", "PaddedBatch"]
+
+
+class Layout:
+    """Where the int32 arrays of a padded batch lie, one after the other; each begins at a multiple of 16 bytes.
+
+    Attributes:
+        requests: those of the batch, the padding request and unused entries. pad, pad_pages: of the padding request.
+        starts, sizes: of qo_indptr, kv_indptr, last_page_len, kv_lens and kv_indices. words: all of them.
+        spare: whether kv_indices hold the pages to spare, too.
+    """
+
+    __slots__ = ("bucket", "pad", "pad_pages", "requests", "sizes", "spare", "starts", "words")
+
+    def __init__(self, tables: Tables, bucket: int, entries: int | None = None, spare: bool = False) -> None:
+        """
+        Raises:
+            BatchError: ``bucket`` is smaller than the number of tokens, or ``entries`` than the number of requests.
+        """
+        bucket = check_count("bucket", bucket)
+        tokens = len(tables.positions)
+        pad = bucket - tokens
+        if pad < 0:
+            raise BatchError(
+                message(f"the batch has {tokens} tokens, the bucket {bucket}", why="A bucket is at least the tokens.")
+            )
+        requests = len(tables.qo) + (pad > 0)
+        if entries is not None:
+            if entries < requests:
+                raise BatchError(f"the batch has {requests} requests, its padding included, and {entries} slots")
+            requests = entries
+        self.bucket, self.pad, self.requests = bucket, pad, requests
+        self.pad_pages = -(-pad // tables.page_size)
+        self.spare = spare and tables.listed_counts is not tables.counts
+        listed = tables.listed if self.spare else tables.kv_indices
+        indices = 0 if listed is None else len(listed) + self.pad_pages
+        wide, narrow = (requests + 4) // 4 * 4, (requests + 3) // 4 * 4
+        first = 2 * wide + 2 * narrow
+        self.starts = (0, wide, 2 * wide, 2 * wide + narrow, first)
+        self.sizes = (requests + 1, requests + 1, requests, requests, indices)
+        self.words = first + indices
+
+    def fill(self, flat: Ints, tables: Tables) -> None:
+        """Writes the arrays to ``flat`` ``[words]`` int32, which holds anything.
+
+        With pages to spare, kv_indptr says where the pages of a request begin, and kv_lens how many of them count.
+        """
+        real, requests, bucket, pad = len(tables.qo), self.requests, self.bucket, self.pad
+        _, wide, last_at, lens_at, first = self.starts
+        counts, listed = tables.counts, tables.kv_indices
+        if self.spare:
+            counts, listed = tables.listed_counts, tables.listed
+        flat[:first] = 0
+        # Not into int32 at once: numpy takes four times as long to sum and convert in one call.
+        decodes = len(tables.positions) == real <= len(_COUNT)
+        flat[1 : real + 1] = _COUNT[:real] if decodes else np.add.accumulate(tables.qo)
+        flat[wide + 1 : wide + real + 1] = ends = np.add.accumulate(counts)
+        flat[lens_at : lens_at + real] = tables.kv
+        # (kv - 1) % page_size + 1
+        flat[last_at : last_at + real] = tables.kv - (tables.counts - 1) * tables.page_size
+        if requests > real:
+            # The padding request, and unused entries behind it, which have no tokens and no pages.
+            flat[real + 1 : requests + 1] = bucket
+            flat[wide + real + 1 : wide + requests + 1] = (int(ends[-1]) if real else 0) + self.pad_pages
+        if pad:
+            flat[lens_at + real] = pad
+            flat[last_at + real] = (pad - 1) % tables.page_size + 1
+        if listed is not None:
+            flat[first : first + len(listed)] = listed
+            flat[first + len(listed) : self.words] = 0
+        if int(flat[requests]) != bucket:
+            raise BatchError(f"the padded query lengths add up to {flat[requests]}, not to the bucket {bucket}")
+
+
+#: 1, 2, 3, ...: the ends of requests of one token.
+_COUNT = np.arange(1, 1 << 16, dtype=np.int32)
 
 
 class PaddedBatch:
@@ -26,67 +101,24 @@ class PaddedBatch:
         qo_indptr, kv_indptr: ``[r + 1]`` int32 tensors. last_page_len, kv_lens: ``[r]``.
         kv_indices: ``[kv_indptr[-1]]``, None for a batch without a page table.
         slot_mapping: ``[bucket]``, None for a batch without a page table.
-        spans: ``[tokens, 2]`` int32 array, positions from and up to which each token sees keys beside those of the
-            mask; None where there are no groups.
     """
 
-    def __init__(self, tables: Tables, bucket: int, slots: int | None = None, spans: Ints | None = None) -> None:
+    def __init__(self, tables: Tables, bucket: int, slots: int | None = None) -> None:
         """
         Raises:
             BatchError: ``bucket`` is smaller than the number of tokens, or ``slots`` than the number of requests.
         """
-        bucket = check_count("bucket", bucket)
-        tokens, page_size, real = len(tables.positions), tables.page_size, len(tables.qo)
-        pad = bucket - tokens
-        if pad < 0:
-            raise BatchError(
-                message(f"the batch has {tokens} tokens, the bucket {bucket}", why="A bucket is at least the tokens.")
-            )
-        requests = real + (pad > 0)
-        if slots is not None:
-            if slots < requests:
-                raise BatchError(f"the batch has {requests} requests, its padding included, and {slots} slots")
-            requests = slots
-        self.request_slots, self.spans = slots, spans
-        pad_pages = -(-pad // page_size)
-        indices = 0 if tables.kv_indices is None else len(tables.kv_indices) + pad_pages
-        self.bucket, self.page_size, self.requests, self.tokens = bucket, page_size, requests, tokens
+        layout = Layout(tables, bucket, slots)
+        self.bucket, self.page_size, self.requests = layout.bucket, tables.page_size, layout.requests
+        self.tokens, self.request_slots = len(tables.positions), slots
+        self.starts, self.sizes = layout.starts, layout.sizes
         self._tables = tables
-        # Every array begins at a multiple of 16 bytes.
-        wide, narrow = (requests + 4) // 4 * 4, (requests + 3) // 4 * 4
-        first = 2 * wide + 2 * narrow
-        self.starts = (0, wide, 2 * wide, 2 * wide + narrow, first)
-        self.sizes = (requests + 1, requests + 1, requests, requests, indices)
-        flat = self.flat = np.zeros(first + indices, dtype=np.int32)
-        qo, kv = flat[: requests + 1], flat[wide : wide + requests + 1]
-        last, lens = flat[2 * wide : 2 * wide + requests], flat[2 * wide + narrow : first]
-        # Not into int32 at once: numpy takes four times as long to sum and convert in one call.
-        qo[1 : real + 1] = np.add.accumulate(tables.qo)
-        kv[1 : real + 1] = np.add.accumulate(tables.counts)
-        lens[:real] = tables.kv
-        # (kv - 1) % page_size + 1
-        last[:real] = tables.kv - (tables.counts - 1) * page_size
-        if requests > real:
-            # The padding request, and unused slots behind it, which have no tokens and no pages.
-            qo[real + 1 :] = bucket
-            kv[real + 1 :] = kv[real] + pad_pages
-        if pad:
-            lens[real] = pad
-            last[real] = (pad - 1) % page_size + 1
-        if tables.kv_indices is not None:
-            flat[first : first + len(tables.kv_indices)] = tables.kv_indices
-        if int(qo[requests]) != bucket:
-            raise BatchError(f"the padded query lengths add up to {qo[requests]}, not to the bucket {bucket}")
+        self.flat = np.empty(layout.words, dtype=np.int32)
+        layout.fill(self.flat, tables)
 
     def array(self, index: int) -> Ints:
         """One of the arrays of ``flat``: 0 qo_indptr, 1 kv_indptr, 2 last_page_len, 3 kv_lens, 4 kv_indices."""
         return self.flat[self.starts[index] : self.starts[index] + self.sizes[index]]
-
-    @property
-    def longest(self) -> int:
-        """Most new tokens of a real request; 0 where there is none."""
-        qo = self._tables.qo
-        return int(qo.max(initial=0)) if len(qo) != self.tokens else min(1, len(qo))
 
     @property
     def slots(self) -> Ints:

@@ -53,6 +53,8 @@ class StepState:
         self._exits: list[Callable[[], None]] = []
         self._positions: torch.Tensor | None = None
         self._slots: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
 
     def once(self, key: Hashable, fn: Callable[[], T]) -> T:
         """``fn()``, called once a step for a key."""
@@ -121,8 +123,9 @@ class StepState:
         Raises:
             BatchError: no cache, a bucket below the number of tokens.
         """
-        rows = bucket if mode == "request" or self.scratch else self.batch.num_tokens
-        prepared = self._written(bucket, rows)
+        for shape in shapes:
+            self.require_cache().impl(shape)
+        prepared = self._written(bucket, bucket if mode == "request" or self.scratch else self.batch.num_tokens)
         for shape in shapes:
             self._planned(prepared, shape)
         return prepared
@@ -157,13 +160,14 @@ class StepState:
 
         Its work on the device, where it has any, is under way when this returns.
         """
-        cache, prepared = self.require_cache(), self.prepared
+        cache = self.require_cache()
+        impl, prepared = cache.impl(shape), self.prepared
         if prepared is None or prepared.rows != rows or prepared is not cache.current:
             prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
         plan = self._planned(prepared, shape)
         if shape not in prepared.enqueued:
             prepared.enqueued.add(shape)
-            cache.impl(shape).enqueue(plan)
+            impl.enqueue(plan)
         return plan
 
     def each_kind(self, tokens: int) -> Iterator[None]:
@@ -187,7 +191,7 @@ class StepState:
         if prepared is None or prepared is not cache.current or prepared.made_for != wanted:
             if bucket < rows:
                 raise BatchError(f"the batch has {rows} tokens, the bucket {bucket}")
-            prepared = self.prepared = cache.write(self.batch.padded(rows, cache.page_size, slots), bucket)
+            prepared = self.prepared = cache.prepare(self.batch, wanted, again=self.longest is not None)
             if self.longest is not None:
                 prepared.longest = self.longest
         return prepared
@@ -205,8 +209,9 @@ class StepState:
     def user_positions(self) -> torch.Tensor:
         """``[tokens]`` int64, fresh: a caller may keep it."""
         if self._positions is None:
+            block = self._block()
             # Without a cache the size of a page is unknown, and whether the page table fits is nobody's concern.
-            self._positions = self._to_user(self.batch.host_positions())
+            self._positions = self._to_user(self.batch.host_positions()) if block is None else block[0]
         return self._positions
 
     def user_slots(self) -> torch.Tensor | None:
@@ -215,6 +220,29 @@ class StepState:
             slots = self.batch.tables(self.cache.page_size).slots
             self._slots = None if slots is None else self._to_user(slots)
         return self._slots
+
+    def user_ids(self) -> torch.Tensor:
+        """The same for the ids that the batch was made with."""
+        if self._ids is None:
+            block = self._block()
+            self._ids = self._to_user(self.batch.host_ids) if block is None else block[1]
+        return self._ids
+
+    def _block(self) -> torch.Tensor | None:
+        """A copy of positions and ids on the device; None where a call must tell first what the step prepares.
+
+        It prepares what the last step of as many tokens did: then this is the step's only copy from the host.
+        """
+        if self._tokens is None and self.cache is not None and not self.scratch:
+            prepared = self.prepared
+            if prepared is None or prepared is not self.cache.current:
+                guess = self.cache.made_for.get(self.batch.num_tokens)
+                if guess is None:
+                    return None
+                prepared = self._written(*guess)
+            with torch.inference_mode(False):
+                self._tokens = prepared.tokens[1:].clone()
+        return self._tokens
 
     def _to_user(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         device = self.cache.device if self.cache is not None else torch.get_default_device()

@@ -384,36 +384,6 @@ def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
     assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message
 
 
-@pytest.mark.parametrize("cudagraph_mode", ["piecewise", "full"])
-def test_a_step_prepared_ahead_prepares_nothing_in_the_call(monkeypatch, cudagraph_mode):
-    cache = PagedKVCache(num_layers=1, num_pages=32, page_size=4, num_kv_heads=1, head_dim=4)
-    attend = pcg.PagedAttention(layer=0, num_heads=1, num_kv_heads=1, head_dim=4)
-    compiled = torch.compile(
-        lambda x: attend(x, x + 1, x * 2) * 2, backend="pcg", dynamic=True,
-        options={"compiler": "eager", "buckets": [4, 8], "cudagraph_mode": cudagraph_mode},
-    )  # fmt: skip
-    written, write = [], PagedKVCache.write
-    monkeypatch.setattr(PagedKVCache, "write", lambda self, *args: written.append(args) or write(self, *args))
-    pages = [[1, 2, 3], [4, 5, 6]]
-    for ahead in (False, True):
-        for n in (3, 6, 8, 3, 6, 11):
-            batch, x = Batch([1, n - 1], [1, n - 1], pages), torch.randn(n, 1, 4)
-            with step(batch, cache):
-                want = attend(x, x + 1, x * 2) * 2
-            with step(batch, cache):
-                written.clear()
-                if ahead:
-                    batch.prepare(compiled)
-                    assert len(written) == 1 and len(cache.current.plans) == 1
-                    batch.prepare(compiled)
-                torch.testing.assert_close(compiled(x), want)
-                assert len(written) == 1
-    with pytest.raises(BatchError, match="prepare"):
-        batch.prepare(compiled)
-    with step(batch, cache), pytest.raises(TypeError):
-        batch.prepare(torch.nn.Linear(2, 2))
-
-
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("made", ["inside", "outside"])
 def test_a_step_inside_a_compiled_function(made, dynamic):
@@ -456,3 +426,79 @@ def test_advance_is_the_next_decode_step():
         batch.advance().tables(4)
     with pytest.raises(BatchError, match="adapters of the next step"):
         Batch([2], [2], [[1]], adapters=torch.zeros(2, dtype=torch.int32)).advance()
+
+
+@pytest.mark.parametrize("bucket", [3, 8])
+@pytest.mark.parametrize("listed", [True, False], ids=["lists", "array"])
+def test_metadata_advance_on_the_device_while_pages_have_room(monkeypatch, bucket, listed):
+    """Slots, positions and lengths are those of a new batch, and nothing is read from the host."""
+    cache = small_cache(num_pages=40)
+    written, write = [], PagedKVCache._write
+    monkeypatch.setattr(PagedKVCache, "_write", lambda self, *args: written.append(args) or write(self, *args))
+    lists, kv = [[3, 5, 9, 8], [2, 7, 11], [2, 20, 21]], [5, 9, 5]  # page 2 is a prefix that two share
+    table = np.full((3, 6), -7)
+    for row, pages in zip(table, lists, strict=True):
+        row[: len(pages)] = pages
+    batch = Batch([1] * 3, kv, lists) if listed else Batch([1] * 3, kv, table, page_counts=[4, 3, 3])
+    for age in range(8):
+        lens = [n + age for n in kv]
+        with step(batch, cache):
+            prepared = current_step().prepare(bucket, "request")
+            assert batch.positions.tolist() == [n - 1 for n in lens]
+            assert prepared.padded.kv_lens.tolist()[:3] == prepared.array(3).tolist()[:3] == lens
+            slots = [lists[i][(n - 1) // 4] * 4 + (n - 1) % 4 for i, n in enumerate(lens)]
+            assert prepared.slots.tolist() == slots + [0] * (bucket - 3)
+            assert batch.slot_mapping.tolist() == slots
+        # Request 1 has room for 12 tokens.
+        assert len(written) == 1
+        if age == 3:
+            break
+        batch = batch.advance()
+    with pytest.raises(BatchError, match="request 1 has 3 pages and needs 4"), step(batch.advance(), cache):
+        pass
+
+
+def test_what_advanced_is_written_again_where_it_must_be():
+    cache = small_cache(num_pages=40)
+    batch = Batch([1, 1], [5, 6], [[1, 2, 3], [4, 5, 6]])
+    with step(batch, cache):
+        first = current_step().prepare(4, "request")
+    later = batch.advance()
+    with step(later, cache):
+        assert current_step().prepare(4, "request") is first
+        # Another bucket has memory of its own, and a step that ran in between another content.
+        assert current_step().prepare(32, "request") is not first
+        assert current_step().prepare(32, "request").slots.tolist()[:2] == [9, 22]
+    with step(Batch([1], [1], [[30]]), cache):
+        current_step().prepare(4, "request")
+    for again in (later, batch, batch.advance().advance()):
+        with step(again, cache):
+            age = again.age
+            assert current_step().prepare(4, "request").slots.tolist()[:2] == [8 + age, 21 + age]
+    # What a step looks ahead to is no page of the cache, or another request's: it is written when it is needed.
+    for pages in ([[1, 2, 99], [4, 5, 6]], [[1, 2, 6], [4, 5, 6]]):
+        batch = Batch([1, 1], [8, 8], pages)
+        with step(batch, cache):
+            current_step().prepare(4, "request")
+        with pytest.raises(BatchError, match=r"uses page 99|writes page 6"), step(batch.advance(), cache):
+            pass
+
+
+def test_ids_travel_with_the_metadata():
+    cache = small_cache(num_pages=40)
+    for _ in range(2):
+        batch = Batch([2, 1], [5, 6], [[1, 2], [4, 5]], ids=[7, 8, 9])
+        with step(batch, cache):
+            assert batch.ids.tolist() == [7, 8, 9] and batch.positions.tolist() == [3, 4, 5]
+            current_step().prepare(4, "request")
+    batch = Batch([1], ids=[3])
+    with step(batch):
+        assert batch.ids.tolist() == [3]
+    with step(batch.advance()) as later:
+        assert later.ids.tolist() == [3]
+    with pytest.raises(BatchError, match="no ids"), step(Batch([2], ids=[3, 4]).advance()) as later:
+        _ = later.ids
+    with pytest.raises(BatchError, match="one a token"):
+        Batch([1], ids=[3, 4])
+    with pytest.raises(BatchError, match="page_counts"):
+        Batch([1], [1], np.array([[1, 2]]), page_counts=[3])

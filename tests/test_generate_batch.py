@@ -57,7 +57,7 @@ def test_greedy_equals_generate(model):
         torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-4, rtol=1e-4)
     assert free_pages(model) == all_pages(model)
     engine = generation.generate._ENGINES[model]
-    stats = pcg.stats(engine.forward)
+    stats = pcg.stats(engine.forward())
     assert stats.replays > 0 and stats.graphs == 1 and not stats.fallbacks, stats
 
 
@@ -91,12 +91,11 @@ def test_a_full_cache_preempts_and_loses_nothing(model):
 def test_identical_prompts_share_their_pages(model):
     prompt = PROMPTS[2]
     computed = []
-    engine_forward = Session._ids
 
     class Counting(Session):
-        def _ids(self, scheduled):
+        def _launch(self, scheduled):
             computed.append(int(scheduled.lengths.sum()))
-            return engine_forward(self, scheduled)
+            return super()._launch(scheduled)
 
     want = greedily(model, prompt, 6)
     cache = cache_for(model.config, num_pages=64)
@@ -111,6 +110,34 @@ def test_identical_prompts_share_their_pages(model):
     # As the number of tokens is known, no step runs that nobody needs.
     assert sum(computed) == 40 + 7 * 1 + 8 * 5
     assert cache.free_pages == 63
+
+
+def test_decoding_steps_read_nothing_from_the_host(model, monkeypatch):
+    """While the same requests decode on pages that they have, a step's metadata come from those of the step before."""
+    written, write = [], pcg.PagedKVCache._write
+    monkeypatch.setattr(pcg.PagedKVCache, "_write", lambda self, *args: written.append(args[0]) or write(self, *args))
+    want = [greedily(model, prompt, 90) for prompt in PROMPTS[:4]]
+    generate_batch(model, PROMPTS[:4], max_new_tokens=90, **SMALL)
+    written.clear()
+    outputs = generate_batch(model, PROMPTS[:4], max_new_tokens=90, **SMALL)
+    assert tokens(outputs) == want
+    # Pages come for 32 tokens at a time; prompts share the first steps.
+    assert len(written) < 12 and sum(batch.num_tokens == batch.num_requests for batch in written) >= 3
+    assert free_pages(model) == all_pages(model)
+
+
+@pytest.mark.parametrize("pages", [8, 9, 11, 16])
+def test_pages_ahead_are_no_reason_to_preempt(model, monkeypatch, pages):
+    """They come back first: three requests of 33 tokens fit 9 pages, and all are computed once."""
+    left, leave = [], generation.scheduler.Scheduler._leave
+    monkeypatch.setattr(
+        generation.scheduler.Scheduler, "_leave", lambda self, r: left.append(r.finished) or leave(self, r)
+    )
+    prompts = [PROMPTS[0], PROMPTS[4], PROMPTS[5][:5]]
+    outputs = generate_batch(model, prompts, max_new_tokens=28, num_pages=pages + 1, **SMALL)
+    assert tokens(outputs) == [greedily(model, prompt, 28) for prompt in prompts]
+    assert all(left) or pages < 9
+    assert free_pages(model) == all_pages(model) == pages
 
 
 def test_samples_of_one_prompt(model):
@@ -175,9 +202,9 @@ def test_an_error_in_a_step_fails_its_requests_alone(model):
         engine = Engine(model, cache, 8, 8, {"compiler": "eager"})
         with Session(engine, 64) as session:
             session.add(Request("bad", 0, [59] * 5, 4, Sampling()))
-            forward, engine.forward = engine.forward, lambda *args: (_ for _ in ()).throw(RuntimeError("no memory"))
+            engine.forward = lambda *args: (_ for _ in ()).throw(RuntimeError("no memory"))
             list(session.run())
-            engine.forward = forward
+            del engine.forward
             session.add(Request("good", 1, PROMPTS[0], 4, Sampling()))
             list(session.run())
             assert str(session.requests["bad"].error) == "no memory"
@@ -187,7 +214,7 @@ def test_an_error_in_a_step_fails_its_requests_alone(model):
 
 def test_weights_updated_in_place_are_used_at_once(model):
     first = tokens(generate_batch(model, PROMPTS[:2], max_new_tokens=6, **SMALL))
-    forward = generation.generate._ENGINES[model].forward
+    forward = generation.generate._ENGINES[model].forward()
     captured = pcg.stats(forward).captured
     with torch.no_grad():
         for parameter in model.parameters():
@@ -266,13 +293,11 @@ def test_bad_input_is_refused_before_anything_runs(model, arguments, text):
 def test_the_sampler_draws_from_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     rows = 20_000
-    state = SamplingState.empty(1, torch.device("cpu"))
-    state.temperature.fill_(0.8), state.top_k.fill_(3), state.top_p.fill_(1), state.penalty.fill_(1)
+    state = SamplingState(1, torch.device("cpu"))
+    state.floats[:, 0], state.longs[:, 0] = torch.tensor([0.8, 1.0, 0.0, 1.0]), torch.tensor([3, 0])
     sample = make_sampler(True, True, False)
-    found, logprobs = sample(
-        logits.expand(rows, 4), torch.zeros(rows, dtype=torch.long), torch.arange(rows), state.temperature, state.top_k,
-        state.top_p, state.min_p, state.penalty, state.seed, state.seen,
-    )  # fmt: skip
+    slots, counter = torch.zeros(rows, dtype=torch.long), torch.arange(rows)
+    found, logprobs = sample(logits.expand(rows, 4), slots, counter, state.floats, state.longs, state.seen)
     want = (logits[0, :3] / 0.8).softmax(-1)
     shares = torch.bincount(found, minlength=4) / rows
     assert shares[3] == 0
@@ -312,6 +337,6 @@ def test_pages_are_counted_and_evicted():
     again = pool.match(tokens, None)
     assert again.pages == first[:2] and again.source is None
     pool.release(again.pages)
-    assert len({pool.take() for _ in range(5)}) == 5 and pool.take() is None
+    assert len({pool.take() for _ in range(5)}) == 5 and not pool.available
     pool.close()
     assert cache.free_pages == 5

@@ -124,6 +124,8 @@ class FlashInferAttention(AttentionImpl):
     copies from does, and is a ring guarded by events.
     """
 
+    exact_pages = True
+
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         super().__init__(shape, cache)
         prefill, reason = _installed()
@@ -221,6 +223,8 @@ class FlashInferAttention(AttentionImpl):
 
 class FlashInferWrapper(AttentionImpl):
     """One attention shape by FlashInfer's public wrapper, for versions that were not read."""
+
+    exact_pages = True
 
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         super().__init__(shape, cache)

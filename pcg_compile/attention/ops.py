@@ -76,11 +76,12 @@ def paged_attention(
     cache, tokens = state.require_cache(), q.shape[0]
     cache.check(layer, AttentionShape.decode(shape), q.device)
     state.check_tokens(tokens)
+    impl = cache.impl(shape)
     slots = state.prepare(tokens, "slice").slots
     one = cache.layer(layer, sinks, slopes)
     store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots, one.k_scale, one.v_scale)
     out = _fake_attention(q, k, v, layer, shape)
-    cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out, one)(state.plan(shape, tokens))
+    impl.bind(q, cache.k[layer], cache.v[layer], out, one)(state.plan(shape, tokens))
     return out
 
 
@@ -111,17 +112,15 @@ def _to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def bind_prepare_batch(
-    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
+    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice"
 ) -> Callable[[], None]:
     """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called.
 
-    Attention is planned by the first layer that attends, when the device is busy with the piece before it; ``ahead``:
-    already here, since the device is busy with another step.
+    Attention is planned by the first layer that attends, when the device is busy with the piece before it.
     """
-    names = tuple(shapes.split(";")) if shapes and ahead else ()
 
     def prepare() -> None:
-        require_step(_WHAT).prepare(tokens, mode, names)
+        require_step(_WHAT).prepare(tokens, mode)
 
     return prepare
 

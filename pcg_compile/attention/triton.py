@@ -93,7 +93,7 @@ class TritonAttention(AttentionImpl):
     batch, so that the kind is chosen by what is likely to be fast.
     """
 
-    capturable = True
+    capturable = plan_lasts = True
 
     def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
         super().__init__(shape, cache)
@@ -113,7 +113,7 @@ class TritonAttention(AttentionImpl):
 
     def plan(self, prepared: Prepared) -> _Plan:
         qo_indptr, kv_indptr, _, kv_lens, kv_indices = prepared.arrays
-        kind, rows, requests, spans = self._kind(prepared), prepared.rows, prepared.padded.requests, prepared.spans
+        kind, rows, requests, spans = self._kind(prepared), prepared.rows, prepared.requests, prepared.spans
         kernels = self._kernels_of(kind, rows, spans is not None)
         # At exact sizes each step has others: memory for powers of two.
         most = kernels.most_items(rows, requests)

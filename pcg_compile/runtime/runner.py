@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import sympy
-from torch import fx
 
 from ..batch import StepState
 from ..calls import graph_ran
 from ..distributed.agreement import Agreement
 from ..errors import PCGError
-from ..fx.plan import PieceItem, SplitOpItem
+from ..fx.plan import PieceItem
 from ..fx.sizes import evaluate, expr_of
-from ..step import DoesNotFit, require_step
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding
 from .budget import respect_budget
@@ -96,28 +94,6 @@ class GraphRuntime(GraphState):
                 respect_budget(self, binding, program.bucket)
         self._count(sizes, program)
         return result
-
-    def prepare_ahead(self, tokens: int) -> None:
-        """Prepares the running step's metadata for ``tokens`` tokens, as a call with as many would first do."""
-        places = [expr_of(size) for size, _ in self._token_sizes]
-        if not places or not isinstance(places[0], sympy.Symbol) or self.plan.refusal is not None:
-            return
-        with self.lock:
-            self.order_streams()
-            choice = self.shared.chooser.choose({places[0]: tokens}, [s for s in self.bucketed if s == places[0]])
-            at = choice.sizes if choice.sizes is not None else {places[0]: tokens}
-            key = require_step("prepare()").key
-            full_graphs = [w for b in self.bindings if b.step_key == key for w in b.full_graphs.values() if w.wanted]
-            for full_graph in full_graphs:
-                if full_graph.at[places[0]] == at[places[0]]:
-                    with suppress(DoesNotFit):
-                        full_graph.prepare()
-                        return
-            for item in self.plan.items:
-                if isinstance(item, SplitOpItem) and item.op.own_metadata and item.op.bucket_args and item.op.bind:
-                    size, *rest = item.node.args
-                    if expr_of(self.plan.value(size) if isinstance(size, fx.Node) else size) == places[0]:
-                        item.op.bind(at[places[0]], *rest, mode=item.mode, ahead=True)()
 
     def program_for(self, args: Sequence[Any], step: StepState | None) -> tuple[tuple[int, ...], Program]:
         """The sizes of a call and the program that serves it; one without captures if its bucket has none."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -23,8 +23,10 @@ from .scheduler import NeedsResults, Request, ScheduledStep, Scheduler
 
 __all__ = ["Engine", "Session", "attending_through_pcg", "routers_of"]
 
-#: Steps whose host arrays may still be on their way to the device.
-_STAGING = 4
+#: Rows that steps with prompts sample, at the least: few numbers, so that few combinations with tokens are captured.
+_ROWS = (16, 64, 256, 1024)
+#: Steps under way, at the most, whose results have host memory.
+_RESULTS = 4
 
 
 class Engine:
@@ -39,78 +41,83 @@ class Engine:
         self.options = options
         self.device = cache.device
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
-        self.state = SamplingState.empty(slots, self.device)
-        self.host_state = SamplingState.empty(slots, torch.device("cpu"))
+        self.state = SamplingState(slots, self.device)
         self.busy = False
-        picks_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._picks_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._forwards: dict[tuple[bool, bool, bool], Callable[..., torch.Tensor]] = {}
+        self._settings = np.zeros((4, slots), dtype=np.float32), np.zeros((2, slots), dtype=np.int64)
+        pinned, size = self.device.type == "cuda", 2 * max(slots, _ROWS[0])
+        self._results = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(_RESULTS)]
+
+    def forward(self, sampling: bool = False, filtering: bool = False, penalizing: bool = False) -> Callable[..., Any]:
+        """The captured step, model and sampler in one, for requests that need only so much of the sampler.
+
+        It takes ``ids [tokens]`` (one below 0 stands for the last token of slot -1 - id), ``positions [tokens]``,
+        ``rows [rows]`` and ``slots [rows]`` (which tokens are followed by a sampled one, and their slots), ``last`` and
+        the sampler's ``floats``, ``longs`` and ``seen``. It returns ``[2, rows]`` int64, tokens and the bits of their
+        log probabilities.
+        """
+        key = (sampling, filtering, penalizing)
+        if key in self._forwards:
+            return self._forwards[key]
+        model, sample, picks_rows = self.model, make_sampler(*key), self._picks_rows
 
         def forward(
-            ids: torch.Tensor, source: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, last: torch.Tensor
-        ) -> torch.Tensor:
-            """Logits ``[rows, vocabulary]``. ``source``: the slot whose last token stands in for an id, or -1."""
-            ids = torch.where(source < 0, ids, last[source.clamp_min(0)])
+            ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, last: torch.Tensor,
+            floats: torch.Tensor, longs: torch.Tensor, seen: torch.Tensor,
+        ) -> torch.Tensor:  # fmt: skip
+            ids = torch.where(ids < 0, last[(-1 - ids).clamp_min(0)], ids)
             keep = {"logits_to_keep": rows} if picks_rows else {}
             logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
-            return logits if picks_rows else logits[rows]
+            logits = logits if picks_rows else logits[rows]
+            chosen, logprobs = sample(logits, slots, positions[rows] + 1, floats, longs, seen)
+            return torch.stack([chosen, logprobs.view(torch.int32).long()])
 
-        dynamic = {"ids": 0, "source": 0, "positions": 0, "rows": 0}
-        self.forward = piecewise(dynamic=dynamic, guards="inputs", **options)(_of_one_model(forward))
-        self._samplers: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
-        self._ring: deque[tuple[torch.Tensor, Any]] = deque()
+        dynamic = {"ids": 0, "positions": 0, "rows": 0, "slots": 0}
+        self._forwards[key] = piecewise(dynamic=dynamic, guards="inputs", **self.options)(_of_one_model(forward))
+        return self._forwards[key]
 
-    def sampler(self, sampling: bool, filtering: bool, penalizing: bool) -> Callable[..., Any]:
-        """The captured sampler for batches that need only so much."""
-        key = (sampling, filtering, penalizing)
-        if key not in self._samplers:
-            dynamic = {"logits": 0, "slots": 0, "counter": 0}
-            self._samplers[key] = piecewise(dynamic=dynamic, guards="inputs", **self.options)(
-                _of_one_model(make_sampler(*key))
-            )
-        return self._samplers[key]
-
-    def to_device(self, *arrays: Any) -> list[torch.Tensor]:
-        """int64 arrays on the device, brought there by one copy."""
-        sizes = [len(array) for array in arrays]
-        total = sum(sizes)
-        if self.device.type == "cpu":
-            return [torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays]
-        if len(self._ring) == _STAGING:
-            host, event = self._ring.popleft()
-            event.synchronize()
-            if host.numel() < total:
-                host = torch.empty(total, dtype=torch.int64, pin_memory=True)
-        else:
-            host, event = torch.empty(max(total, 1024), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-        np.concatenate(arrays, out=host.numpy()[:total])
-        device = host[:total].to(self.device, non_blocking=True)
-        event.record()
-        self._ring.append((host, event))
-        return list(device.split(sizes))
+    def send(self, array: Any) -> torch.Tensor:
+        """An int64 array on the device, by way of pinned memory."""
+        values = np.ascontiguousarray(array, dtype=np.int64)
+        target = torch.empty(values.shape, dtype=torch.int64, device=self.device)
+        self.cache.staging.send(values, target)
+        return target
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Brings the sampling settings of requests to their slots."""
-        host = self.host_state
+        (heat, top_p, min_p, penalty), (top_k, seed) = self._settings
         for request in requests:
             slot, settings = request.slot, request.sampling
-            host.temperature[slot], host.top_p[slot], host.min_p[slot] = (
-                settings.temperature, settings.top_p, settings.min_p,
-            )  # fmt: skip
-            host.top_k[slot] = min(settings.top_k or self.vocabulary, self.vocabulary)
-            host.penalty[slot], host.seed[slot] = settings.penalty, settings.seed
-        for name in ("temperature", "top_k", "top_p", "min_p", "penalty", "seed"):
-            getattr(self.state, name).copy_(getattr(host, name))
-        if any(request.sampling.penalty != 1 for request in requests) and self.state.seen.shape[1] == 1:
-            self.state.seen = torch.zeros(self.slots, self.vocabulary, dtype=torch.bool, device=self.device)
-        if self.state.seen.shape[1] > 1:
+            heat[slot], top_p[slot], min_p[slot] = settings.temperature, settings.top_p, settings.min_p
+            penalty[slot], seed[slot] = settings.penalty, settings.seed
+            top_k[slot] = min(settings.top_k or self.vocabulary, self.vocabulary)
+        state = self.state
+        for values, target in zip(self._settings, (state.floats, state.longs), strict=True):
+            self.cache.staging.send(values, target)
+        if any(request.sampling.penalty != 1 for request in requests) and state.seen.shape[1] == 1:
+            state.seen = torch.zeros(self.slots, self.vocabulary, dtype=torch.bool, device=self.device)
+        if state.seen.shape[1] > 1:
             for request in requests:
-                self.state.seen[request.slot] = False
-                self.state.seen[request.slot, torch.tensor(request.tokens, device=self.device)] = True
+                state.seen[request.slot] = False
+                state.seen[request.slot, self.send(request.kept)] = True
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies pages in all layers."""
-        source, target = self.to_device(*np.array(copies, dtype=np.int64).T)
+        source, target = self.send(np.array(copies).T)
         for pages in (*self.cache.k, *self.cache.v):
             pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def take_result(self, result: torch.Tensor) -> tuple[Any, torch.cuda.Event | None]:
+        """A step's result on its way to the host: an array, and the event after which it is there."""
+        if self.device.type == "cpu":
+            return result.numpy(), None
+        memory = self._results.pop(0)
+        self._results.append(memory)
+        host, event = memory[: result.numel()].view(result.shape), torch.cuda.Event()
+        host.copy_(result, non_blocking=True)
+        event.record()
+        return host.numpy(), event
 
 
 def _of_one_model(function: Any) -> Any:
@@ -122,27 +129,12 @@ def _of_one_model(function: Any) -> Any:
     return function
 
 
-class _Launched:
-    """A step on its way: its sampled tokens, and when they can be read."""
+class _Launched(NamedTuple):
+    """A step on its way. result: ``[2, rows]`` on the host once the event is over."""
 
-    def __init__(self, step: ScheduledStep, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        self.requests = [step.requests[i] for i in step.samples.tolist()]
-        self.event = None
-        if tokens.device.type == "cuda":
-            self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self.logprobs = torch.empty(logprobs.shape, dtype=logprobs.dtype, pin_memory=True)
-            self.tokens.copy_(tokens, non_blocking=True)
-            self.logprobs.copy_(logprobs, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.tokens, self.logprobs = tokens, logprobs
-
-    def read(self) -> tuple[list[int], list[float]]:
-        """Tokens and log probabilities by request; waits for the step."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.tokens.tolist(), self.logprobs.tolist()
+    step: ScheduledStep
+    result: Any
+    event: torch.cuda.Event | None
 
 
 class Session:
@@ -167,8 +159,13 @@ class Session:
         adapters = min((router.max_adapters for router in routers_of(engine.model)), default=None)
         self.scheduler = Scheduler(self.pool, engine.slots, engine.most_tokens, most_length, adapters)
         self.requests: dict[str, Request] = {}
-        self._last: _Launched | None = None
-        self._events: deque[tuple[Request, int | None]] = deque()
+        self._in_flight: _Launched | None = None
+        self._ended: deque[Request] = deque()
+        #: What requests so far need of the sampler: few variants of the step are compiled.
+        self._variant, self._adapted = (False, False, False), False
+        #: The last step's batch and rows, for a step that follows it.
+        self._batch: Batch | None = None
+        self._rows: torch.Tensor | None = None
         engine.busy = True
 
     def __enter__(self) -> Session:
@@ -190,7 +187,7 @@ class Session:
             OptionsError: it can never fit the cache.
         """
         room = self.pool.capacity * self.pool.page_size
-        if len(request.prompt) + request.most > min(room, self.scheduler.table.shape[1] * self.pool.page_size):
+        if len(request.prompt) + request.most > min(room, self.scheduler.most_length):
             raise OptionsError(
                 message(
                     f"prompt {request.index} has {len(request.prompt)} tokens and wants {request.most} more; "
@@ -212,114 +209,125 @@ class Session:
         request.error = error
         self._finish(request)
 
-    def run(self) -> Iterator[tuple[Request, int | None]]:
-        """Runs steps until nothing is left; yields each request with each new token, and with None when it ends."""
+    def run(self, tokens: bool = True) -> Iterator[tuple[Request, int | None]]:
+        """Runs steps until nothing is left; yields each request with each new token, and with None when it ends.
+
+        A step is launched before the tokens of the one before are read. ``tokens=False`` yields ends alone: then no
+        step looks at each request by itself.
+        """
         while True:
             launched = self._launch_next()
-            last, self._last = self._last, launched
+            last, self._in_flight = self._in_flight, launched
             if last is not None:
-                self._read(last)
-            while self._events:
-                yield self._events.popleft()
+                yield from self._read(last, tokens)
+            while self._ended:
+                yield self._ended.popleft(), None
             if launched is None and last is None and not self.scheduler.running:
                 if not self.scheduler.waiting:
                     return
-                if not self._can_start():
+                if not self.pool.available:
                     raise AssertionError("requests wait, and none can start")
-
-    def _can_start(self) -> bool:
-        return bool(self.pool.available)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _launch_next(self) -> _Launched | None:
+        scheduler = self.scheduler
         try:
-            scheduled = self.scheduler.next_step()
+            scheduled = scheduler.next_step()
         except NeedsResults:
             return None
         if scheduled is None:
             return None
-        now = time.perf_counter()
-        for request in scheduled.admitted:
-            request.started = now if request.started < 0 else request.started
         try:
             launched = self._launch(scheduled)
         except Exception as error:
             # Whatever a model raises in a step is the error of that step's requests; the others go on.
-            for request in scheduled.requests:
-                self.fail(request, error)
+            for slot in scheduled.slots.tolist():
+                self.fail(scheduler.running[slot], error)
             return None
-        self.scheduler.launched(scheduled)
+        scheduler.launched(scheduled)
         return launched
 
     def _launch(self, scheduled: ScheduledStep) -> _Launched | None:
-        engine, lengths = self.engine, scheduled.lengths
+        engine, state = self.engine, self.engine.state
         if scheduled.admitted:
-            engine.admit(scheduled.admitted)
+            self._admit(scheduled.admitted)
         if scheduled.copies:
             engine.copy_pages(scheduled.copies)
-        adapters = [request.adapter for request in scheduled.requests] if self._adapted(scheduled) else None
-        pages = -(-int((scheduled.cached + lengths).max()) // self.pool.page_size)
-        batch = Batch(
-            lengths, scheduled.cached + lengths, self.scheduler.table[scheduled.slots, :pages], adapters=adapters
-        )
-        ids, source = self._ids(scheduled)
-        ends = lengths.cumsum() - 1
-        samples = scheduled.samples
-        # A step whose prompts all go on samples nothing; its first row keeps the graph's form.
-        rows, slots = (ends[samples], scheduled.slots[samples]) if len(samples) else (ends[:1], scheduled.slots[:1])
-        counter = (scheduled.cached + lengths)[samples] if len(samples) else lengths[:1]
-        device_ids, device_source, device_rows, device_slots, device_counter = engine.to_device(
-            ids, source, rows, slots, counter
-        )
+        if scheduled.follows and self._batch is not None:
+            batch = self._batch.advance()
+        else:
+            self._batch = None
+            batch, self._rows = self._new_batch(scheduled)
+        rows, samples = self._rows, len(scheduled.samples)
+        assert rows is not None
         with step(batch, engine.cache):
-            logits = engine.forward(device_ids, device_source, batch.positions, device_rows, engine.state.last)
-        if not len(samples):
-            return None
-        chosen = [scheduled.requests[i].sampling for i in samples.tolist()]
-        state = engine.state
-        sample = engine.sampler(
-            any(s.temperature > 0 for s in chosen), any(s.filters for s in chosen), any(s.penalty != 1 for s in chosen)
-        )
-        with torch.no_grad():
-            tokens, logprobs = sample(
-                logits, device_slots, device_counter, state.temperature, state.top_k, state.top_p, state.min_p,
-                state.penalty, state.seed, state.seen,
-            )  # fmt: skip
-            state.last.index_copy_(0, device_slots, tokens)
-            if state.seen.shape[1] > 1:
-                state.seen[device_slots, tokens] = True
-        return _Launched(scheduled, tokens, logprobs)
+            result = engine.forward(*self._variant)(
+                batch.ids, batch.positions, rows[0], rows[1], state.last, state.floats, state.longs, state.seen
+            )
+            if samples:
+                chosen, slots = result[0], rows[1]
+                if samples < rows.shape[1]:
+                    chosen, slots = chosen[:samples], slots[:samples]
+                state.last.index_copy_(0, slots, chosen)
+                if self._variant[2]:
+                    state.seen[slots, chosen] = True
+        self._batch = batch if scheduled.decodes else None
+        return _Launched(scheduled, *engine.take_result(result)) if samples else None
 
-    def _adapted(self, scheduled: ScheduledStep) -> bool:
-        return any(request.adapter is not None for request in scheduled.requests)
+    def _admit(self, requests: Sequence[Request]) -> None:
+        now = time.perf_counter()
+        for request in requests:
+            request.started, one = now if request.started < 0 else request.started, request.sampling
+            needs = (one.temperature > 0, one.filters, one.penalty != 1)
+            self._variant = tuple(a or b for a, b in zip(self._variant, needs, strict=True))  # type: ignore[assignment]
+            self._adapted = self._adapted or request.adapter is not None
+        self.engine.admit(requests)
 
-    def _ids(self, scheduled: ScheduledStep) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, and for tokens that only the device knows the slot that sampled them (else -1)."""
-        scheduler, lengths = self.scheduler, scheduled.lengths
-        total = int(lengths.sum())
-        ids, source = np.zeros(total, dtype=np.int64), np.full(total, -1, dtype=np.int64)
-        starts = lengths.cumsum() - lengths
-        on_device = scheduled.cached >= scheduler.known[scheduled.slots]
-        source[starts[on_device]] = scheduled.slots[on_device]
-        for place in np.flatnonzero(~on_device).tolist():
-            request, start = scheduled.requests[place], int(starts[place])
-            first, length = int(scheduled.cached[place]), int(lengths[place])
-            ids[start : start + length] = request.tokens[first : first + length]
-        return ids, source
+    def _new_batch(self, scheduled: ScheduledStep) -> tuple[Batch, torch.Tensor]:
+        """The batch of a step, its ids included, and its rows on the device."""
+        scheduler, slots, lengths, cached = self.scheduler, scheduled.slots, scheduled.lengths, scheduled.cached
+        ends = lengths.cumsum()
+        if scheduled.decodes:
+            ids = -1 - slots
+        else:
+            starts = ends - lengths
+            at = np.arange(ends[-1]) + (cached - starts).repeat(lengths)
+            ids = scheduler.ids[slots.repeat(lengths), at]
+            on_device = cached >= scheduler.known[slots]
+            ids[starts[on_device]] = -1 - slots[on_device]
+        running = scheduler.running
+        adapters = [running[slot].adapter for slot in slots.tolist()] if self._adapted else None
+        pages = scheduler.pages[slots]
+        batch = Batch(
+            lengths, cached + lengths, scheduler.table[slots, : int(pages.max())], adapters=adapters,
+            page_counts=pages, ids=ids,
+        )  # fmt: skip
+        # A step whose prompts all go on samples nothing; its first row keeps the graph's form.
+        samples = scheduled.samples if len(scheduled.samples) else np.zeros(1, dtype=np.int64)
+        if not scheduled.decodes:
+            rows = next((n for n in _ROWS if n >= len(samples)), len(samples))
+            samples = np.concatenate([samples, samples[:1].repeat(min(rows, self.engine.slots) - len(samples))])
+        return batch, self.engine.send(np.stack([ends[samples] - 1, slots[samples]]))
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def _read(self, launched: _Launched) -> None:
-        tokens, logprobs = launched.read()
-        for request, token, logprob in zip(launched.requests, tokens, logprobs, strict=True):
-            if request.finished:
-                # It ended with the token before, which the host had not read when this step was launched.
-                continue
-            self.scheduler.read(request, token, logprob)
-            self._events.append((request, token))
-            if token in request.ends or len(request.logprobs) >= request.most or self._stops(request):
-                self._finish(request)
+    def _read(self, launched: _Launched, each: bool) -> Iterator[tuple[Request, int | None]]:
+        if launched.event is not None:
+            launched.event.synchronize()
+        scheduler, count = self.scheduler, len(launched.step.samples)
+        tokens, logprobs = launched.result[0, :count], launched.result[1, :count].astype(np.int32).view(np.float32)
+        slots, tokens, ending = scheduler.read(launched.step, tokens, logprobs)
+        requests = {slot: scheduler.running[slot] for slot in slots[ending].tolist()}
+        if self.tokenizer is not None:
+            for slot in slots.tolist():
+                if self._stops(request := scheduler.running[slot]):
+                    requests[slot] = request
+        pairs = zip(slots.tolist(), tokens.tolist(), strict=True) if each else ()
+        told = [(scheduler.running[slot], token) for slot, token in pairs]
+        for request in requests.values():
+            self._finish(request)
+        yield from told
 
     def _stops(self, request: Request) -> bool:
         if not request.stops:
@@ -330,7 +338,7 @@ class Session:
     def _finish(self, request: Request) -> None:
         request.ended = time.perf_counter()
         self.scheduler.finish(request)
-        self._events.append((request, None))
+        self._ended.append(request)
 
 
 def routers_of(model: Any) -> list[Any]:

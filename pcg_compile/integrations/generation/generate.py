@@ -20,7 +20,7 @@ from .scheduler import Request, Sampling
 __all__ = ["accelerate", "generate_batch"]
 
 #: Tokens of a step at the most, and requests that run at once.
-_MOST_TOKENS, _SLOTS = 2048, 256
+_MOST_TOKENS, _SLOTS = 8192, 256
 #: Share of the free memory of a GPU that a cache takes; bytes of one on a CPU.
 _SHARE, _CPU_BYTES = 0.6, 1 << 30
 #: Arguments of transformers' own method that have no meaning here.
@@ -101,7 +101,7 @@ def generate_batch(
         with Session(engine, longest, tokenizer) as session, tqdm(total=len(requests), disable=not progress_bar) as bar:
             for request in requests:
                 session.add(request)
-            for request, token in session.run():
+            for request, token in session.run(tokens=notify is not None):
                 _tell(session, notify, request, token)
                 bar.update(token is None)
     outputs = {request.id: _output(request) for request in requests}

@@ -48,8 +48,9 @@ class PagePool:
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         #: Indexed pages without readers, the longest unused first.
         self._idle: OrderedDict[int, None] = OrderedDict()
-        #: By node: (page, tokens) of pages that are still filling up; their tokens are those of a prompt.
-        self._partial: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+        #: By node, the tokens in pages that are still filling up, those of a prompt; and the node of each such page.
+        self._partial: dict[int, dict[int, tuple[int, ...]]] = {}
+        self._partial_node: dict[int, int] = {}
         self._roots: dict[Hashable, int] = {}
         self._next = 0
 
@@ -63,15 +64,13 @@ class PagePool:
         """All pages."""
         return len(self._all)
 
-    def take(self) -> int | None:
-        """A page of one's own; None where there is none."""
+    def take(self) -> int:
+        """A page of one's own; ``available`` tells whether there is one."""
         if self._free:
             page = self._free.pop()
-        elif self._idle:
+        else:
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
-        else:
-            return None
         self._references[page] = 1
         return page
 
@@ -109,7 +108,7 @@ class PagePool:
             self._idle.pop(page, None)
         start = len(pages) * size
         rest, source, copied = tuple(tokens[start : min(start + size, most)]), None, 0
-        for page, held in self._partial.get(node, ()):
+        for page, held in self._partial.get(node, {}).items():
             same = _common(rest, held)
             if same > copied:
                 source, copied = page, same
@@ -128,7 +127,8 @@ class PagePool:
 
     def publish_partial(self, node: int, page: int, tokens: Sequence[int]) -> None:
         """Lets others copy the first tokens of a page that is still filling up."""
-        self._partial.setdefault(node, []).append((page, tuple(tokens)))
+        self._partial.setdefault(node, {})[page] = tuple(tokens)
+        self._partial_node[page] = node
 
     def close(self) -> None:
         """Gives every page back to the cache."""
@@ -145,16 +145,15 @@ class PagePool:
         key = self._key_of.pop(page)
         node = self._nodes.pop(key)
         del self._page_of[node]
-        self._partial.pop(node, None)
+        for partial in self._partial.pop(node, {}):
+            del self._partial_node[partial]
 
     def _drop_partial(self, page: int) -> None:
-        for node, entries in list(self._partial.items()):
-            kept = [entry for entry in entries if entry[0] != page]
-            if len(kept) < len(entries):
-                self._partial[node] = kept
-                if not kept:
-                    del self._partial[node]
-                return
+        node = self._partial_node.pop(page, None)
+        if node is not None:
+            del self._partial[node][page]
+            if not self._partial[node]:
+                del self._partial[node]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

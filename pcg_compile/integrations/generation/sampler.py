@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 
 import torch
 
@@ -13,37 +12,22 @@ __all__ = ["SamplingState", "make_sampler"]
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-@dataclass
 class SamplingState:
     """Settings of the running requests, one entry a slot, on the device.
 
     Attributes:
-        temperature: ``[slots]`` float32, 0 for greedy. top_k: int64, the vocabulary's size for all tokens.
-        top_p, min_p: float32, 1 and 0 for all tokens. penalty: float32, the repetition penalty, 1 for none.
-        seed: int64.
+        floats: ``[4, slots]`` float32: temperature, 0 for greedy; top_p and min_p, 1 and 0 for all tokens; the
+            repetition penalty, 1 for none. longs: ``[2, slots]`` int64: top_k, the vocabulary's size for all tokens;
+            seed.
         last: ``[slots]`` int64, the token that each slot sampled last.
         seen: ``[slots, vocabulary]`` bool, tokens that a penalty applies to; ``[slots, 1]`` while no request has one.
     """
 
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    penalty: torch.Tensor
-    seed: torch.Tensor
-    last: torch.Tensor
-    seen: torch.Tensor
-
-    @classmethod
-    def empty(cls, slots: int, device: torch.device) -> SamplingState:
-        """Greedy settings for every slot."""
-        longs = {"top_k", "seed", "last"}
-        made = {
-            f.name: torch.zeros(slots, dtype=torch.int64 if f.name in longs else torch.float32, device=device)
-            for f in fields(cls)
-            if f.name != "seen"
-        }
-        return cls(**made, seen=torch.zeros(slots, 1, dtype=torch.bool, device=device))
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.floats = torch.zeros(4, slots, device=device)
+        self.longs = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self.last = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(slots, 1, dtype=torch.bool, device=device)
 
 
 def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -53,44 +37,41 @@ def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[
     has a repetition penalty. A request gets the same token from each variant that covers its settings.
 
     The function takes ``logits [rows, vocabulary]``, ``slots [rows]`` int64, ``counter [rows]`` int64 (the number of
-    tokens before the one that is sampled) and the settings of :class:`SamplingState`. It returns tokens ``[rows]``
-    int64, and float32 log probabilities under the distribution that was sampled from, as transformers does.
+    tokens before the one that is sampled) and ``floats``, ``longs`` and ``seen`` of :class:`SamplingState`. It returns
+    tokens ``[rows]`` int64, and float32 log probabilities under the distribution that was sampled from, as transformers
+    does.
     """
 
     def sample(
         logits: torch.Tensor,
         slots: torch.Tensor,
         counter: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor,
-        top_p: torch.Tensor,
-        min_p: torch.Tensor,
-        penalty: torch.Tensor,
-        seed: torch.Tensor,
+        floats: torch.Tensor,
+        longs: torch.Tensor,
         seen: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.float()
         if penalizing:
-            factor = penalty[slots][:, None]
+            factor = floats[3][slots][:, None]
             penalized = torch.where(scores < 0, scores * factor, scores / factor)
             scores = torch.where(seen[slots], penalized, scores)
         best = scores.argmax(-1)
         if not sampling:
-            return best, _chosen(torch.log_softmax(scores, -1), best)
-        heat = temperature[slots][:, None]
+            return best, _logprob(scores, best)
+        heat = floats[0][slots][:, None]
         greedy = heat <= 0
         scores = torch.where(greedy, scores, scores / torch.where(greedy, 1.0, heat))
         if filtering:
-            scores = _filtered(scores, top_k[slots], top_p[slots][:, None], min_p[slots][:, None])
-        noise = _gumbel(seed[slots], counter, scores.shape[-1])
+            scores = _filtered(scores, longs[0][slots], floats[1][slots][:, None], floats[2][slots][:, None])
+        noise = _gumbel(longs[1][slots], counter, scores.shape[-1])
         tokens = torch.where(greedy[:, 0], best, (scores + noise).argmax(-1))
-        return tokens, _chosen(torch.log_softmax(scores, -1), tokens)
+        return tokens, _logprob(scores, tokens)
 
     return sample
 
 
-def _chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return logprobs.gather(-1, tokens[:, None])[:, 0]
+def _logprob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
 
 
 def _filtered(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

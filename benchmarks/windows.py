@@ -1,0 +1,98 @@
+"""Profiles of windows of a run of generate_batch: how busy the GPU is, what takes its time, and the host's."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .common import synchronize
+
+__all__ = ["profile_of"]
+
+_SHOWN = 12
+
+
+class _Windows:
+    """Watches a session's steps, and profiles some that follow each other, again and again."""
+
+    def __init__(self, every: int, length: int, device: torch.device) -> None:
+        self.every, self.length, self.device = every, length, device
+        self.steps = self.profiled = 0
+        self.busy = self.wall = self.started = 0.0
+        self.host: list[float] = []
+        self.kernels: Counter[str] = Counter()
+        self.ops: Counter[str] = Counter()
+        self.profile: Any = None
+
+    def watch(self, session: Any) -> None:
+        """Wraps what launches the session's steps."""
+        launch = session._launch_next
+
+        def launch_next() -> Any:
+            self.steps += 1
+            at = self.steps % self.every
+            if at == self.every - self.length:
+                self.begin()
+            started = time.perf_counter()
+            found = launch()
+            if self.profile is None:
+                self.host.append(1e6 * (time.perf_counter() - started))
+            elif at == 0:
+                self.end()
+            return found
+
+        session._launch_next = launch_next
+
+    def begin(self) -> None:
+        """Begins a window, with an idle device."""
+        from torch.profiler import ProfilerActivity, profile
+
+        synchronize(self.device)
+        self.profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]).__enter__()
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """Ends it."""
+        synchronize(self.device)
+        self.wall += time.perf_counter() - self.started
+        found, self.profile = self.profile, None
+        found.__exit__(None, None, None)
+        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
+        last = 0.0
+        for start, stop in spans:
+            self.busy += max(0.0, stop - max(start, last)) * 1e-6
+            last = max(last, stop)
+        self.profiled += self.length
+        for e in found.key_averages():
+            if e.device_type.name == "CUDA":
+                self.kernels[e.key[:60]] += e.self_device_time_total
+            else:
+                self.ops[e.key[:60]] += e.self_cpu_time_total
+
+
+def profile_of(run: Callable[[Any], Any], steps: int, device: torch.device, windows: int = 6) -> dict[str, Any]:
+    """Columns of a row.
+
+    Args:
+        run: called with what is to be called with the session before it begins. steps: about as many as it takes.
+    """
+    found = _Windows(max(33, steps // windows), min(32, max(1, steps // 2)), device)
+    run(found.watch)
+    if found.profile is not None:
+        found.end()
+    if not found.profiled:
+        return {}
+    host = sorted(found.host)
+
+    def shown(of: Counter[str]) -> dict[str, float]:
+        return {name: round(value / found.profiled, 1) for name, value in of.most_common(_SHOWN)}
+
+    return {
+        "busy": round(found.busy / found.wall, 3), "steps": found.steps,
+        "host_us": [round(host[len(host) // 2], 1), round(host[int(0.9 * len(host))], 1)],
+        "kernels_us": shown(found.kernels), "host_ops_us": shown(found.ops),
+    }  # fmt: skip

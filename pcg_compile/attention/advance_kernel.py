@@ -1,0 +1,43 @@
+"""The Triton kernel of :mod:`.advance`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["launch"]
+
+_BLOCK = 128
+#: Triton takes some 50 us to find out which kernel arguments need; one that is known is launched in 10.
+_COMPILED: dict[Hashable, Any] = {}
+
+
+@triton.jit(do_not_specialize=["requests", "steps", "stride"])
+def _advance(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < requests
+    positions = tl.load(tokens + stride + i, mask=inside, other=0) + steps
+    tl.store(tokens + stride + i, positions, mask=inside)
+    tl.store(kv_lens + i, (positions + 1).to(tl.int32), mask=inside)
+    first = tl.load(kv_indptr + i, mask=inside, other=0)
+    page = tl.load(kv_indices + first + positions // PAGE, mask=inside, other=0).to(tl.int64)
+    tl.store(tokens + i, page * PAGE + positions % PAGE, mask=inside)
+
+
+def launch(
+    tokens: torch.Tensor, kv_lens: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, requests: int,
+    steps: int, page_size: int,
+) -> None:  # fmt: skip
+    """Launches it; all pointers are multiples of 16 bytes."""
+    grid = (triton.cdiv(requests, _BLOCK), 1, 1)
+    args = (tokens, kv_lens, kv_indptr, kv_indices, requests, steps, tokens.stride(0), page_size, _BLOCK)
+    key = (tokens.device, page_size)
+    with torch.cuda.device(tokens.device):
+        if key in _COMPILED:
+            _COMPILED[key][grid](*args)
+        else:
+            _COMPILED[key] = _advance[grid](*args, num_warps=4)
