@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .attention.ops import refuse_gradients
-from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all, weights_of_call
 from .distributed.lowering import (
     agreement_of,
     collective_outside_captures,
@@ -109,6 +109,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     broken = graph_break_of(gm)
     lifted, weights = attributes_as_inputs(gm)
     inputs = [*real_inputs, *weights]
+    weights_now = weights_of_call(weights)
     strange = strange_tensor(lifted, inputs)
     if strange is not None and _requires_grad(lifted, inputs) is None:
         function = _uncaptured(lifted.forward, owner, Counters(strict=options.strict, graphs=1), *strange)
@@ -116,11 +117,11 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
         function = lowered(lifted, inputs, lambda plain, fakes: _compile(plain, fakes, options, owner, broken, floats))
     else:
         function = _compile(lifted, inputs, options, owner, broken, floats)
-    return partial(_with_weights, function, weights) if weights else function
+    return partial(_with_weights, function, weights_now) if weights else function
 
 
-def _with_weights(function: Callable[..., Any], weights: Sequence[torch.Tensor], *args: Any) -> Any:
-    return function(*args, *weights)
+def _with_weights(function: Callable[..., Any], weights: Callable[[], Sequence[torch.Tensor]], *args: Any) -> Any:
+    return function(*args, *weights())
 
 
 def _compile(
@@ -209,6 +210,8 @@ def _compile(
     check_shown_sizes(fake_mode_of(example_inputs))
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
+    if broken is None and region is None:
+        graph_handed(runtime, fake_mode_of(example_inputs))
     # A method, unlike the object, has code to look at, which depyf asks for.
     function = runtime.__call__
     if broken is not None and not is_asked_for(broken[0]):
