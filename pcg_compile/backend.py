@@ -211,7 +211,7 @@ def _compile(
     runtime = GraphRuntime(plan, shared, ends_step, context)
     add_runtime(owner, counters, runtime)
     if broken is None and region is None:
-        graph_handed(runtime, fake_mode_of(example_inputs))
+        graph_handed(runtime, fake_mode_of(example_inputs), layouts)
     # A method, unlike the object, has code to look at, which depyf asks for.
     function = runtime.__call__
     if broken is not None and not is_asked_for(broken[0]):

@@ -115,7 +115,7 @@ def graph_ran() -> None:
             call.settings_end()
 
 
-def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None) -> None:
+def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None, layouts: Sequence[Any] = ()) -> None:
     """Notes that Dynamo handed a graph over; or, with its runtime, that the graph can be captured."""
     call = _running()
     if call is None:
@@ -124,7 +124,9 @@ def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None) -
         call.handed += 1
         call.graph = None
     else:
-        call.graph = TracedGraph(runtime, traced_inputs(fake_mode), traced_codes(), fake_mode, call.places)
+        seen, codes = traced_inputs(fake_mode), traced_codes()
+        call.graph = TracedGraph(weakref.proxy(runtime), seen, codes, fake_mode, layouts, call.places)
+        runtime.traced = call.graph
 
 
 def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
@@ -351,7 +353,7 @@ def code_made(code: CodeType, compiled: CodeType) -> None:
     check_shown_sizes()
     call = _running()
     if call is not None and call.graph is not None and call.trace is not None and call.trace.code is code:
-        call.graph.code, call.graph.conditions = compiled, shape_guards(call.graph.fake_mode)
+        call.graph.complete(code, compiled, call.trace.arguments, shape_guards(call.graph.fake_mode))
 
 
 def end_trace() -> None:

@@ -11,13 +11,13 @@ does not see, and Python attributes of tensors.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import CO_VARARGS
 from math import prod
 from operator import is_, itemgetter
 from types import CodeType
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import sympy
@@ -27,12 +27,10 @@ from .fx.sizes import expr_of
 from .torch_compat.dynamo_calls import GlobalState, TensorChecks, function_of_code
 from .torch_compat.fake_tensors import FakeTensorMode
 
-__all__ = ["ArgumentForm", "FastCall", "NoFastCall", "TracedGraph", "Weights", "WeightsChanged", "names_of_arguments"]
+__all__ = ["ArgumentForm", "FastCall", "NoFastCall", "TracedGraph", "Weights", "WeightsChanged"]
 
 _training = itemgetter("training")
-_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-#: Containers that are compared by type and length; a dict's keys and their order too.
-_CONTAINERS = (list, tuple, dict)
+CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class NoFastCall(Exception):
@@ -43,199 +41,212 @@ class WeightsChanged(Exception):
     """The modules of a graph have other children now, or weights that were one tensor are several: trace again."""
 
 
-def names_of_arguments(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], first: int) -> list[str]:
-    """What Dynamo calls the values among a call's arguments and in their containers.
-
-    Args:
-        first: the number of parameters ahead of ``args``: 1 for a method.
-    """
-    code = getattr(function, "__func__", function).__code__
-    named, more = code.co_varnames[: code.co_argcount], code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
-    by_name = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    found: list[str] = []
-
-    def visit(name: str, value: Any) -> None:
-        if type(value) is dict:
-            for key, one in value.items():
-                visit(f"{name}[{key!r}]", one)
-        elif type(value) in (list, tuple):
-            for i, one in enumerate(value):
-                visit(f"{name}[{i}]", one)
-        else:
-            found.append(name)
-
-    for i, value in enumerate(args, first):
-        visit(f"L[{named[i]!r}]" if i < len(named) else f"L[{more[0]!r}][{i - len(named)}]", value)
-    keywords = more[1] if code.co_flags & CO_VARARGS and len(more) > 1 else (more or ("",))[0]
-    for key, value in kwargs.items():
-        visit(f"L[{key!r}]" if key in by_name else f"L[{keywords!r}][{key!r}]", value)
-    return found
-
-
-def _structure(value: Any, leaves: list[Any]) -> Any:
-    """Appends the leaves of a value to ``leaves``; returns a key of its containers."""
+def _values(name: str, value: Any, found: dict[str, Any]) -> Any:
+    """Adds the values in nested containers to ``found``, by Dynamo's names; returns a key of the containers."""
     kind = type(value)
     if kind is dict:
-        return (dict, *((key, _structure(one, leaves)) for key, one in value.items()))
+        return (dict, *((key, _values(f"{name}[{key!r}]", one, found)) for key, one in value.items()))
     if kind is list or kind is tuple:
-        return (kind, *[_structure(one, leaves) for one in value])
-    leaves.append(value)
+        return (kind, *[_values(f"{name}[{i}]", one, found) for i, one in enumerate(value)])
+    found[name] = value
     return None
 
 
-class _Product:
-    """A size or stride as a factor times symbols."""
+class Binder:
+    """Gives the parameters of a function, without that of its module, the values that they have in a call."""
 
-    def __init__(self, expr: Any, places: Mapping[sympy.Symbol, int]) -> None:
+    def __init__(self, function: Any, method: bool) -> None:
+        parameters = dict(inspect.signature(function, follow_wrapped=False).parameters)
+        if method and not hasattr(function, "__self__"):
+            del parameters[next(iter(parameters))]
+        self.names = tuple(parameters)
+        self.signature = inspect.Signature(list(parameters.values()))
+        self.defaults = {name: one.default for name, one in parameters.items()}
+        kinds = [one.kind for one in parameters.values()]
+        #: How many may be given by position, where neither *args nor **kwargs collect more.
+        self.positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.plain = self.positional + kinds.count(inspect.Parameter.KEYWORD_ONLY) == len(kinds)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any] | None:
+        """The values in the order of the parameters; None where the call does not fit them."""
+        if not self.plain:
+            try:
+                bound = self.signature.bind(*args, **kwargs)
+            except TypeError:
+                return None
+            bound.apply_defaults()
+            return list(bound.arguments.values())
+        given = len(args)
+        if given > self.positional:
+            return None
+        if given == len(self.names):
+            return args if not kwargs else None
+        values, used = list(args), 0
+        for name in self.names[given:]:
+            if name in kwargs:
+                used += 1
+                values.append(kwargs[name])
+            else:
+                values.append(self.defaults[name])
+        return values if used == len(kwargs) else None
+
+
+@dataclass(frozen=True)
+class Product:
+    """A size or stride: a factor times sizes, by their places."""
+
+    factor: int
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, expr: Any, places: Mapping[sympy.Symbol, int]) -> Product:
+        """The product that an expression is.
+
+        Raises:
+            NoFastCall: it is none.
+        """
         coefficient, rest = sympy.sympify(expr).as_coeff_Mul()
         factors = [] if rest == 1 else list(sympy.Mul.make_args(rest))
         if not coefficient.is_Integer or not all(factor in places for factor in factors):
             raise NoFastCall(f"an argument has a size or stride {expr}, which is no product of sizes")
-        self.factor, self.places = int(coefficient), tuple(places[factor] for factor in factors)
+        return cls(int(coefficient), tuple(places[factor] for factor in factors))
 
     def at(self, sizes: Sequence[int]) -> int:
         return self.factor * prod([sizes[i] for i in self.places])
 
 
 @dataclass
-class TracedGraph:
-    """What is known of a graph's trace beside the graph: for calls without Dynamo, and for saving it.
+class ArgumentForm:
+    """What a traced call's arguments look like, as far as its graph depends on it. Plain data, but for ``checks``.
 
     Attributes:
-        runtime: what runs it, and knows the graph itself.
-        seen: what Dynamo has looked at of the arguments, by name: fake tensors and symbolic numbers.
-        codes: the code of all functions that the trace went through.
-        weights: where the tensors lie that are attributes of Dynamo's graph; None where there are none.
-        code: what Dynamo made of the function's code. conditions: on the sizes.
+        parameters: the function's, that of its module left out. structure: the containers in their values.
+        constants: (place among the values in the containers, value); floats, integers: places of numbers that differ.
+        tensors: (place, dtype, device, whether it requires gradients, is a parameter, comes from inference mode);
+            sizes, strides: of each tensor, None where they may differ, or Dynamo has not looked.
+        symbols: the dynamic sizes; sources: where each comes from: (place, dimension), or (place, -1) for an int.
+        derived: sizes and strides that follow from these: (place, dimension, whether it is a stride, product).
+        conditions: on the symbols.
     """
 
-    runtime: Any
-    seen: dict[str, Any]
-    codes: list[CodeType]
-    fake_mode: FakeTensorMode
-    weights: Weights | None = None
-    code: CodeType | None = None
+    parameters: tuple[str, ...]
+    structure: list[Any]
+    constants: list[tuple[int, Any]] = field(default_factory=list)
+    floats: list[int] = field(default_factory=list)
+    integers: list[int] = field(default_factory=list)
+    tensors: list[tuple[int, torch.dtype, torch.device, bool, bool, bool]] = field(default_factory=list)
+    sizes: list[list[int | None]] = field(default_factory=list)
+    strides: list[list[int | None]] = field(default_factory=list)
+    symbols: tuple[sympy.Symbol, ...] = ()
+    sources: list[tuple[int, int]] = field(default_factory=list)
+    derived: list[tuple[int, int, bool, Product]] = field(default_factory=list)
     conditions: list[Any] = field(default_factory=list)
 
-
-class ArgumentForm:
-    """What a traced call's arguments look like, as far as its graph depends on it.
-
-    Args:
-        args, kwargs: as the function was called, its module left out.
-        names: Dynamo's names of the values, see :func:`names_of_arguments`.
-        graph: the graph's trace.
-
-    Raises:
-        NoFastCall: Dynamo may check more of an argument than this does.
-    """
-
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        names: Sequence[str],
-        graph: TracedGraph,
-    ) -> None:
-        self.count, self.names = len(args), tuple(kwargs)
-        self.flat = not any(type(value) in _CONTAINERS for value in (*args, *kwargs.values()))
-        leaves: list[Any] = []
-        self.structure = [_structure(value, leaves) for value in (*args, *kwargs.values())]
-        self.tensors: list[int] = []
-        self.constants: list[tuple[int, type, Any]] = []
-        self.floats: list[int] = []
-        self.integers: list[int] = []
-        fakes: list[Any] = []
-        #: Where each symbol's value comes from: (leaf, dimension), or (leaf, -1) for an int.
-        self.sources: list[tuple[int, int]] = []
-        places: dict[sympy.Symbol, int] = {}
-
-        def place(expr: Any, source: tuple[int, int]) -> None:
-            if isinstance(expr, sympy.Symbol) and expr not in places:
-                places[expr] = len(places)
-                self.sources.append(source)
-
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-            fake = graph.seen.get(name)
-            if isinstance(leaf, torch.Tensor):
-                if type(leaf) not in (torch.Tensor, torch.nn.Parameter) or leaf.layout != torch.strided:
-                    raise NoFastCall(f"{name[3:-2]} is a {type(leaf).__name__} of layout {leaf.layout}")
-                self.tensors.append(i)
-                fakes.append(fake)
-                if fake is not None:
-                    for d, size in enumerate(fake.shape):
-                        place(expr_of(size), (i, d))
-            elif isinstance(fake, torch.SymInt) and type(leaf) is int:
-                place(expr_of(fake), (i, -1))
-                self.integers.append(i)
-            elif fake is not None and type(leaf) is float:
-                self.floats.append(i)
-            elif type(leaf) in _CONSTANTS:
-                self.constants.append((i, type(leaf), leaf))
-            else:
-                raise NoFastCall(f"{name[3:-2]} is a {type(leaf).__name__}, of which Dynamo may check more")
-        if len({id(leaves[i]) for i in self.tensors}) < len(self.tensors):
-            raise NoFastCall("one tensor is passed as several arguments")
-        #: Sizes and strides that follow from the symbols: (leaf, dimension, whether it is a stride, product).
-        self.derived: list[tuple[int, int, bool, _Product]] = []
-        examples, sizes, strides = [leaves[i] for i in self.tensors], [], []
-        for i, fake, example in zip(self.tensors, fakes, examples, strict=True):
-            if fake is None:
-                # Dynamo has not looked at it.
-                sizes.append([None] * example.dim())
-                strides.append([None] * example.dim())
-                continue
-            for values, into, stride in ((fake.shape, sizes, False), (fake.stride(), strides, True)):
-                exprs = [expr_of(value) for value in values]
-                into.append([None if isinstance(expr, sympy.Basic) else int(expr) for expr in exprs])
-                for d, expr in enumerate(exprs):
-                    if isinstance(expr, sympy.Basic) and (stride or (i, d) not in self.sources):
-                        self.derived.append((i, d, stride, _Product(expr, places)))
-        self.examples = [(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad, type(t)) for t in examples]
-        self.sizes, self.strides = sizes, strides
-        self.checks = TensorChecks(examples, sizes, strides) if examples else None
-        self.symbols = tuple(places)
-        self.conditions = [condition for condition in graph.conditions if condition != sympy.true]
-        for condition in self.conditions:
-            free = getattr(condition, "free_symbols", set()) - places.keys()
-            if free:
-                raise NoFastCall(f"the graph is right under a condition on {', '.join(map(str, free))}: {condition}")
+    def __post_init__(self) -> None:
+        self.flat = all(one is None for one in self.structure)
+        self.places = [place for place, *_ in self.tensors]
         #: Sizes that satisfy the conditions.
         self.known: set[tuple[int, ...]] = set()
+        examples = []
+        for (_, dtype, device, trained, parameter, inference), sizes in zip(self.tensors, self.sizes, strict=True):
+            with torch.inference_mode(inference):
+                one = torch.empty((1,) * len(sizes), dtype=dtype, device=device)
+                examples.append(torch.nn.Parameter(one, trained) if parameter else one.requires_grad_(trained))
+        self.check = TensorChecks(examples, self.sizes, self.strides).check if examples else None
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call's arguments have this form."""
-        if len(args) != self.count or len(kwargs) != len(self.names):
-            return False
-        leaves: Sequence[Any] = args
-        if kwargs:
-            try:
-                leaves = [*args, *[kwargs[name] for name in self.names]]
-            except KeyError:
-                return False
+    @classmethod
+    def of(cls, code: CodeType, given: Mapping[str, Any], seen: Mapping[str, Any], conditions: Sequence[Any]) -> Self:
+        """The form of a call.
+
+        Args:
+            code: the function's. given: its local variables at the call.
+            seen: what Dynamo looked at in the trace, by name: fake tensors and symbolic numbers.
+            conditions: on the sizes.
+
+        Raises:
+            NoFastCall: Dynamo may check more of an argument than this does.
+        """
+        names = parameters_of(code)
+        if names and isinstance(given[names[0]], torch.nn.Module):
+            names = names[1:]
+        values: dict[str, Any] = {}
+        form = cls(names, [_values(f"L[{name!r}]", given[name], values) for name in names])
+        symbols: dict[sympy.Symbol, int] = {}
+
+        def place(expr: Any, source: tuple[int, int]) -> None:
+            if isinstance(expr, sympy.Symbol) and expr not in symbols:
+                symbols[expr] = len(symbols)
+                form.sources.append(source)
+
+        fakes: list[tuple[int, Any]] = []
+        for i, (name, value) in enumerate(values.items()):
+            fake = seen.get(name)
+            if isinstance(value, torch.Tensor):
+                kind = type(value)
+                if kind not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+                    raise NoFastCall(f"{name[2:-1]} is a {kind.__name__} of layout {value.layout}")
+                about = (value.requires_grad, kind is torch.nn.Parameter, value.is_inference())
+                form.tensors.append((i, value.dtype, value.device, *about))
+                fakes.append((i, fake))
+                for d, size in enumerate(fake.shape if fake is not None else ()):
+                    place(expr_of(size), (i, d))
+            elif isinstance(fake, torch.SymInt) and type(value) is int:
+                place(expr_of(fake), (i, -1))
+                form.integers.append(i)
+            elif fake is not None and type(value) is float:
+                form.floats.append(i)
+            elif type(value) in CONSTANTS:
+                form.constants.append((i, value))
+            else:
+                raise NoFastCall(f"{name[2:-1]} is a {type(value).__name__}, of which Dynamo may check more")
+        every = list(values.values())
+        if len({id(every[i]) for i, *_ in form.tensors}) < len(form.tensors):
+            raise NoFastCall("one tensor is passed as several arguments")
+        for i, fake in fakes:
+            for numbers, into in (("shape", form.sizes), ("stride", form.strides)):
+                if fake is None:
+                    into.append([None] * every[i].dim())
+                    continue
+                exprs = [expr_of(n) for n in (fake.shape if numbers == "shape" else fake.stride())]
+                into.append([None if isinstance(expr, sympy.Basic) else int(expr) for expr in exprs])
+                for d, expr in enumerate(exprs):
+                    if isinstance(expr, sympy.Basic) and (numbers == "stride" or (i, d) not in form.sources):
+                        form.derived.append((i, d, numbers == "stride", Product.of(expr, symbols)))
+        form.symbols = tuple(symbols)
+        # Sizes that Dynamo found to be numbers are compared as such.
+        found = [one.args for one in conditions if isinstance(one, sympy.Eq) and one.args[1].is_Integer]
+        fixed = {symbol: number for symbol, number in found if symbol not in symbols}
+        form.conditions = [one for one in (c.xreplace(fixed) for c in conditions) if one != sympy.true]
+        for condition in form.conditions:
+            if not condition.free_symbols <= symbols.keys():
+                raise NoFastCall(f"the graph is right under a condition on other numbers: {condition}")
+        form.__post_init__()
+        return form
+
+    def accepts(self, values: Sequence[Any]) -> bool:
+        """Whether the values of a call's parameters have this form."""
         if not self.flat:
-            values, leaves = leaves, []
-            if [_structure(value, leaves) for value in values] != self.structure:
+            found: dict[str, Any] = {}
+            if [_values(name, one, found) for name, one in zip(self.parameters, values, strict=True)] != self.structure:
                 return False
-        for i, kind, value in self.constants:
-            given = leaves[i]
-            if given is not value and (type(given) is not kind or given != value):
+            values = list(found.values())
+        for i, constant in self.constants:
+            given = values[i]
+            if given is not constant and (type(given) is not type(constant) or given != constant):
                 return False
         for i in self.floats:
-            if type(leaves[i]) is not float:
+            if type(values[i]) is not float:
                 return False
         for i in self.integers:
-            if type(leaves[i]) is not int:
+            if type(values[i]) is not int:
                 return False
-        if self.checks is not None:
-            tensors = [leaves[i] for i in self.tensors]
-            if not self.checks.check(*tensors):
+        if self.check is not None:
+            tensors = [values[i] for i in self.places]
+            if not self.check(*tensors) or (len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors)):
                 return False
-            if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
-                return False
-        sizes = tuple([leaves[i].shape[d] if d >= 0 else leaves[i] for i, d in self.sources])
+        sizes = tuple([values[i].shape[d] if d >= 0 else values[i] for i, d in self.sources])
         for i, d, stride, product in self.derived:
-            if (leaves[i].stride(d) if stride else leaves[i].shape[d]) != product.at(sizes):
+            if (values[i].stride(d) if stride else values[i].shape[d]) != product.at(sizes):
                 return False
         return sizes in self.known or self._holds_at(sizes)
 
@@ -246,6 +257,50 @@ class ArgumentForm:
         if len(self.known) < 1 << 16:
             self.known.add(sizes)
         return True
+
+
+def parameters_of(code: CodeType) -> tuple[str, ...]:
+    """The names of a code's parameters, in the order of its signature."""
+    count, names = code.co_argcount, list(code.co_varnames)
+    end = count + code.co_kwonlyargcount
+    more = names[end : end + bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)]
+    collected = [more.pop(0)] if code.co_flags & inspect.CO_VARARGS else []
+    return (*names[:count], *collected, *names[count:end], *more)
+
+
+@dataclass
+class TracedGraph:
+    """What is known of a graph's trace beside the graph: for calls without Dynamo, and for saving it.
+
+    Attributes:
+        runtime: what runs it, and knows the graph itself.
+        seen: what Dynamo has looked at of the arguments, by name: fake tensors and symbolic numbers.
+        codes: the code of all functions that the trace went through.
+        layouts: conditions that hold at every bucket and are no guards; see ``layouts_apart``.
+        weights: where the tensors lie that are attributes of Dynamo's graph; None where it has weights as inputs.
+        original, code: the function's code, and what Dynamo made of it.
+        form: of the traced call's arguments; or why calls cannot do without Dynamo.
+    """
+
+    runtime: Any
+    seen: dict[str, Any]
+    codes: list[CodeType]
+    fake_mode: FakeTensorMode
+    layouts: Sequence[Any]
+    weights: Weights | None = None
+    original: CodeType | None = None
+    code: CodeType | None = None
+    form: ArgumentForm | NoFastCall = field(default_factory=lambda: NoFastCall("Dynamo made no code for the function"))
+    state: GlobalState | None = None
+
+    def complete(self, code: CodeType, compiled: CodeType, given: Mapping[str, Any], conditions: Sequence[Any]) -> None:
+        """Notes what Dynamo made of the function's code."""
+        self.original, self.code, self.state = code, compiled, GlobalState()
+        try:
+            self.form = ArgumentForm.of(code, given, self.seen, conditions)
+        except NoFastCall as reason:
+            self.form = reason
+        self.seen = {}
 
 
 class Weights:
@@ -277,6 +332,13 @@ class Weights:
             raise NoFastCall("a weight lies in no module that the function is called with or refers to")
         self.places = [found[id(tensor)] for tensor in tensors]
         self._of: WeakKeyDictionary[Any, _Snapshot] = WeakKeyDictionary()
+
+    @classmethod
+    def at(cls, places: Sequence[Sequence[Sequence[str]]], others: Sequence[torch.nn.Module]) -> Weights:
+        """The same from known places: several (path, kind, name) of each tensor."""
+        weights = cls([], None, others)
+        weights.places = [[(path, kind, name) for path, kind, name in several] for several in places]
+        return weights
 
     def _modules(self, module: torch.nn.Module | None) -> Iterable[tuple[str, torch.nn.Module]]:
         for i, root in enumerate(([module] if module is not None else []) + list(self.others)):
@@ -368,42 +430,33 @@ class FastCall:
     """
 
     def __init__(
-        self, function: Callable[..., Any], form: ArgumentForm, state: GlobalState, weights: Weights
+        self, function: Callable[..., Any], binder: Binder, form: ArgumentForm, state: GlobalState, weights: Weights
     ) -> None:
-        self.function, self.form, self.state, self.weights = function, form, state, weights
+        self.function, self.binder, self.form, self.state, self.weights = function, binder, form, state, weights
 
     @classmethod
-    def of(
-        cls,
-        function: Any,
-        graph: TracedGraph | None,
-        whole: bool,
-        module: torch.nn.Module | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> FastCall:
+    def of(cls, function: Any, graph: TracedGraph | None, module: torch.nn.Module | None) -> FastCall:
         """What serves calls like one that has just been traced.
 
         Args:
             function: the function or bound method that Dynamo traced.
-            graph: what came of the trace; whole: whether the call was one trace that gave one graph.
-            module: what it was called on. args, kwargs: of the call, the module of an unbound method among them.
+            graph: what came of the trace; None where the call was more than a graph.
+            module: what it was called on.
 
         Raises:
             NoFastCall: only Dynamo can serve them.
         """
-        if graph is None or not whole:
+        if graph is None:
             raise NoFastCall("the call is no single graph that is captured")
-        if graph.code is None:
-            raise NoFastCall("Dynamo made no code for the function itself")
+        if isinstance(graph.form, NoFastCall):
+            raise graph.form
+        assert graph.code is not None and graph.state is not None
         if graph.weights is None:
             raise NoFastCall("its code fetches weights, from where they cannot be looked up once")
-        method = hasattr(function, "__self__")
-        rest = args[1:] if module is not None and not method else args
-        form = ArgumentForm(rest, kwargs, names_of_arguments(function, rest, kwargs, int(method or rest is not args)), graph)
-        if not form.accepts(rest, kwargs):
-            raise NoFastCall("the call changed the form of its own arguments")
-        return cls(function_of_code(graph.code, function, {}), form, GlobalState(), graph.weights)
+        binder = Binder(function, module is not None)
+        if binder.names != graph.form.parameters:
+            raise NoFastCall("Dynamo traced a function inside this one")
+        return cls(function_of_code(graph.code, function, {}), binder, graph.form, graph.state, graph.weights)
 
     def weights_of(
         self, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -414,6 +467,9 @@ class FastCall:
             module: what the function is called on; for a plain function None.
             args, kwargs: without the module.
         """
-        if self.state.holds() and self.form.accepts(args, kwargs):
-            return self.weights.known(module)
-        return None
+        if not self.state.holds():
+            return None
+        values = self.binder(args, kwargs)
+        if values is None or not self.form.accepts(values):
+            return None
+        return self.weights.known(module)

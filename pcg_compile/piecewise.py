@@ -25,7 +25,7 @@ from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
 from .torch_compat.modules import completed_call
 
-__all__ = ["piecewise"]
+__all__ = ["CompiledFunction", "decorate", "modules_of", "piecewise"]
 
 _LOG = logging.getLogger("pcg_compile")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -73,9 +73,11 @@ class CompiledFunction:
         function: Any,
         options: Options,
         guards: str,
+        dynamic: Dynamic | None,
         mark: Callable[[tuple[Any, ...], dict[str, Any]], Marks],
     ) -> None:
-        self.function, self.options, self.guards, self.mark = function, options, guards, mark
+        self.function, self.options, self.guards = function, options, guards
+        self.dynamic, self.mark = dynamic, mark
         on = getattr(function, "__self__", None)
         self.bound = on if isinstance(on, torch.nn.Module) else None
         self.completes = self.bound is not None and function.__name__ == "forward"
@@ -92,7 +94,7 @@ class CompiledFunction:
         self.own = _with_own_code(self.function)
         extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if self.guards == "inputs" else {}
         self.compiled = torch.compile(self.own, backend=self.backend, fullgraph=self.options.strict, **extra)
-        self.watch.modules = _modules_of(self.function)
+        self.watch.modules = modules_of(self.function)
         # Under a signature that hides its code, weights could not be told from what code computes.
         self.watch.free_tensors = self.guards == "inputs" and self.own is not self.function
 
@@ -128,7 +130,7 @@ class CompiledFunction:
             with compile_for_all_sizes(lambda: self.mark(args, kwargs)):
                 result = self.compiled(*args, **kwargs)
             if running.traces:
-                self._learn(running, args, kwargs)
+                self._learn(running)
             return result
         except Exception:
             if running.without_attributes:
@@ -152,13 +154,14 @@ class CompiledFunction:
             _LOG.info("%s is traced again: %s", self.function.__qualname__, change)
             self._start()
 
-    def _learn(self, running: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _learn(self, running: Call) -> None:
         """Has later calls like one that was traced do without Dynamo."""
         if self.guards != "inputs":
             return
         try:
             whole = running.traces == running.handed == 1 and not self.watch.left_out
-            self.fast = (FastCall.of(self.own, running.graph, whole, running.module, args, kwargs), *self.fast)
+            graph = running.graph if whole else None
+            self.fast = (FastCall.of(self.own, graph, running.module), *self.fast)
             self.slow = None
         except NoFastCall as reason:
             self.slow = str(reason)
@@ -192,11 +195,11 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
                     cure='Write: @pcg.piecewise(guards="inputs")')
         )  # fmt: skip
     if function is not None:
-        return _decorate(function, dynamic, guards, parsed)
-    return lambda f: _decorate(f, dynamic, guards, parsed)
+        return decorate(function, dynamic, guards, parsed)
+    return lambda f: decorate(f, dynamic, guards, parsed)
 
 
-def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
+def decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
     signature = inspect.signature(function)
     if dynamic is not None and not isinstance(dynamic, Mapping):
         raise OptionsError(
@@ -217,7 +220,7 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
             )  # fmt: skip
-    compiled = CompiledFunction(function, options, guards, lambda args, kwargs: mark(args, kwargs))
+    compiled = CompiledFunction(function, options, guards, dynamic, lambda args, kwargs: mark(args, kwargs))
 
     def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Marks:
         arguments = signature.bind(*args, **kwargs).arguments
@@ -263,7 +266,7 @@ def _with_own_code(function: Any) -> Any:
     return types.MethodType(own, function.__self__) if inspect.ismethod(function) else own
 
 
-def _modules_of(function: Any) -> tuple[torch.nn.Module, ...]:
+def modules_of(function: Any) -> tuple[torch.nn.Module, ...]:
     """The modules that a function refers to, other than by its arguments."""
     plain, on = getattr(function, "__func__", function), getattr(function, "__self__", None)
     code = getattr(plain, "__code__", None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Mapping, Sequence
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch._dynamo.eval_frame
 from .fake_tensors import FakeTensorMode, TracingContext
 from .probe import attributes, private
 
-__all__ = ["GlobalState", "TensorChecks", "function_of_code", "name_of_source", "traced_codes", "traced_inputs"]
+__all__ = ["GlobalState", "TensorChecks", "function_of_code", "globals_of_code", "name_of_source", "traced_codes", "traced_inputs"]
 
 _READ = "2.11 to 2.13"
 _GlobalStateGuard = private("torch._C._dynamo.guards.GlobalStateGuard", _READ)
@@ -123,3 +124,36 @@ def function_of_code(code: CodeType, function: Any, names: Mapping[str, Any]) ->
     made = FunctionType(code, scope, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(made, function.__self__) if hasattr(function, "__self__") else made
+
+
+def globals_of_code(
+    code: CodeType, scope: Mapping[str, Any], known: Sequence[Sequence[str]]
+) -> dict[str, tuple[str, str] | None]:
+    """What code that Dynamo wrote finds among its globals beside the function's own, by name (2.11 to 2.13).
+
+    Args:
+        scope: the globals. known: names that the code of traced functions uses.
+
+    Returns:
+        ("module", name), ("builtins", "") or ("object", dotted name) for each; None for the graph.
+
+    Raises:
+        ValueError: one has no name.
+    """
+    found: dict[str, tuple[str, str] | None] = {}
+    users = {name for names in known for name in names}
+    for name in dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"):
+        value = scope.get(name)
+        if name.startswith("__compiled_fn"):
+            found[name] = None
+        elif isinstance(value, ModuleType) and name not in users:
+            found[name] = ("module", value.__name__)
+        elif name.startswith("__builtins_dict__"):
+            found[name] = ("builtins", "")
+        elif name in users or name not in scope:
+            continue  # the function's own, or a builtin
+        elif isinstance(value, type) or callable(value):
+            found[name] = ("object", f"{value.__module__}.{value.__qualname__}")
+        else:
+            raise ValueError(f"{name}, a {type(value).__name__} that the function's results are made with")
+    return found
