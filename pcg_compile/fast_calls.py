@@ -12,6 +12,7 @@ does not see, and Python attributes of tensors.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -27,7 +28,7 @@ from .fx.sizes import expr_of
 from .torch_compat.dynamo_calls import GlobalState, TensorChecks, function_of_code
 from .torch_compat.fake_tensors import FakeTensorMode
 
-__all__ = ["ArgumentForm", "FastCall", "NoFastCall", "TracedGraph", "Weights", "WeightsChanged"]
+__all__ = ["ArgumentForm", "FastCall", "NoFastCall", "TracedGraph", "Weights", "WeightsChanged", "named_constant"]
 
 _training = itemgetter("training")
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -52,13 +53,20 @@ def _values(name: str, value: Any, found: dict[str, Any]) -> Any:
     return None
 
 
+def named_constant(value: Any) -> str:
+    """The dotted name of an object that is the same in every call and process, such as the mask of every step; or ""."""
+    module, _, name = getattr(type(value), "constant_name", "").rpartition(".")
+    return f"{module}.{name}" if module and getattr(sys.modules.get(module), name, None) is value else ""
+
+
 class Binder:
     """Gives the parameters of a function, without that of its module, the values that they have in a call."""
 
     def __init__(self, function: Any, method: bool) -> None:
         parameters = dict(inspect.signature(function, follow_wrapped=False).parameters)
-        if method and not hasattr(function, "__self__"):
-            del parameters[next(iter(parameters))]
+        first = next(iter(parameters.values()), None)
+        if method and not hasattr(function, "__self__") and first is not None and first.kind != first.VAR_POSITIONAL:
+            del parameters[first.name]
         self.names = tuple(parameters)
         self.signature = inspect.Signature(list(parameters.values()))
         self.defaults = {name: one.default for name, one in parameters.items()}
@@ -171,6 +179,10 @@ class ArgumentForm:
             names = names[1:]
         values: dict[str, Any] = {}
         form = cls(names, [_values(f"L[{name!r}]", given[name], values) for name in names])
+        if names and type(given[names[0]]) is tuple and isinstance((*given[names[0]], None)[0], torch.nn.Module):
+            # A method with *args alone has its module among them.
+            del values[f"L[{names[0]!r}][0]"]
+            form.structure[0] = (tuple, *form.structure[0][2:])
         symbols: dict[sympy.Symbol, int] = {}
 
         def place(expr: Any, source: tuple[int, int]) -> None:
@@ -195,7 +207,7 @@ class ArgumentForm:
                 form.integers.append(i)
             elif fake is not None and type(value) is float:
                 form.floats.append(i)
-            elif type(value) in CONSTANTS:
+            elif type(value) in CONSTANTS or named_constant(value):
                 form.constants.append((i, value))
             else:
                 raise NoFastCall(f"{name[2:-1]} is a {type(value).__name__}, of which Dynamo may check more")

@@ -16,7 +16,9 @@ import json
 import linecache
 import marshal
 import os
+import platform
 import sys
+import sysconfig
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ import torch
 
 from .backend import compile_graph
 from .errors import OptionsError, ProgramError, message
-from .fast_calls import ArgumentForm, Binder, FastCall, NoFastCall, Product, TracedGraph, Weights, WeightsChanged
+from .fast_calls import ArgumentForm, Binder, FastCall, NoFastCall, Product, TracedGraph, Weights, WeightsChanged, named_constant
 from .fx.graph_data import (
     CannotSave,
     decode,
@@ -54,6 +56,7 @@ __all__ = ["load", "save"]
 
 _FORMAT = 1
 _TORCH, _OWN = (os.path.dirname(module) + os.sep for module in (torch.__file__, __file__))
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
 _TRUST = "A program holds code: load only files that you trust."
 
 
@@ -163,7 +166,7 @@ def _content(
         "versions": _versions(),
         "device": _device_data(runtime.shared.device),
         **about,
-        "sources": [_source_data(code) for code in traced.codes if not code.co_filename.startswith((_TORCH, _OWN))],
+        "sources": [_source_data(code) for code in traced.codes if _is_users(code.co_filename)],
         "model": _model_data(others),
         "graph": graph_to_data(gm),
         "inputs": inputs,
@@ -199,11 +202,13 @@ def _form_data(form: ArgumentForm) -> dict[str, Any]:
     found = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
     del found["symbols"], found["conditions"]
     derived = [[i, d, stride, product.factor, list(product.places)] for i, d, stride, product in form.derived]
+    found["constants"] = [(i, {"": named_constant(c)} if named_constant(c) else c) for i, c in form.constants]
     return {name: encode(value) for name, value in found.items() if name != "derived"} | {"derived": derived}
 
 
 def _form_of(data: Mapping[str, Any], symbols: Sequence[Any], conditions: Sequence[Any]) -> ArgumentForm:
     found = {name: decode(value, {}) for name, value in data.items() if name != "derived"}
+    found["constants"] = [(i, import_name(c[""]) if isinstance(c, dict) else c) for i, c in found["constants"]]
     derived = [(i, d, stride, Product(factor, tuple(places))) for i, d, stride, factor, places in data["derived"]]
     return ArgumentForm(**found, derived=derived, symbols=tuple(symbols), conditions=list(conditions))
 
@@ -215,7 +220,8 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             return "none"
 
-    return {"torch": torch.__version__, "triton": of("triton"), "pcg": __version__, "python": str(sys.implementation.cache_tag)}
+    python = platform.python_version()
+    return {"torch": torch.__version__, "triton": of("triton"), "pcg": __version__, "python": python}
 
 
 def _device_data(device: torch.device) -> dict[str, Any]:
@@ -226,6 +232,12 @@ def _device_data(device: torch.device) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
     }
+
+
+def _is_users(file: str) -> bool:
+    """Whether the versions of Python, torch and pcg do not tell what a file holds; generated code has no file."""
+    library = file.startswith(_PYTHON) and "-packages" + os.sep not in file
+    return not (library or file.startswith((_TORCH, _OWN)) or (file.startswith("<") and not linecache.getlines(file)))
 
 
 def _source_data(code: CodeType) -> list[Any]:
@@ -321,7 +333,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes
     try:
         with zipfile.ZipFile(path) as file:
             content = json.loads(file.read("program.json"))
-            if content["versions"]["python"] != sys.implementation.cache_tag:
+            if content["versions"]["python"] != platform.python_version():
                 # Its code could not even be read.
                 return content, (lambda: None).__code__, b""
             return content, marshal.loads(file.read("code")), file.read("inductor")

@@ -108,8 +108,8 @@ def encode(value: Any) -> Any:
         return {"complex": [value.real.hex(), value.imag.hex()]}
     if isinstance(value, fx.Node):
         return {"node": value.name}
-    if kind in (list, tuple, torch.Size):
-        return {"tuple" if kind is not list else "list": [encode(one) for one in value]}
+    if isinstance(value, (list, tuple)):
+        return {"list" if isinstance(value, list) else "tuple": [encode(one) for one in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(one)] for key, one in value.items()]}
     if kind is slice:
@@ -122,7 +122,7 @@ def encode(value: Any) -> Any:
         return {"device": str(value)}
     if isinstance(value, Enum):
         return {"member": [_name(type(value)), value.name]}
-    if callable(value):
+    if callable(value) and not isinstance(value, torch.Tensor):
         return {"name": _name(value)}
     raise CannotSave(f"a {kind.__name__} among the arguments of an op")
 
