@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .argument_form import NoFastCall
 from .errors import PCGError
+from .fast_calls import TracedGraph
 from .fx.places import place_of_stack
 from .options import Options
-from .fast_calls import NoFastCall, TracedGraph, Weights
 from .registry import RUNNING_CALL, RunningCall, add_runtime
 from .stats import Counters
 from .step import current_step
@@ -39,6 +40,7 @@ from .torch_compat.fake_tensors import FakeTensorMode
 from .torch_compat.guards import guards_hold_at, shape_guards
 from .torch_compat.inductor import freezes_weights
 from .torch_compat.shown_sizes import show_more_rows
+from .weights import Weights
 
 __all__ = [
     "Call",
@@ -196,9 +198,7 @@ class Watch:
         self.left_out: dict[CodeType, tuple[str, str]] = {}
         self.given_up: dict[CodeType, tuple[str, str]] = {}
 
-    def begin(
-        self, caller: object = None, may_show_rows: bool = False, module: torch.nn.Module | None = None
-    ) -> Call:
+    def begin(self, caller: object = None, may_show_rows: bool = False, module: torch.nn.Module | None = None) -> Call:
         """A call begins.
 
         Args:

@@ -14,16 +14,18 @@ from typing import Any, TypeVar, overload
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .argument_form import NoFastCall
 from .backend import compile_graph
 from .calls import Call, Watch
 from .errors import OptionsError, message
-from .fast_calls import FastCall, NoFastCall, WeightsChanged
+from .fast_calls import FastCall
 from .options import Options
 from .registry import RUNNING_CALL, RunningCall, reset_backend
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
 from .torch_compat.modules import completed_call
+from .weights import WeightsChanged
 
 __all__ = ["CompiledFunction", "decorate", "modules_of", "piecewise"]
 

@@ -13,7 +13,15 @@ import torch._dynamo.eval_frame
 from .fake_tensors import FakeTensorMode, TracingContext
 from .probe import attributes, private
 
-__all__ = ["GlobalState", "TensorChecks", "function_of_code", "globals_of_code", "name_of_source", "traced_codes", "traced_inputs"]
+__all__ = [
+    "GlobalState",
+    "TensorChecks",
+    "function_of_code",
+    "globals_of_code",
+    "name_of_source",
+    "traced_codes",
+    "traced_inputs",
+]
 
 _READ = "2.11 to 2.13"
 _GlobalStateGuard = private("torch._C._dynamo.guards.GlobalStateGuard", _READ)

@@ -30,7 +30,9 @@ __all__ = [
 ]
 
 _READ = "2.11 to 2.13"
-attributes("torch._dynamo.config", _READ, "specialize_float assume_static_by_default allow_empty_graphs install_free_tensors")
+attributes(
+    "torch._dynamo.config", _READ, "specialize_float assume_static_by_default allow_empty_graphs install_free_tensors"
+)
 attributes("torch.fx.experimental._config", _READ, "backed_size_oblivious")
 _register_hook = private("torch._dynamo.register_hook_for_recompile_user_context", _READ)
 _hooks = private("torch._dynamo.utils.get_hook_for_recompile_user_context", _READ)

@@ -18,8 +18,8 @@ __all__ = [
     "compile_all_with_inductor",
     "compile_with_inductor",
     "freezes_weights",
-    "inductor_output",
     "inductor_misses",
+    "inductor_output",
     "prepare_inductor",
     "start_inductor_workers",
 ]

@@ -36,10 +36,7 @@ def calls_hooks(module: torch.nn.Module) -> bool:
     before = [hook for hook in module._forward_pre_hooks.values() if not getattr(hook, "completes_call", False)]
     everywhere = torch.nn.modules.module
     return bool(
-        before
-        or module._forward_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
+        before or module._forward_hooks or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     )
 
 

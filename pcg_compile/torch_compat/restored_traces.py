@@ -42,7 +42,7 @@ def symbol_of(fake_mode: FakeTensorMode, value: Any) -> Any:
 
 
 def expression_class(name: str) -> Any:
-    """The class of an expression's nodes by its name: of sympy's core or torch's own; None for others (2.11 to 2.13)."""
+    """The class of an expression by its name: sympy's own or torch's; None for others (2.11 to 2.13)."""
     for module in (_functions, sympy):
         found = getattr(module, name, None)
         if isinstance(found, type) and issubclass(found, sympy.Basic):
