@@ -208,7 +208,9 @@ class _Pcg:
         row: dict[str, Any] = {"fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks]}
         if self.args.device.type == "cuda":
             limit = self._limit()
-            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | profile_of(self, max(self.workload.news), self.args.device)
+            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | profile_of(
+                self, max(self.workload.news), self.args.device
+            )
         return row
 
     @torch.no_grad()

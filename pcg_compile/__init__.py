@@ -16,6 +16,7 @@ from .piecewise import piecewise
 from .registry import expect, reset, stats
 from .report.dump import dump
 from .report.explain import Report, check, explain
+from .saved_programs import load, save
 from .split_ops import register_split_op, split_op
 from .stats import BucketStats, Fallback, Stats
 from .torch_compat.dynamo_wrappers import ensure_backend as _ensure_backend
@@ -51,12 +52,14 @@ __all__ = [
     "expect",
     "explain",
     "integrations",
+    "load",
     "lora",
     "piecewise",
     "register_row_rule",
     "register_split_op",
     "release_collectives",
     "reset",
+    "save",
     "split_op",
     "stats",
     "step",

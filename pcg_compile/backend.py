@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all, weights_of_call
 from .counters import Counters
 from .distributed.lowering import (
     agreement_of,
@@ -131,17 +131,18 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
     broken = graph_break_of(gm)
     lifted, weights = attributes_as_inputs(gm)
     inputs = [*real_inputs, *weights]
+    weights_now = weights_of_call(weights)
 
     def compile_it(source: fx.GraphModule, given: Sequence[Any]) -> Any:
         return _compile(source, given, options, owner, broken, floats)
 
     subclasses = has_subclasses(inputs) and not torch.is_grad_enabled() and strange_tensor(lifted, inputs) is None
     function = lowered(lifted, inputs, compile_it) if subclasses else compile_it(lifted, inputs)
-    return partial(_with_weights, function, weights) if weights else function
+    return partial(_with_weights, function, weights_now) if weights else function
 
 
-def _with_weights(function: Callable[..., Any], weights: Sequence[torch.Tensor], *args: Any) -> Any:
-    return function(*args, *weights)
+def _with_weights(function: Callable[..., Any], weights: Callable[[], Sequence[torch.Tensor]], *args: Any) -> Any:
+    return function(*args, *weights())
 
 
 def _compile(source: fx.GraphModule, inputs: Sequence[Any], options: Options, owner: object, *rest: Any) -> Any:
@@ -176,7 +177,7 @@ def _stages(graph: _Graph) -> Callable[..., Any]:
         ready()
         compile_pieces(plan, context, graph.counters)
     shared = bind(graph, plan, layouts)
-    function = make_runner(graph, shared, context)
+    function = make_runner(graph, shared, context, None if region is not None else layouts)
     return function if region is None else region()(function)
 
 
@@ -320,12 +321,20 @@ def bind(graph: _Graph, plan: Plan, layouts: Sequence[sympy.Basic]) -> Shared:
 # -- 6: runner --------------------------------------------------------------------------------------------------------
 
 
-def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable[..., Any]:
-    """The callable that serves each step, registered for reports and figures."""
+def make_runner(
+    graph: _Graph, shared: Shared, context: PassContext, layouts: Sequence[sympy.Basic] | None
+) -> Callable[..., Any]:
+    """The callable that serves each step, registered for reports and figures.
+
+    Args:
+        layouts: conditions on strides, for calls that reach the graph without Dynamo; None where no call may.
+    """
     # Compiling has made further conditions.
     check_shown_sizes(graph.fake_mode)
     runtime = GraphRuntime(shared.plan, shared, graph.broken is None, context)
     add_runtime(graph.owner, graph.counters, runtime)
+    if graph.broken is None and layouts is not None:
+        graph_handed(runtime, graph.fake_mode, layouts)
     if graph.broken is None or is_asked_for(graph.broken[0]):
         # A method, unlike the object, has code to look at, which depyf asks for.
         return runtime.__call__

@@ -16,8 +16,8 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable
-from contextvars import ContextVar, Token
+from collections.abc import Callable, Sequence
+from contextvars import Token
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -25,18 +25,22 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .argument_form import NoFastCall
 from .counters import Counters
 from .errors import PCGError
+from .fast_calls import TracedGraph
 from .fx.places import place_of_stack
 from .options import Options
-from .registry import add_runtime
+from .registry import RUNNING_CALL, RunningCall, add_runtime
 from .step import current_step
+from .torch_compat.dynamo_calls import traced_codes, traced_inputs
 from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused
 from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace, watch_traces, with_each_call
 from .torch_compat.fake_tensors import FakeTensorMode
-from .torch_compat.guards import guards_hold_at
+from .torch_compat.guards import guards_hold_at, shape_guards
 from .torch_compat.inductor import freezes_weights
 from .torch_compat.shown_sizes import show_more_rows
+from .weights import Weights
 
 __all__ = [
     "Call",
@@ -48,6 +52,7 @@ __all__ = [
     "graph_ran",
     "traced_code",
     "watch_all",
+    "weights_of_call",
 ]
 
 _LOG = logging.getLogger("pcg_compile")
@@ -55,27 +60,34 @@ _OWN = os.path.dirname(__file__) + os.sep
 _UNSEEN = "Dynamo ran the call without any graph of it"
 
 
-class Call:
-    """One running call of a compiled function."""
+class Call(RunningCall):
+    """One running call of a compiled function that goes through Dynamo."""
 
     __slots__ = (
-        "breaks", "counted", "error_before", "graphs", "handed", "may_show_rows", "restore", "shown", "token", "trace",
-        "traces", "watch",
+        "breaks", "counted", "error_before", "graph", "graphs", "handed", "may_show_rows", "places", "restore",
+        "shown", "token", "trace", "traces", "watch", "without_attributes",
     )  # fmt: skip
 
-    def __init__(self, watch: Watch, may_show_rows: bool = False) -> None:
+    def __init__(self, watch: Watch, caller: object, may_show_rows: bool, module: torch.nn.Module | None) -> None:
+        super().__init__(watch.owner(), caller, module)
         self.watch, self.may_show_rows = watch, may_show_rows
         #: Whether it was counted already that the call runs without a graph.
         self.counted = False
         #: Graphs that ran, graphs that Dynamo handed over in the last trace, and traces.
         self.graphs = self.handed = self.traces = 0
         self.trace: Trace | None = None
+        #: The last graph that was handed over and can be captured.
+        self.graph: TracedGraph | None = None
         self.breaks = 0
         #: A size, 0 or 1, and the larger one that a trace was shown instead; None where it was not.
         self.shown: tuple[int, int] | None = None
+        #: Where the last graph's attributes lie, if there are any.
+        self.places: Weights | None = None
+        #: Whether the call is to be tried again with weights as inputs of the graph.
+        self.without_attributes = False
         self.restore: Callable[[], None] | None = None
         self.error_before = sys.exc_info()[1]
-        self.token: Token[Call | None] = _CALL.set(self)
+        self.token: Token[RunningCall | None] = RUNNING_CALL.set(self)
 
     def forget(self) -> None:
         """The call is tried again: it is neither counted nor blamed."""
@@ -88,7 +100,9 @@ class Call:
             restore()
 
 
-_CALL: ContextVar[Call | None] = ContextVar("pcg_call", default=None)
+def _running() -> Call | None:
+    call = RUNNING_CALL.get()
+    return call if isinstance(call, Call) else None
 
 
 def graph_ran() -> None:
@@ -96,18 +110,50 @@ def graph_ran() -> None:
 
     Another thread's callbacks may keep Dynamo from telling of the end of a trace; what it had set ends here then.
     """
-    call = _CALL.get()
-    if call is not None:
+    call = RUNNING_CALL.get()
+    if type(call) is Call:
         call.graphs += 1
         if call.restore is not None:
             call.settings_end()
 
 
-def graph_handed() -> None:
-    """Notes that Dynamo handed a graph over."""
-    call = _CALL.get()
-    if call is not None:
+def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None, layouts: Sequence[Any] = ()) -> None:
+    """Notes that Dynamo handed a graph over; or, with its runtime, that the graph can be captured."""
+    call = _running()
+    if call is None:
+        return
+    if fake_mode is None:
         call.handed += 1
+        call.graph = None
+    else:
+        seen, codes = traced_inputs(fake_mode), traced_codes()
+        call.graph = TracedGraph(weakref.proxy(runtime), seen, codes, fake_mode, layouts, call.places)
+        runtime.traced = call.graph
+
+
+def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+    """What gives the tensors that are attributes of the graph that is being compiled, at each call of it.
+
+    Raises:
+        NoFastCall: the running call asked for attributes, and they lie in none of its modules.
+    """
+    call = _running()
+    if call is None or not call.watch.free_tensors:
+        fixed = tuple(tensors)
+        return lambda: fixed
+    try:
+        call.places = weights = Weights(tensors, call.module, call.watch.modules)
+    except NoFastCall:
+        call.without_attributes = True
+        raise
+
+    def of_call() -> Sequence[torch.Tensor]:
+        running = RUNNING_CALL.get()
+        if running is not None and running.weights is not None:
+            return running.weights
+        return weights.of(running.module if running is not None else None)
+
+    return of_call
 
 
 class OtherSizes(PCGError):
@@ -123,7 +169,7 @@ def check_shown_sizes(fake_mode: FakeTensorMode | None = None) -> None:
     Raises:
         OtherSizes: it may not. Nothing has run.
     """
-    call = _CALL.get()
+    call = _running()
     if call is None or call.shown is None or call.traces > 1 or call.graphs or (fake_mode is None and call.handed):
         return
     if fake_mode is None or not guards_hold_at(*call.shown, fake_mode):
@@ -132,7 +178,7 @@ def check_shown_sizes(fake_mode: FakeTensorMode | None = None) -> None:
 
 def traced_code() -> CodeType | None:
     """The code that Dynamo traces for the running call."""
-    call = _CALL.get()
+    call = _running()
     return call.trace.code if call is not None and call.trace is not None else None
 
 
@@ -142,6 +188,9 @@ class Watch:
     def __init__(self, owner: object, options: Options, whole: bool = False) -> None:
         self.owner = weakref.ref(owner)
         self.options = options
+        #: Whether traces have weights as attributes of the graph; modules that the function refers to.
+        self.free_tensors = False
+        self.modules: Sequence[torch.nn.Module] = ()
         #: Whether the function must be one graph: what is no graph of it is then an error under ``strict``.
         self.whole = whole and options.strict
         self._counters: Counters | None = None
@@ -149,13 +198,15 @@ class Watch:
         self.left_out: dict[CodeType, tuple[str, str]] = {}
         self.given_up: dict[CodeType, tuple[str, str]] = {}
 
-    def begin(self, may_show_rows: bool = False) -> Call:
+    def begin(self, caller: object = None, may_show_rows: bool = False, module: torch.nn.Module | None = None) -> Call:
         """A call begins.
 
         Args:
+            caller: whom its figures belong to; None: the owner.
             may_show_rows: a trace that fails because it was shown more rows than there are is tried again without.
+            module: what the function is called on.
         """
-        return Call(self, may_show_rows)
+        return Call(self, caller if caller is not None else self.owner(), may_show_rows, module)
 
     def end(self, call: Call) -> None:
         """The call ends, perhaps with an error: counts it if no graph ran.
@@ -166,7 +217,7 @@ class Watch:
         error = sys.exc_info()[1]
         if error is call.error_before:
             error = None
-        _CALL.reset(call.token)
+        RUNNING_CALL.reset(call.token)
         if error is None and call.graphs and not call.traces and not self.left_out:
             return  # the usual call
         call.settings_end()
@@ -211,7 +262,13 @@ class Watch:
         if shown is not None:
             marks, call.shown = shown
         for_all_sizes = requested is not None or bool(marks)
-        call.restore = settings_of_trace(trace, marks, for_all_sizes=for_all_sizes, outermost=call.traces == 1)
+        call.restore = settings_of_trace(
+            trace,
+            marks,
+            for_all_sizes=for_all_sizes,
+            outermost=call.traces == 1,
+            free_tensors=self.free_tensors and call.traces == 1,
+        )
 
     def fall_back(
         self, reason: str, where: str, *, strict: bool | None = None, cause: BaseException | None = None
@@ -269,14 +326,14 @@ def begin_trace(options_of: Callable[[Any], tuple[object, Options] | None], trac
     Raises:
         OptionsError: the options are bad. PCGError: see :meth:`Watch.traced`.
     """
-    call = _CALL.get()
+    call = _running()
     if call is not None:
         call.settings_end()
     found = options_of(trace.wrapper) if trace.wrapper is not None else None
     if found is None:
         return
     owner, options = found
-    if call is None or call.watch.owner() is not owner:
+    if call is None or call.owner is not owner:
         if trace.at_end is None:
             return
         # The first trace of what torch.compile returned: this call has begun already.
@@ -287,16 +344,28 @@ def begin_trace(options_of: Callable[[Any], tuple[object, Options] | None], trac
     call.watch.traced(call, trace)
 
 
+def code_made(code: CodeType, compiled: CodeType) -> None:
+    """Dynamo has made code, which has not run yet.
+
+    Raises:
+        OtherSizes: see :func:`check_shown_sizes`.
+    """
+    check_shown_sizes()
+    call = _running()
+    if call is not None and call.graph is not None and call.trace is not None and call.trace.code is code:
+        call.graph.complete(code, compiled, call.trace.arguments, shape_guards(call.graph.fake_mode))
+
+
 def end_trace() -> None:
     """Dynamo's trace has ended, perhaps with an error: nothing that runs from here on sees what was set for it."""
-    call = _CALL.get()
+    call = _running()
     if call is not None:
         call.settings_end()
 
 
 def watch_all(options_of: Callable[[Any], tuple[object, Options] | None]) -> None:
-    """Has :func:`begin_trace` called ahead of each trace, :func:`check_shown_sizes` and :func:`end_trace` after it."""
-    watch_traces(partial(begin_trace, options_of), check_shown_sizes, end_trace)
+    """Has :func:`begin_trace` called ahead of each trace, :func:`code_made` and :func:`end_trace` after it."""
+    watch_traces(partial(begin_trace, options_of), code_made, end_trace)
 
 
 def _token_dims(trace: Trace) -> Marks:

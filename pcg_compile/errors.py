@@ -18,6 +18,7 @@ __all__ = [
     "Hazard",
     "OptionsError",
     "PCGError",
+    "ProgramError",
     "SplitOpNotFound",
     "StaleAddress",
     "UnsafePadding",
@@ -60,6 +61,10 @@ class BatchError(PCGError, ValueError):
 
 class StaleAddress(PCGError):
     """A captured graph would read memory that has moved."""
+
+
+class ProgramError(PCGError):
+    """A program that cannot be saved, or a file that does not fit the model, the machine or the versions here."""
 
 
 class AdapterError(PCGError, ValueError):

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, overload
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .argument_form import NoFastCall
 from .backend import compile_graph
-from .calls import Watch
+from .calls import Call, Watch
 from .errors import OptionsError, message
+from .fast_calls import FastCall
 from .options import Options
-from .registry import called_on, reset_backend
+from .registry import RUNNING_CALL, RunningCall, reset_backend
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
 from .torch_compat.modules import completed_call
+from .weights import WeightsChanged
 
-__all__ = ["piecewise"]
+__all__ = ["CompiledFunction", "decorate", "modules_of", "piecewise"]
 
+_LOG = logging.getLogger("pcg_compile")
 _F = TypeVar("_F", bound=Callable[..., Any])
 Dynamic = Mapping[str, int | tuple[int, ...]]
 
@@ -33,10 +39,9 @@ class _Backend:
 
     watched = True
 
-    def __init__(self, options: Options, module: torch.nn.Module | None = None) -> None:
+    def __init__(self, options: Options, compiled: CompiledFunction) -> None:
         self.options = options
-        #: Whose bound method was decorated, weakly.
-        self.module: Callable[[], torch.nn.Module | None] = weakref.ref(module) if module is not None else lambda: None
+        self._compiled = weakref.ref(compiled)
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, self.options, self)
@@ -44,9 +49,124 @@ class _Backend:
     def __repr__(self) -> str:
         return "pcg"
 
+    def module(self) -> torch.nn.Module | None:
+        """Whose bound method was decorated."""
+        compiled = self._compiled()
+        return compiled.bound if compiled is not None else None
+
     def reset(self) -> None:
         """Reached by ``torch._dynamo.reset()``."""
+        compiled = self._compiled()
+        if compiled is not None:
+            compiled.fast = ()
         reset_backend(self)
+
+
+class CompiledFunction:
+    """A decorated function: it owns its graphs, and each of its calls runs one of them or is counted.
+
+    Attributes:
+        fast: with ``guards="inputs"``, what calls need no Dynamo for; see Note [Fast calls].
+        slow: why the last traced call was not added to these.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        options: Options,
+        guards: str,
+        dynamic: Dynamic | None,
+        mark: Callable[[tuple[Any, ...], dict[str, Any]], Marks],
+    ) -> None:
+        self.function, self.options, self.guards = function, options, guards
+        self.dynamic, self.mark = dynamic, mark
+        on = getattr(function, "__self__", None)
+        self.bound = on if isinstance(on, torch.nn.Module) else None
+        self.completes = self.bound is not None and function.__name__ == "forward"
+        self.backend = _Backend(options, self)
+        self.watch = Watch(self.backend, options, whole=True)
+        self.generator = _why_generator(function)
+        self.fast: tuple[FastCall, ...] = ()
+        self.slow: str | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Begins without any graph, with code of its own that Dynamo has not seen."""
+        self.fast = ()
+        self.own = _with_own_code(self.function)
+        extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if self.guards == "inputs" else {}
+        self.compiled = torch.compile(self.own, backend=self.backend, fullgraph=self.options.strict, **extra)
+        self.watch.modules = modules_of(self.function)
+        # Under a signature that hides its code, weights could not be told from what code computes.
+        self.watch.free_tensors = self.guards == "inputs" and self.own is not self.function
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the function."""
+        module, rest = self.bound, args
+        if self.completes:
+            args, kwargs = completed_call(self.bound, args, kwargs)  # type: ignore[arg-type]
+            rest = args
+        elif module is None and args and isinstance(args[0], torch.nn.Module):
+            # The module that a method is called on; a plain function's first argument may be one just as well.
+            module, rest = args[0], args[1:]
+        for fast in self.fast:
+            weights = fast.weights_of(module, rest, kwargs)
+            if weights is not None:
+                caller = module if module is not None else self.backend
+                token = RUNNING_CALL.set(RunningCall(self.backend, caller, module, weights))
+                try:
+                    return fast.function(*args, **kwargs)
+                finally:
+                    RUNNING_CALL.reset(token)
+        return self._through_dynamo(module, args, kwargs, True)
+
+    def _through_dynamo(
+        self, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], show_rows: bool
+    ) -> Any:
+        self._follow_weights(module)
+        running = self.watch.begin(module, show_rows, module)
+        try:
+            if self.generator:
+                running.counted = True
+                self.watch.fall_back(*self.generator)
+            with compile_for_all_sizes(lambda: self.mark(args, kwargs)):
+                result = self.compiled(*args, **kwargs)
+            if running.traces:
+                self._learn(running)
+            return result
+        except Exception:
+            if running.without_attributes:
+                self.watch.free_tensors = False
+            # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
+            elif running.shown is None or running.traces > 1 or running.graphs:
+                raise
+            else:
+                show_rows = False
+            running.forget()
+        finally:
+            self.watch.end(running)
+        return self._through_dynamo(module, args, kwargs, show_rows)
+
+    def _follow_weights(self, module: torch.nn.Module | None) -> None:
+        """Starts over where graphs are of modules that have been replaced: Dynamo would not notice."""
+        try:
+            for fast in self.fast:
+                fast.weights.of(module)
+        except WeightsChanged as change:
+            _LOG.info("%s is traced again: %s", self.function.__qualname__, change)
+            self._start()
+
+    def _learn(self, running: Call) -> None:
+        """Has later calls like one that was traced do without Dynamo."""
+        if self.guards != "inputs":
+            return
+        try:
+            whole = running.traces == running.handed == 1 and not self.watch.left_out
+            graph = running.graph if whole else None
+            self.fast = (FastCall.of(self.own, graph, running.module), *self.fast)
+            self.slow = None
+        except NoFastCall as reason:
+            self.slow = str(reason)
 
 
 @overload
@@ -77,11 +197,11 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
                     cure='Write: @pcg.piecewise(guards="inputs")')
         )  # fmt: skip
     if function is not None:
-        return _decorate(function, dynamic, guards, parsed)
-    return lambda f: _decorate(f, dynamic, guards, parsed)
+        return decorate(function, dynamic, guards, parsed)
+    return lambda f: decorate(f, dynamic, guards, parsed)
 
 
-def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
+def decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Options) -> Any:
     signature = inspect.signature(function)
     if dynamic is not None and not isinstance(dynamic, Mapping):
         raise OptionsError(
@@ -102,12 +222,7 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
                 message(f"dynamic[{name!r}] is {dims!r}", why="Allowed: a dimension, or a tuple of dimensions.",
                         cure=f'Write: @pcg.piecewise(dynamic={{"{name}": 0}})')
             )  # fmt: skip
-    on = getattr(function, "__self__", None)
-    backend = _Backend(options, on if isinstance(on, torch.nn.Module) else None)
-    extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if guards == "inputs" else {}
-    compiled = torch.compile(_with_own_code(function), backend=backend, fullgraph=options.strict, **extra)
-    watch = Watch(backend, options, whole=True)
-    generator = _why_generator(function)
+    compiled = CompiledFunction(function, options, guards, dynamic, lambda args, kwargs: mark(args, kwargs))
 
     def mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Marks:
         arguments = signature.bind(*args, **kwargs).arguments
@@ -128,33 +243,12 @@ def _decorate(function: Any, dynamic: Dynamic | None, guards: str, options: Opti
         # What was named must be dynamic, or the user is told; what was not may turn out to be fixed.
         return [(value, [dim % value.dim() for dim in dims], dynamic is not None) for value, dims in wanted]
 
-    def call(args: tuple[Any, ...], kwargs: dict[str, Any], show_rows: bool) -> Any:
-        running = watch.begin(show_rows)
-        try:
-            if generator:
-                running.counted = True
-                watch.fall_back(*generator)
-            with compile_for_all_sizes(lambda: mark(args, kwargs)):
-                return compiled(*args, **kwargs)
-        except Exception:
-            # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
-            if running.shown is None or running.traces > 1 or running.graphs:
-                raise
-            running.forget()
-        finally:
-            watch.end(running)
-        return call(args, kwargs, False)
-
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        # The module that a method is called on; a plain function's first argument may be one just as well.
-        module = args[0] if args and isinstance(args[0], torch.nn.Module) else backend
-        if isinstance(on, torch.nn.Module) and function.__name__ == "forward":
-            args, kwargs = completed_call(on, args, kwargs)
-        with called_on(backend, module):
-            return call(args, kwargs, True)
+        return compiled.call(args, kwargs)
 
-    wrapper.__pcg_owner__ = backend  # type: ignore[attr-defined]
+    wrapper.__pcg_owner__ = compiled.backend  # type: ignore[attr-defined]
+    wrapper.__pcg_function__ = compiled  # type: ignore[attr-defined]
     inline_when_traced(wrapper, function)
     return wrapper
 
@@ -172,6 +266,22 @@ def _with_own_code(function: Any) -> Any:
     own.__kwdefaults__, own.__qualname__, own.__module__ = plain.__kwdefaults__, plain.__qualname__, plain.__module__
     own.__dict__.update(plain.__dict__)
     return types.MethodType(own, function.__self__) if inspect.ismethod(function) else own
+
+
+def modules_of(function: Any) -> tuple[torch.nn.Module, ...]:
+    """The modules that a function refers to, other than by its arguments."""
+    plain, on = getattr(function, "__func__", function), getattr(function, "__self__", None)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        return ()
+    values = [plain.__globals__.get(name) for name in code.co_names]
+    for cell in plain.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    if on is not None and not isinstance(on, torch.nn.Module):
+        values += list(getattr(on, "__dict__", {}).values())
+    modules = {id(value): value for value in values if isinstance(value, torch.nn.Module)}
+    return tuple(modules.values())
 
 
 def _why_generator(function: Any) -> tuple[str, str] | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -18,11 +17,13 @@ from .stats import Stats, expect_increase
 from .torch_compat.dynamo_wrappers import calling_wrapper, wrapper_of
 
 __all__ = [
+    "RUNNING_CALL",
+    "RunningCall",
     "add_runtime",
-    "called_on",
     "expect",
     "find_owners",
     "forget",
+    "graphs_of",
     "graphs_of_caller",
     "is_compiled",
     "present_caller",
@@ -72,33 +73,50 @@ class Owner:
 _GRAPHS: list[_Entry] = []
 _LOCK = threading.Lock()
 
-#: While a decorated method runs: its backend, and the module that it was called on.
-_CALLED_ON: ContextVar[tuple[object, object] | None] = ContextVar("pcg_called_on", default=None)
+
+class RunningCall:
+    """A running call of a compiled function.
+
+    Attributes:
+        owner: whose graphs it uses: a decorated function's backend, or what torch.compile made of one.
+        caller: whom its figures belong to: the module that a decorated method was called on, else the owner.
+        module: the module that a function is called on; None for others.
+        weights: the tensors that are attributes of its graph, where they were looked up for this call.
+    """
+
+    __slots__ = ("caller", "module", "owner", "weights")
+
+    def __init__(
+        self,
+        owner: object,
+        caller: object,
+        module: torch.nn.Module | None = None,
+        weights: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        self.owner, self.caller, self.module, self.weights = owner, caller, module, weights
 
 
-@contextmanager
-def called_on(backend: object, module: object) -> Iterator[None]:
-    """Inside, calls of the graphs that ``backend`` compiled are the module's."""
-    token = _CALLED_ON.set((backend, module))
-    try:
-        yield
-    finally:
-        _CALLED_ON.reset(token)
+#: The innermost running call of this thread or task.
+RUNNING_CALL: ContextVar[RunningCall | None] = ContextVar("pcg_running_call", default=None)
 
 
 def present_caller(backend: object | None) -> object | None:
-    """Whose call of a graph, that ``backend`` had compiled, is running: figures are booked on it."""
-    wrapper = calling_wrapper()
-    if wrapper is None:
-        return backend
-    if getattr(wrapper, "compiler_fn", None) is not backend:
-        return wrapper
-    called = _CALLED_ON.get()
-    return called[1] if called is not None and called[0] is backend else backend
+    """Whose call of a graph, that ``backend`` had compiled, is running: figures are booked on it.
+
+    Frames are searched only where a compiled model runs graphs that an equal one has compiled, and was never traced.
+    """
+    running = RUNNING_CALL.get()
+    if running is not None and running.owner is backend:
+        return running.caller
+    return calling_wrapper() or backend
 
 
 def add_runtime(backend: object, counters: Counters, runtime: Any) -> None:
-    """Enters one graph, for whoever had it compiled."""
+    """Enters one graph, for whoever had it compiled.
+
+    Args:
+        runtime: None for a graph without captures, and for calls without a graph.
+    """
     compiled_by = weakref.ref(backend)
     caller = present_caller(backend)
     logged = next((e.counters.logged for e in list(_GRAPHS) if e.counters.served(caller)), set())
@@ -189,6 +207,15 @@ def _entries(compiled: Any) -> list[tuple[_Entry, list[object] | None]]:
         if callers:
             found.append((entry, None if None in callers else callers))
     return found
+
+
+def graphs_of(compiled: Any) -> list[tuple[Counters, Any]]:
+    """The graphs of one compiled model that may still be called: figures and runtime (None without captures).
+
+    Raises:
+        TypeError: see :func:`stats`.
+    """
+    return [(entry.counters, entry.runtime()) for entry, _ in _entries(compiled) if entry.alive()]
 
 
 def _short(value: Any) -> str:

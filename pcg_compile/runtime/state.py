@@ -38,6 +38,8 @@ class GraphState:
     ends_step: bool
     #: What the passes found and did, for explain() and dump().
     context: Any = None
+    #: The trace that it came of, where that gave this one graph; for saving it.
+    traced: Any = None
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from operator import eq
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def data_ptrs_equal(tensors: list[Any], data_ptrs: list[int], indices: list[int]
     """
     if _compare_data_ptrs is not None:
         return bool(_compare_data_ptrs(tensors, data_ptrs, indices))
-    return [tensors[i].data_ptr() for i in indices] == [data_ptrs[i] for i in indices]
+    addresses = map(torch.Tensor.data_ptr, map(tensors.__getitem__, indices))
+    return all(map(eq, addresses, map(data_ptrs.__getitem__, indices)))
 
 
 class CurrentStream:

@@ -30,7 +30,9 @@ __all__ = [
 ]
 
 _READ = "2.11 to 2.13"
-attributes("torch._dynamo.config", _READ, "specialize_float assume_static_by_default allow_empty_graphs")
+attributes(
+    "torch._dynamo.config", _READ, "specialize_float assume_static_by_default allow_empty_graphs install_free_tensors"
+)
 attributes("torch.fx.experimental._config", _READ, "backed_size_oblivious")
 _register_hook = private("torch._dynamo.register_hook_for_recompile_user_context", _READ)
 _hooks = private("torch._dynamo.utils.get_hook_for_recompile_user_context", _READ)
@@ -108,20 +110,20 @@ _TOLD_OF_ENDS: list[Callable[[], None]] = []
 
 def watch_traces(
     before: Callable[[Trace], None] | None = None,
-    after: Callable[[], None] | None = None,
+    after: Callable[[CodeType, CodeType], None] | None = None,
     end: Callable[[], None] | None = None,
 ) -> None:
     """Has ``before(trace)`` called ahead of each of Dynamo's traces, or keeps it so (2.11 to 2.13).
 
     What it raises reaches the caller of the compiled function as it is, and nothing has run. Dynamo calls its hooks
     for the context of recompilations in the tracing thread, holding its compile lock, ahead of every trace and of the
-    limit on recompilations. ``after()`` is called once code has been compiled, before it runs; ``end()`` when Dynamo
-    ends the trace, guards included and also by an error, still ahead of everything that runs.
+    limit on recompilations. ``after(code, compiled)`` is called once code has been compiled, before it runs; ``end()``
+    when Dynamo ends the trace, guards included and also by an error, still ahead of everything that runs.
     """
     if before is not None:
         _TOLD_OF_TRACES.append(before)
     if after is not None:
-        _register_bytecode_hook(lambda code, compiled: after())
+        _register_bytecode_hook(after)
     if end is not None:
         _TOLD_OF_ENDS.append(end)
     if _before_trace not in (_hooks() or ()):
@@ -177,7 +179,9 @@ def with_each_call(context: Any, enter: Callable[[], Callable[[], None]]) -> Non
     context.enter_exit_hooks.append(enter)
 
 
-def settings_of_trace(trace: Trace, marks: Marks, *, for_all_sizes: bool, outermost: bool) -> Callable[[], None]:
+def settings_of_trace(
+    trace: Trace, marks: Marks, *, for_all_sizes: bool, outermost: bool, free_tensors: bool = False
+) -> Callable[[], None]:
     """Settings of torch for one trace; the result takes them back (2.11 to 2.13).
 
     Dynamo holds its compile lock from before they are set until after they are taken back, at the end of the trace.
@@ -188,6 +192,7 @@ def settings_of_trace(trace: Trace, marks: Marks, *, for_all_sizes: bool, outerm
     - Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards.
     - Where the ``outermost`` function of a call computes nothing, Dynamo compiles that too. Else it would leave the
       function to Python for all later calls, whatever they do.
+    - With ``free_tensors``, weights are attributes of the graph: the code that Dynamo writes does not fetch them.
     """
     with ExitStack() as stack:
         dynamo: dict[str, Any] = {}
@@ -197,6 +202,8 @@ def settings_of_trace(trace: Trace, marks: Marks, *, for_all_sizes: bool, outerm
             dynamo["specialize_float"] = True
         if outermost:
             dynamo["allow_empty_graphs"] = True
+        if free_tensors:
+            dynamo["install_free_tensors"] = True
         if dynamo:
             stack.enter_context(torch._dynamo.config.patch(dynamo))
         if freezes_weights():

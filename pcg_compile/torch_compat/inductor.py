@@ -8,6 +8,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 import torch._inductor.config
 from torch import fx
 
@@ -82,6 +83,11 @@ def inductor_output(function: Callable[..., Any]) -> str | None:
             with suppress(ValueError):
                 waiting.append(cell.cell_contents)
     return None
+
+
+def inductor_misses() -> int:
+    """How many graphs Inductor has compiled in this process since its caches had none of them (2.11 to 2.13)."""
+    return int(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"])
 
 
 def compile_all_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 from .probe import attributes
 
 attributes("torch.nn.Module", "2.11 to 2.13", "_forward_hooks _forward_pre_hooks", torch.nn.Module)
+attributes("torch.nn.modules.module", "2.11 to 2.13", "_global_forward_hooks _global_forward_pre_hooks")
 
 
 def completed_call(
@@ -26,6 +27,15 @@ def completed_call(
             if result is not None:
                 args, kwargs = result
     return args, kwargs
+
+
+def calls_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module calls more than its forward, but for hooks that complete a call (2.11 to 2.13)."""
+    before = [hook for hook in module._forward_pre_hooks.values() if not getattr(hook, "completes_call", False)]
+    everywhere = torch.nn.modules.module
+    return bool(
+        before or module._forward_hooks or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    )
 
 
 def with_forward_hook(state: dict[str, Any], hook: Callable[..., Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class StepMask(_NoTensor):
     """
 
     what = "attention_mask"
+    #: Where the one of every step is found: for graphs it is a constant.
+    constant_name = f"{__name__}.STEP_MASK"
     shape = (1, 1, 0, 0)
     ndim = 4
 

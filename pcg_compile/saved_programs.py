@@ -1,0 +1,305 @@
+"""Programs in files: what Dynamo and Inductor made of a model, for another process on a machine of the same kind.
+
+Note [Saved programs]
+A file is a zip archive of JSON, of the code that Dynamo wrote, and of Inductor's artifacts as
+``torch.compiler.save_cache_artifacts`` gives them. The JSON holds Dynamo's graph node by node, the conditions on its
+sizes and the form of the arguments (see Note [Fast calls]). pcg's own passes run again on that graph: they prove what
+is safe, and take a fraction of what tracing and compiling take. Captured graphs are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import marshal
+import os
+import platform
+import zipfile
+from collections.abc import Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+
+from .argument_form import ArgumentForm, NoFastCall, named_constant
+from .backend import compile_graph
+from .errors import OptionsError, ProgramError, message
+from .fast_calls import TracedGraph
+from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
+from .loaded_programs import ModuleCalls, SavedProgram
+from .options import Options
+from .piecewise import CompiledFunction, decorate, modules_of
+from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, versions
+from .registry import graphs_of
+from .torch_compat.dynamo_calls import globals_of_code, name_of_source
+from .torch_compat.dynamo_wrappers import wrapper_of
+from .torch_compat.restored_traces import source_of_symbol, symbol_of
+from .weights import WeightsChanged
+
+__all__ = ["load", "save"]
+
+_FORMAT = 1
+_TRUST = "A program holds code: load only files that you trust."
+
+
+def save(compiled: Any, path: str | os.PathLike[str]) -> None:
+    """Writes what a model was compiled to into a file that :func:`load` reads in another process.
+
+    Call it after a warm-up or a first step. The file holds no weights.
+
+    Args:
+        compiled: what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave.
+        path: of the file; an existing one is replaced.
+
+    Raises:
+        ProgramError: the model was not called yet, has several graphs, or parts that mean nothing in another process;
+            the message names them.
+        TypeError: ``compiled`` was not compiled by pcg.
+    """
+    function, model, about = _compiled_part(compiled)
+    traced = _only_graph(compiled)
+    try:
+        content, code = _content(traced, function, model, about)
+    except CannotSave as what:
+        raise _refused(str(what)) from what
+    artifacts = b""
+    if content["options"]["compiler"] == "inductor":
+        saved = torch.compiler.save_cache_artifacts()
+        if saved is None:
+            raise _refused("what Inductor compiled: its caches are off, and it keeps nothing that could be saved")
+        artifacts = saved[0]
+    beside = f"{os.fspath(path)}.{os.getpid()}"
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("program.json", json.dumps(content))
+        file.writestr("code", marshal.dumps(code))
+        file.writestr("inductor", artifacts)
+    os.replace(beside, path)
+
+
+def _refused(what: str) -> ProgramError:
+    return ProgramError(
+        message(
+            f"the program cannot be saved: {what}",
+            why="A saved program is one graph, made of what every process finds by its name.",
+            cure="Without it, start with warm caches of Inductor: TORCHINDUCTOR_CACHE_DIR.",
+        )
+    )
+
+
+def _compiled_part(compiled: Any) -> tuple[Any, torch.nn.Module | None, dict[str, Any]]:
+    """The function that Dynamo traced, its module, and how :func:`load` is to compile it."""
+    if isinstance(compiled, torch.nn.Module) and hasattr(compiled.forward, "__pcg_function__"):
+        compiled = compiled.forward
+    decorated: CompiledFunction | None = getattr(compiled, "__pcg_function__", None)
+    if decorated is not None:
+        module = decorated.bound if decorated.bound is not None else getattr(compiled, "__self__", None)
+        dynamic = dict(decorated.dynamic) if decorated.dynamic is not None else None
+        about = {
+            "way": "piecewise",
+            "guards": decorated.guards,
+            "dynamic": dynamic,
+            "name": decorated.function.__name__,
+        }
+        return decorated.own, module, {**about, "options": _options_data(decorated.options)}
+    model = getattr(compiled, "_orig_mod", None)
+    wrapper: Any = wrapper_of(compiled)
+    if model is None or wrapper is None:
+        raise _refused("it is neither a decorated function nor what torch.compile made of a module")
+    options = Options.parse(wrapper.kwargs.get("options"))
+    about = {"way": "torch.compile", "guards": "dynamo", "dynamic": wrapper.dynamic, "name": "forward"}
+    return model.forward, model, {**about, "options": _options_data(options)}
+
+
+def _options_data(options: Options) -> dict[str, Any]:
+    found = dataclasses.asdict(options)
+    if not isinstance(options.compiler, str):
+        raise _refused(f"the compiler {options.compiler!r}, whose results pcg knows nothing of")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def _only_graph(compiled: Any) -> TracedGraph:
+    graphs = graphs_of(compiled)
+    if not graphs:
+        raise _refused("the model was not called yet; call it once, or warm it up")
+    if len(graphs) > 1:
+        raise _refused(f"it has {len(graphs)} graphs; see pcg.explain() for what breaks the graph")
+    counters, runtime = graphs[0]
+    traced: TracedGraph | None = getattr(runtime, "traced", None)
+    if traced is None:
+        reasons = [fallback.reason for fallback in counters.snapshot().fallbacks]
+        raise _refused(reasons[0] if reasons else "it was loaded from a file itself: copy that file")
+    if isinstance(traced.form, NoFastCall):
+        raise _refused(str(traced.form))
+    return traced
+
+
+def _content(
+    traced: TracedGraph, function: Any, model: torch.nn.Module | None, about: dict[str, Any]
+) -> tuple[dict[str, Any], CodeType]:
+    runtime, form = traced.runtime, traced.form
+    assert isinstance(form, ArgumentForm) and traced.code is not None and traced.state is not None
+    plain = getattr(function, "__func__", function)
+    if traced.original is None or traced.original.co_code != plain.__code__.co_code:
+        raise CannotSave(f"Dynamo traced {traced.original and traced.original.co_name} and not {plain.__name__}")
+    gm, plan = runtime.context.source, runtime.plan
+    values = {spec.position: spec for spec in plan.inputs if spec.position >= 0}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    others = traced.weights.others if traced.weights is not None else ()
+    content = {
+        "format": _FORMAT,
+        "versions": versions(),
+        "device": device_data(runtime.shared.device),
+        **about,
+        "sources": sources_data(traced.codes),
+        "model": model_data(_roots(model, others), function),
+        "graph": graph_to_data(gm),
+        "inputs": [_input_data(node, values[i], traced) for i, node in enumerate(placeholders)],
+        "symbols": [[s.name, *source_of_symbol(traced.fake_mode, s), bool(s.is_positive)] for s in form.symbols],
+        "conditions": [encode_expression(condition) for condition in form.conditions],
+        "layouts": [encode_expression(condition) for condition in traced.layouts],
+        "form": _form_data(form),
+        "state": list(traced.state.saved()),
+        "weights": traced.weights.places if traced.weights is not None else None,
+        "globals": globals_of_code(traced.code, plain.__globals__, [code.co_names for code in traced.codes]),
+    }
+    return content, traced.code
+
+
+def _roots(model: torch.nn.Module | None, others: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [*([model] if model is not None else []), *others]
+
+
+def _input_data(node: Any, spec: Any, traced: TracedGraph) -> list[Any]:
+    value, name = spec.value, name_of_source(getattr(node, "_dynamo_source", None))
+    if isinstance(value, torch.SymInt) or type(value) is int:
+        return [encode_expression(symbol_of(traced.fake_mode, value)), name]
+    if not isinstance(value, torch.Tensor):
+        raise CannotSave(f"{node.name}, a {type(value).__name__} that changes")
+    sizes = [[encode_expression(symbol_of(traced.fake_mode, n)) for n in ns] for ns in (value.shape, value.stride())]
+    offset = encode_expression(symbol_of(traced.fake_mode, value.storage_offset()))
+    return [*sizes, offset, encode(value.dtype), encode(value.device), spec.kind == "static", name]
+
+
+def _form_data(form: ArgumentForm) -> dict[str, Any]:
+    found = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
+    del found["symbols"], found["conditions"]
+    derived = [[i, d, stride, product.factor, list(product.places)] for i, d, stride, product in form.derived]
+    found["constants"] = [(i, {"": named_constant(c)} if named_constant(c) else c) for i, c in form.constants]
+    return {name: encode(value) for name, value in found.items() if name != "derived"} | {"derived": derived}
+
+
+def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
+    """Reads a program that :func:`save` wrote, for the same model: no Dynamo, no Inductor, captured graphs made anew.
+
+    Returns what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, with the same options. Calls that
+    look like the one that was traced run the program; weights that are replaced or moved are followed. Other calls are
+    traced by Dynamo as usual. Until it does, the model's code is taken to be what was saved: attributes, globals,
+    closures and patched functions are not compared at each call.
+
+    A program holds code: load only files that you trust.
+
+    Args:
+        model: the module, or the function where one was decorated.
+        path: of the file.
+        options: what the options must be, where that matters to you.
+
+    Raises:
+        ProgramError: the file is damaged, or was made for another model, other options, another device, or by other
+            versions; the message says what differs.
+    """
+    content, code, artifacts = _read(path)
+    for name, here in versions().items():
+        compare(f"the version of {name}", content["versions"].get(name), here, path)
+    saved = Options(**content["options"])
+    _check_options(saved, options, path)
+    device = content["device"]
+    if device["type"] == "cuda":
+        if not torch.cuda.is_available():
+            raise different("the device", device["name"], "a CPU", path)
+        compare("the GPU", device, device_data(torch.device("cuda", torch.cuda.current_device())), path)
+    check_sources(content["sources"], path)
+    function, module = _function_of(model, content)
+    if artifacts:
+        torch.compiler.load_cache_artifacts(artifacts)
+    if content["way"] == "torch.compile":
+        compiled: Any = torch.compile(model, backend="pcg", options=content["options"], dynamic=content["dynamic"])
+        program = _program(content, code, function, module, path)
+        owner = wrapper_of(compiled)
+        program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner))
+        compiled.forward = ModuleCalls(program, model, owner, compiled.forward)
+        return compiled
+    if hasattr(function, "__pcg_function__"):
+        wrapper = function
+        mine = function.__pcg_function__.options
+        compare("the options of the decorated function", _options_data(saved), _options_data(mine), path)
+    else:
+        dynamic = content["dynamic"]
+        if dynamic is not None:
+            dynamic = {name: tuple(dims) if isinstance(dims, list) else dims for name, dims in dynamic.items()}
+        wrapper = decorate(function, dynamic, content["guards"], saved)
+    decorated: CompiledFunction = wrapper.__pcg_function__
+    program = _program(content, code, decorated.own, module, path)
+    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, decorated.backend))
+    decorated.fast = (program, *decorated.fast)
+    return wrapper
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes]:
+    try:
+        with zipfile.ZipFile(path) as file:
+            content = json.loads(file.read("program.json"))
+            if content["format"] != _FORMAT:
+                raise different("the format of programs", content["format"], _FORMAT, path)
+            if content["versions"]["Python"] != platform.python_version():
+                # Its code could not even be read; the caller compares versions first.
+                return content, (lambda: None).__code__, b""
+            return content, marshal.loads(file.read("code")), file.read("inductor")
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError) as error:
+        raise ProgramError(
+            message(
+                f"{os.fspath(path)} is no saved program, or is damaged ({type(error).__name__}: {error})",
+                why=_TRUST,
+                cure="Write it again: pcg.save(compiled, path)",
+            )
+        ) from error
+
+
+def _check_options(saved: Options, wanted: Mapping[str, Any], path: Any) -> None:
+    try:
+        parsed = Options.parse(wanted)
+    except OptionsError as error:
+        raise ProgramError(str(error)) from error
+    for name in wanted:
+        compare(f"the option {name!r}", getattr(saved, name), getattr(parsed, name), path)
+
+
+def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.Module | None]:
+    """What was compiled of a model."""
+    module = model if isinstance(model, torch.nn.Module) else None
+    function = getattr(model, content["name"]) if module is not None else model
+    if not callable(function):
+        raise ProgramError(f"{model!r} is neither a module nor a function: pass what was compiled")
+    if module is None and isinstance(getattr(function, "__self__", None), torch.nn.Module):
+        module = function.__self__
+    return function, module
+
+
+def _program(
+    content: Mapping[str, Any], code: CodeType, function: Any, module: torch.nn.Module | None, path: Any
+) -> SavedProgram:
+    others = modules_of(function) if content["weights"] is not None else ()
+    here, saved = model_data(_roots(module, others), function), content["model"]
+    for name in (*saved, *here):
+        compare(name, saved.get(name, "missing"), here.get(name, "missing"), path)
+    try:
+        return SavedProgram(content, code, function, module, others)
+    except (WeightsChanged, KeyError, ValueError, TypeError, ImportError, AttributeError) as error:
+        raise ProgramError(
+            message(
+                f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error})",
+                why=_TRUST,
+                cure="Write it again: pcg.save(compiled, path)",
+            )
+        ) from error
