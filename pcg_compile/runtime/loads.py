@@ -16,7 +16,7 @@ from ..memory.views import expanded_dims, looks_like, real_rows, unexpanded
 from ..torch_compat.cuda import FEW_COPIES, foreach_copy
 from .draft import Draft
 from .program import Frame, Load, LookUpRows, PadInput
-from .row_padding import PaddedLoad, fill_padding, padded_load
+from .row_padding import PaddedLoad, RowsOf, fill_padding, padded_load
 
 __all__ = ["add_loads"]
 
@@ -32,6 +32,7 @@ class _Loads:
         self.in_place: list[tuple[int, InputSpec]] = []
         self.expanded: list[Load] = []
         self.padded: dict[int, PaddedLoad] = {}
+        self.rows: RowsOf = {}
         self.last: list[LookUpRows | PadInput] = []
 
 
@@ -169,7 +170,7 @@ def _copy_in(d: Draft, loads: _Loads, spec: InputSpec, target: torch.Tensor | No
         fills = fill_padding(target, spec.value, d.sizes, 0, masking)
         for dim in masking:
             target = target.narrow(dim, 0, real.shape[dim])
-        load = padded_load(spec, target, tuple(real.shape), expanded)
+        load = padded_load(spec, target, tuple(real.shape), expanded, loads.rows)
     loads.last += [PadInput(fill, _names([spec])) for fill in fills]
     if load is not None:
         loads.padded[spec.position] = load

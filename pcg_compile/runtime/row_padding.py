@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import sympy
@@ -24,6 +25,11 @@ from .program import Frame
 __all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
 
 Sizes = Mapping[sympy.Symbol, int]
+#: Entries to take by (real, bucket) sizes of the padded dimensions.
+RowsOf = dict[tuple[tuple[int, int], ...], list[torch.Tensor]]
+
+#: Entries of an index that is expanded, 8 bytes each. A graph keeps some hundred programs, one index each.
+_MOST_EXPANDED = 2**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +62,45 @@ class PaddedLoad:
         torch.ops.aten.index.Tensor_out(source, self.index, out=self.target)
 
 
-def padded_load(spec: InputSpec, target: torch.Tensor, real: tuple[int, ...], expanded: list[int]) -> PaddedLoad | None:
-    """The load of an argument of shape ``real`` into ``target``, of the bucket's; None where nothing is padded."""
+def padded_load(
+    spec: InputSpec, target: torch.Tensor, real: tuple[int, ...], expanded: list[int], rows: RowsOf
+) -> PaddedLoad | None:
+    """The load of an argument of shape ``real`` into ``target``, of the bucket's; None where nothing is padded.
+
+    Args:
+        rows: what :func:`rows_to_take` has made for the program's other inputs.
+    """
     target = unexpanded(target, expanded)
     padded = [d for d, n in enumerate(real) if d not in expanded and n != target.shape[d]]
     if not padded:
         return None
+    key = tuple((real[d], target.shape[d]) for d in padded)
+    if key not in rows:
+        rows[key] = rows_to_take(key, target.device)
     index: list[torch.Tensor | None] = [None] * target.dim()
-    for i, d in enumerate(padded):
-        rows = torch.arange(target.shape[d], device=target.device)
-        rows[real[d] :] = 0
-        index[d] = rows.view(-1, *[1] * (len(padded) - 1 - i))
+    for d, entries in zip(padded, rows[key], strict=True):
+        index[d] = entries
     if padded != list(range(padded[0], padded[-1] + 1)):
         # Indexed dimensions with others between them come first in the result.
         target = target.permute(*padded, *(d for d in range(target.dim()) if d not in padded))
     return PaddedLoad([spec], target, index, expanded)
+
+
+def rows_to_take(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
+    """For each padded dimension of (real, bucket) sizes the entries to gather: the real ones, then the first again.
+
+    On a GPU, a gather along several dimensions first copies indices whose strides differ. Small ones are expanded here,
+    which saves those launches; where they are large, the gather itself takes longer than a launch.
+    """
+    entries = []
+    for i, (real, bucket) in enumerate(sizes):
+        rows = torch.arange(bucket, device=device)
+        rows[real:] = 0
+        entries.append(rows.view(-1, *[1] * (len(sizes) - 1 - i)))
+    small = prod(bucket for _, bucket in sizes) <= _MOST_EXPANDED
+    if len(entries) > 1 and small and device.type == "cuda":
+        return [rows.contiguous() for rows in torch.broadcast_tensors(*entries)]
+    return entries
 
 
 def repeat_row_zero(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[Callable[[], Any]]:
