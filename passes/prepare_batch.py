@@ -142,7 +142,7 @@ class _Attention(Rewriter):
         self.facts[out] = self.facts[node]
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
-        return text
+        return str(text)
 
     def computed_by(self, shapes: Iterable[str]) -> str:
         """What computes attention in the step's cache, and why it is not something faster."""
