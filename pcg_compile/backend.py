@@ -23,19 +23,18 @@ from .distributed.lowering import (
     release_at_exit,
 )
 from .errors import Hazard, OptionsError, PCGError, SplitOpNotFound, UnsafePadding
-from .fx.attributes import attributes_as_inputs
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
 from .fx.contexts import region_without_gradients, switches_gradients_on
 from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, squeezed_sizes, trace_facts, update_facts
 from .fx.fake_storages import told_apart
+from .fx.graph_inputs import attributes_as_inputs, strange_tensor
 from .fx.inplace_shapes import shape_by_views
 from .fx.places import name_of_input, place_of, place_of_stack, place_parts
 from .fx.plan import PieceItem, Plan, SplitOpItem, make_plan
 from .fx.sizes import expr_of, sizes_of, symbol_values
 from .fx.splitting import find_cuts, name_tuple_elements, op_names, segments_of
 from .fx.submodules import Compiled, compile_piece, copy_graph, structure_of
-from .fx.unsupported_tensors import strange_tensor
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext

@@ -1,4 +1,4 @@
-"""May a piece be captured at a bucket? Only if its real rows cannot depend on padding rows.
+"""Decides whether a piece may be captured at a bucket: only if its real rows cannot depend on padding rows.
 
 The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`). The real entries of every
 input are right and lie first. Each op's rule (:mod:`.rules`) says where the result's are, or that they may depend on
