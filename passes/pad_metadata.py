@@ -1,6 +1,6 @@
 """Pads the metadata that a split op declares among its arguments by one padding request.
 
-For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so that the op can run on bucket-sized
+For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so the op can run on bucket-sized
 tensors: the padding tokens form a request of their own, which no real one sees. Each distinct source is padded once,
 for all layers. Slots of padding tokens lie in the scratch page, and declared maxima are raised to the tokens of the
 bucket, since the padding request may be the longest.
@@ -24,8 +24,8 @@ from .request_mode import Unproven, prove_request
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 
-# Each returns memory of its own, also where there is no padding: that of a source which a piece computed is used again
-# once its last reader has run.
+# Each returns new memory even without padding: the memory of a source that a piece computed is reused once its last
+# reader has run.
 
 
 def pad_indptr(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -
     """:func:`pad_indptr` of a cumulative sum of tokens.
 
     Raises:
-        BatchError: it does not end at the number of tokens, so that the padding would be somebody else's.
+        BatchError: it does not end at the number of tokens, so padding would belong to a real request.
     """
     if bucket != tokens and indptr.device.type == "cpu" and int(indptr[-1]) != tokens:
         raise BatchError(

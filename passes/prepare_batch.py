@@ -38,7 +38,7 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     """Rewrites every ``pcg::paged_attention``; a graph without one stays as it is.
 
     Raises:
-        BatchError: no step with a cache is running, so that the size of its pages is unknown; a layer that the cache
+        BatchError: no step with a cache is running, so the size of its pages is unknown; a layer that the cache
             does not fit; attention layers that see different numbers of tokens, or that store other keys or values in
             one layer of the cache.
     """

@@ -45,7 +45,7 @@ def scalar_writes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
     A tensor made of one Python number on the device (``torch.tensor(0.5, device=x.device)``) becomes a device fill in
     either case: it has the same value and dtype, and is reported as a hazard of the eager code. A CPU tensor beside a
-    CUDA capture may be written to as one likes. The caller traces the facts anew, as the graph may have changed.
+    CUDA capture may be written freely. The caller traces the facts anew, as the graph may have changed.
 
     Raises:
         GraphBreakingScalarWrite: the first such write, unless ``context.collect``: then each is a Hazard, and isolated.
@@ -169,7 +169,7 @@ class _Writes:
         data = data_of(source, self.facts)
         if not isinstance(data, _PLAIN_NUMBERS) or any(map(source.kwargs.get, ("requires_grad", "pin_memory"))):
             return None
-        # Through the dtypes that the statement names, so that 0.1 as float32 stays that when it becomes float64.
+        # Through the dtypes that the statement names, so 0.1 as float32 stays that when it becomes float64.
         return torch.tensor(data, dtype=self.facts[source].value.dtype, device="cpu").to(value.dtype).item()
 
     def _fill_instead_of_copy(self, node: fx.Node, number: Any) -> None:

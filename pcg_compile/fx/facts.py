@@ -80,7 +80,7 @@ class OpCalls(TorchDispatchMode):
 
 
 class DataDecide(Exception):
-    """A node whose result cannot be told without its data, such as ``x[i]`` of a tensor ``i`` without dimensions."""
+    """A node whose result depends on data, such as ``x[i]`` of a tensor ``i`` without dimensions."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         super().__init__(why)
@@ -94,7 +94,7 @@ class _Tracer(fx.Interpreter):
         self.facts: dict[fx.Node, NodeFacts] = {}
         #: Only the rows of layers with adapters are followed from op to op.
         self.keep_results = any(str(node.target).startswith("pcg.lora") for node in gm.graph.nodes)
-        #: Whose memory something lies in cannot be told: the facts are of no use.
+        #: It is unknown whose memory a tensor lies in: the facts are useless.
         self.ambiguous = False
 
     def run_node(self, n: fx.Node) -> Any:
@@ -134,7 +134,7 @@ class _Tracer(fx.Interpreter):
 def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any], keep_results: bool = False) -> dict[fx.Node, NodeFacts]:
     """Facts of every node of ``gm``, from one interpretation on fake ``inputs`` (tensors, ints, SymInts).
 
-    Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
+    Inputs are detached first, so an op that changes a tensor's metadata in place cannot reach the
     caller's fake tensors. Each lies in memory of its own, whatever the call that was traced had.
 
     Args:
@@ -286,5 +286,5 @@ def _looks_alike(one: Any, other: Any) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False
     same = one.dtype == other.dtype and one.device == other.device and one.layout == other.layout
-    # As text, so that no guard on a size is made.
+    # As text, so no guard on a size is made.
     return same and str((one.shape, one.stride())) == str((other.shape, other.stride()))
