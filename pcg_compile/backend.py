@@ -28,10 +28,10 @@ from .distributed.lowering import (
 )
 from .errors import Hazard, OptionsError, SplitOpNotFound
 from .fx.assemble import make_plan
-from .fx.attributes import attributes_as_inputs
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
 from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, trace_facts, update_facts
+from .fx.graph_inputs import attributes_as_inputs, strange_tensor
 from .fx.inplace_shapes import shape_by_views
 from .fx.padding_decisions import decide_padding, padding_hazards
 from .fx.places import place_of, place_of_stack
@@ -39,7 +39,6 @@ from .fx.plan import PieceItem, Plan
 from .fx.sizes import expr_of, sizes_of, symbol_values
 from .fx.splitting import find_cuts, name_tuple_elements, op_names, segments_of
 from .fx.submodules import Compiled, compile_piece, copy_graph
-from .fx.unsupported_tensors import strange_tensor
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
