@@ -228,8 +228,9 @@ class StepState:
     def user_ids(self) -> torch.Tensor:
         """The same for the ids that the batch was made with."""
         if self._ids is None:
-            block = self._block()
-            self._ids = self._to_user(self.batch.host_ids) if block is None else block[1]
+            block, ids = self._block(), self.batch.host_ids
+            assert ids is not None
+            self._ids = self._to_user(ids) if block is None else block[1]
         return self._ids
 
     def _block(self) -> torch.Tensor | None:

@@ -111,9 +111,7 @@ def _to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def bind_prepare_batch(
-    tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice"
-) -> Callable[[], None]:
+def bind_prepare_batch(tokens: int, shapes: str, *, mode: Literal["request", "slice"] = "slice") -> Callable[[], None]:
     """``pcg::prepare_batch`` for a bucket of ``tokens``: prepares whatever step runs when it is called.
 
     Attention is planned by the first layer that attends, when the device is busy with the piece before it.
