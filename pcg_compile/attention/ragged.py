@@ -95,6 +95,9 @@ def tiling_for(
         load = rows / _processors(device)
         if head_dim <= 64:
             return Tiling(small, 64, 2, 3, 2) if load > 4 else Tiling(small, 128, 4, stages, 1)
+        if load > 1 and group <= 2 and deep:
+            # Requests of different lengths, 43 to 256 of them.
+            return Tiling(small, 128, 4, 3, 2)
         if load > 4:
             return Tiling(small, 32, 1, 3, 4) if small == 16 else Tiling(small, 64, 2, 3, 2)
         return Tiling(small, 64, 4, stages, 1) if load > 1 or not deep else Tiling(small, 128, 4, stages, 1)
