@@ -153,7 +153,7 @@ class CompiledFunction:
             for fast in self.fast:
                 fast.weights.of(module)
         except WeightsChanged as change:
-            _LOG.info("%s is traced again: %s", self.function.__qualname__, change)
+            _LOG.warning("%s is traced again: %s", self.function.__qualname__, change)
             self._start()
 
     def _learn(self, running: Call) -> None:

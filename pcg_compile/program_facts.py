@@ -77,7 +77,10 @@ def check_sources(sources: Sequence[Sequence[Any]], path: Any) -> None:
     Raises:
         ProgramError: one has changed.
     """
+    by_file = {_file_of(module): name for name, module in list(sys.modules.items())}
     for module, file, first, name, saved, used in sources:
+        # The script that runs has another name than when it is imported.
+        module = module if module in sys.modules and module != "__main__" else by_file.get(file)
         here = _file_of(sys.modules.get(module)) or file
         linecache.checkcache(here)
         text = _source_text(here, first)
