@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "first_step_s": "from the model in memory to the end of its first step of 61 tokens: trace, compile, capture, run",
-    "process_s": "from the start of the process to the end of that step, without making the weights and running eagerly",
+    "process_s": "from the start of the process to the end of that step, the model itself left out",
     "second_size_s": "the first step of another size, in another bucket",
     "compiled": "distinct pieces that pcg compiled; null for torch.compile",
     "cache_hits, cache_misses": "of Inductor's FX graph cache and AOTAutograd's cache together",
