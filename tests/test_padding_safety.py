@@ -164,11 +164,11 @@ def test_strict_refuses_what_mixes():
 
 
 @pytest.mark.parametrize(("op", "captured"), [("row", True), ("mix", False), ("size", False)])
-def test_probe(op, recorded):
+def test_probe(op, captured):
     function = lambda x: getattr(torch.ops.opaque, op)(x + 1) * 2
     run = run_at_all_sizes(function, sizes=(4, 3, 1, 8, 5, 16))
-    assert (pcg.stats(run).replays > 0) == recorded
-    assert recorded or any("by the probe" in f.reason for f in pcg.stats(run).fallbacks)
+    assert (pcg.stats(run).replays > 0) == captured
+    assert captured or any("by the probe" in f.reason for f in pcg.stats(run).fallbacks)
     torch._dynamo.reset()
     strict = pcg.piecewise(buckets=[4], compiler="eager", strict=True)(function)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="opaque"):
