@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "call_us": "the compiled model, its program emptied: guards, entry, inputs in, outputs out",
-    "first_launch_us": "from the caller's line to where the first kernel is launched: all checks, no copy of an input yet",
+    "first_launch_us": "from the caller's line to the launch of the first kernel, which copies the inputs: all checks",
     "entry_us": "of these, what comes before pcg's runtime",
     "runtime_us": "of these, pcg's runtime: choice of the program, address check, inputs in, outputs out",
     "address_check_us": "of these, the comparison of all addresses",

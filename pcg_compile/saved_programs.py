@@ -144,7 +144,7 @@ def _content(
     assert isinstance(form, ArgumentForm) and traced.code is not None and traced.state is not None
     plain = getattr(function, "__func__", function)
     if traced.original is None or traced.original.co_code != plain.__code__.co_code:
-        raise CannotSave(f"Dynamo traced {traced.original and traced.original.co_name} and not {plain.__name__}")
+        raise CannotSave(f"{plain.__qualname__} is torch's own code, or wrapped by it; call it in a function or module of yours")
     gm, plan = runtime.context.source, runtime.plan
     values = {spec.position: spec for spec in plan.inputs if spec.position >= 0}
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -212,8 +212,8 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
             versions; the message says what differs.
     """
     content, code, artifacts = _read(path)
-    for name, here in versions().items():
-        compare(f"the version of {name}", content["versions"].get(name), here, path)
+    for name, number in versions().items():
+        compare(f"the version of {name}", content["versions"].get(name), number, path)
     saved = Options(**content["options"])
     _check_options(saved, options, path)
     device = content["device"]
