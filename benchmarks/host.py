@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "call_us": "the compiled model, its program emptied: guards, entry, inputs in, outputs out",
+    "first_launch_us": "from the caller's line to the launch of the first kernel, which copies the inputs: all checks",
     "entry_us": "of these, what comes before pcg's runtime",
     "runtime_us": "of these, pcg's runtime: choice of the program, address check, inputs in, outputs out",
     "address_check_us": "of these, the comparison of all addresses",
@@ -89,6 +92,7 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         full = median_us(call, max(3, repeats // 20), cache.device)
         body.calls = ()
         emptied = median_us(call, repeats)
+        launched = _first_launch_us(program, call, repeats)
         inside = median_us(lambda: runtime(*arguments), repeats)
         check = median_us(lambda: runtime.binding(arguments, require_step("a benchmark")), repeats)
         body.calls = (_nothing,) * len(calls)
@@ -101,11 +105,25 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         "arguments": len(arguments),
         "full_us": full,
         "call_us": emptied,
+        "first_launch_us": launched,
         "entry_us": round(emptied - inside, 2),
         "runtime_us": inside,
         "address_check_us": check,
         "glue_us": round(nothing - loop, 2),
     }
+
+
+def _first_launch_us(program: Any, call: Callable[[], Any], repeats: int) -> float:
+    """Host time from a call to the begin of its program."""
+    times: list[float] = []
+    program.start = lambda args: times.append(time.perf_counter() - began)
+    try:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            call()
+    finally:
+        del program.start
+    return round(1e6 * statistics.median(times), 2)
 
 
 def _nothing() -> None:
