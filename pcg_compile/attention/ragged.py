@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .triton_kernels import HEADER, ITEM, attend, schedule
+from .triton_kernels import attend
+from .triton_schedule import HEADER, ITEM, schedule
 
 #: Place of the page lists among the kernel's arguments.
 _INDICES = 6
