@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
                 except Exception as error:
                     results.say(f"n = {n} failed: {one_line(error)}")
                     continue
-                row["ratio"] = round(row["recorded_wall_ms"] / row["exact_wall_ms"], 3)
+                row["ratio"] = round(row["captured_wall_ms"] / row["exact_wall_ms"], 3)
                 ratios[fill].append((n, row["ratio"]))
                 results.add(bucket=bucket, fill=fill, n=n, **row)
         results.data["crossover"] = {fill: crossing(points) for fill, points in ratios.items()}

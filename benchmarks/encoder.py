@@ -149,7 +149,7 @@ def _compare(
         rows["pcg"] |= {
             "padding": round(example.padding(given), 3),
             "pieces": stats.pieces,
-            "captured graphs": stats.captured,
+            "captures": stats.captured,
             "made_while_timed": again,
             "fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks],
         }

@@ -81,7 +81,7 @@ class World:
                 pcg.warmup(compiled, **inputs, buckets=buckets, progress=False)
             seconds, stats = time.perf_counter() - started, pcg.stats(compiled)
             results.add(
-                what="captured graphs", variant=name, seconds=round(seconds, 2), pieces=stats.pieces,
+                what="captures", variant=name, seconds=round(seconds, 2), pieces=stats.pieces,
                 compiled=stats.compiled, captured=stats.captured, buckets=len(stats.buckets),
                 mib=round(sum(bucket.bytes for bucket in stats.buckets.values()) / 2**20, 2),
                 pool_mib=round(self.pool.nbytes() / 2**20, 1) if pooled else None,

@@ -38,7 +38,7 @@ _NOTES = {
     "worst": "largest difference from eager over eager's largest value, over all comparisons",
     "memory_mib": "of the process (GPU: reserved on the device) when a fifth of the steps were made, and at the end",
     "objects": "of Python's garbage collector, at the same two moments",
-    "recordings_mib": "of captured graphs and their buffers, at the most, and the budget",
+    "captures_mib": "of captured graphs and their buffers, at the most, and the budget",
     "evicted": "buckets dropped because of the budget, and by the traffic itself, one in 200 steps",
     "recompiled": "graphs that Dynamo made after the first fifth of the steps",
 }
@@ -248,7 +248,7 @@ class Soak:
             "steps": self.steps, "compared": self.compared, "worst": float(f"{self.worst:.3g}"),
             "memory_mib": f"{begin['memory_mib']} -> {end['memory_mib']}",
             "objects": f"{begin['objects']} -> {end['objects']}",
-            "recordings_mib": f"{self.most_bytes / 2**20:.2f} of {self.budget / 2**20:.2f}",
+            "captures_mib": f"{self.most_bytes / 2**20:.2f} of {self.budget / 2**20:.2f}",
             "captured": stats.captured, "replays": stats.replays, "evicted": evicted + self.dropped,
             "adapter_loads": self.loads, "recompiled": end["graphs"] - begin["graphs"],
             "fallbacks": {f.reason: f.count for f in stats.fallbacks}, "faults": list(self.faults),

@@ -105,7 +105,7 @@ def capture_fails():
     """On rank 1 alone, once."""
     compiled, kv = compiled_of(parallel()), cache(WORLD)
     want = serve(make(1), cache(1), SIZES)
-    record, failed = ENGINE.record, []
+    record, failed = ENGINE.capture, []
 
     def broken(self, run, place, warm_up, pool=None, ready=lambda: None):
         if RANK == 1 and len(failed) < 1 and pool:
@@ -113,7 +113,7 @@ def capture_fails():
             raise RuntimeError("out of memory")
         return record(self, run, place, warm_up, pool, ready)
 
-    ENGINE.record = broken
+    ENGINE.capture = broken
     got = serve(compiled, kv, SIZES)
     return {
         "worst": max((a - b).abs().max().item() for a, b in zip(want, got, strict=True)),

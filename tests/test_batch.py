@@ -377,10 +377,10 @@ def test_a_cache_that_no_attention_uses_is_warned_of(caplog):
     x = torch.randn(3, 1, 4)
     with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
         attention(x, x, x)
-    assert not caplog.captures
+    assert not caplog.records
     with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
-    (record,) = caplog.captures
+    (record,) = caplog.records
     assert "no attention used it" in record.message and 'attn_implementation="pcg"' in record.message
 
 

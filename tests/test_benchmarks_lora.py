@@ -71,7 +71,7 @@ def test_all_ways_agree_and_what_is_wrong_is_not_timed(tmp_path, other_pefts):
     for load in kinds["load"]:
         assert load["adapters"] == 17 and load["made"] == 0 and load["captured_before"] == load["captured_after"] > 0
         assert min(load["load_ms"], load["reload_ms"]) > 0
-    plain, pooled = kinds["captured graphs"]
+    plain, pooled = kinds["captures"]
     assert plain["captured"] == pooled["captured"] and pooled["pool_mib"] > 0 and plain["mib"] > 0
 
 

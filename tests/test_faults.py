@@ -63,7 +63,7 @@ class Failing:
 
     def __init__(self, monkeypatch, which, error, late=False):
         self.seen = 0
-        record = StaticReplay.record
+        record = StaticReplay.capture
 
         def broken(engine, run, place, warm_up, pool=None, *rest):
             if pool is None:

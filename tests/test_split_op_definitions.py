@@ -135,7 +135,7 @@ def test_a_role_that_fits_no_argument_is_an_error_at_definition(roles, parts):
             return q
 
     assert all(part in str(raised.value) for part in parts), str(raised.value)
-    assert "definitions::bad_roles" not in pcg.ops.registered_split_ops()
+    assert "definitions::bad_roles" not in pcg.split_ops.registered_split_ops()
     assert not hasattr(torch.ops.definitions, "bad_roles")
 
 
@@ -147,7 +147,7 @@ def test_registering_an_op_of_somebody_elses_checks_its_roles_too(roles, parts):
         with pytest.raises(pcg.errors.OptionsError) as raised:
             pcg.register_split_op(name, **roles)
         assert all(part in str(raised.value) for part in parts), str(raised.value)
-        assert name not in pcg.ops.registered_split_ops()
+        assert name not in pcg.split_ops.registered_split_ops()
 
 
 def test_an_op_that_is_defined_later_is_checked_when_a_graph_has_it():
@@ -186,4 +186,4 @@ def test_other_mistakes_of_a_definition(name, keywords, parts):
             return q
 
     assert all(part in str(raised.value) for part in parts), str(raised.value)
-    assert name not in pcg.ops.registered_split_ops()
+    assert name not in pcg.split_ops.registered_split_ops()
