@@ -217,7 +217,7 @@ def test_passes_by_either_name_are_one_module(first):
         "for name in names:\n"
         "    assert importlib.import_module(name) is importlib.import_module('pcg_compile.' + name), name\n"
         "import passes.scalar_writes\n"
-        "from passes.padding_safety.analysis import register_row_rule\n"
+        "from passes.padding_safety.rules import register_row_rule\n"
         "assert passes.scalar_writes is pcg_compile.passes.scalar_writes\n"
         "assert register_row_rule is pcg_compile.register_row_rule\n"
     )
