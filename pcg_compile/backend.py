@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .attention.ops import refuse_gradients
-from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all, weights_of_call
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, weights_of_call
 from .distributed.lowering import (
     agreement_of,
     collective_outside_captures,
@@ -60,6 +60,7 @@ from .torch_compat.dynamo_wrappers import calling_wrapper
 from .torch_compat.fake_tensors import fake_inputs, fake_mode_of
 from .torch_compat.guards import layouts_apart, shape_guards
 from .torch_compat.inductor import compile_all_with_inductor, prepare_inductor, start_inductor_workers
+from .traces import watch_all
 
 __all__ = ["compile_graph", "pcg", "watched"]
 
