@@ -16,13 +16,8 @@ import sympy
 import torch
 from torch import fx
 
-<<<<<<< HEAD
-from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all, weights_of_call
-from .counters import Counters
-=======
-from .attention.ops import refuse_gradients
 from .calls import Counted, check_shown_sizes, graph_handed, traced_code, weights_of_call
->>>>>>> w-callpath
+from .counters import Counters
 from .distributed.lowering import (
     agreement_of,
     collective_outside_captures,
@@ -58,13 +53,9 @@ from .torch_compat.dynamo_traces import watch_traces
 from .torch_compat.dynamo_wrappers import calling_wrapper
 from .torch_compat.fake_tensors import fake_inputs, fake_mode_of
 from .torch_compat.guards import layouts_apart, shape_guards
-<<<<<<< HEAD
 from .torch_compat.inductor import prepare_inductor, start_inductor_workers
-from .uncaptured import Uncaptured, refuse_gradients, refuse_squeezed_sizes, refuse_strange_tensors
-=======
-from .torch_compat.inductor import compile_all_with_inductor, prepare_inductor, start_inductor_workers
 from .traces import watch_all
->>>>>>> w-callpath
+from .uncaptured import Uncaptured, refuse_gradients, refuse_squeezed_sizes, refuse_strange_tensors
 
 __all__ = ["compile_graph", "pcg", "watched"]
 
