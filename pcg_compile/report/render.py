@@ -104,6 +104,8 @@ def _below(graph: GraphReport) -> str:
         how = "without captured graphs" if graph.timeline.bucket is None else "from captured graphs"
         gaps = 1e3 * graph.timeline.gap_seconds()
         parts.append(f"a step {how}: {1e3 * graph.timeline.seconds:.3g} ms, {gaps:.2g} ms of it between calls")
+    if graph.entry_seconds is not None:
+        parts.append(f"{1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}")
     return "; ".join(parts)
 
 
