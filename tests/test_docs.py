@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory):
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoints")
-    words = {word: i for i, word in enumerate("[UNK] Once upon a time CUDA graphs are".split())}
+    words = {word: i for i, word in enumerate(["[UNK]", "Once", "upon", "a", "time", "CUDA", "graphs", "are"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
