@@ -14,8 +14,17 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Of the repository, to their place in the site.
-PAGES = {"README.md": "index.md", "DESIGN.md": "design.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FILES = ("LICENSE", "CITATION.cff", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "examples").glob("[!.]*.*"))))
+PAGES = {
+    "README.md": "index.md",
+    "DESIGN.md": "design.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+FILES = (
+    "LICENSE",
+    "CITATION.cff",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "examples").glob("[!.]*.*"))),
+)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
