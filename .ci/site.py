@@ -1,7 +1,7 @@
 """Hooks of mkdocs: the README is the site's first page, and links to files outside docs/ lead to pages of the site.
 
-Links are written for a reader of the repository, ``../examples/encoder.py`` or ``docs/lora.md``. On the site the project's
-texts, examples and notebooks lie beside the guides.
+Links are written for a reader of the repository, ``../examples/encoder.py`` or ``docs/lora.md``. On the site the
+project's texts, examples and notebooks lie beside the guides.
 """
 
 from __future__ import annotations

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.testing._internal.common_methods_invocations import op_db
 
 from pcg_compile.fx.facts import OpCalls, arguments_of, tensors_in
 from pcg_compile.passes.dimension_maps import MAPPED, map_of
 from pcg_compile.passes.padding_safety.rules import packet_of
+
+pytest.importorskip("expecttest", reason="torch's database of ops needs expecttest")
+from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 
 #: Ops of PyTorch's database that dispatch what the table knows.
 CHOSEN = (
