@@ -1,7 +1,7 @@
 """Hooks of mkdocs: the README is the site's first page, and links to files outside docs/ lead to pages of the site.
 
-Links are written for a reader of the repository, ``../examples/encoder.py`` or ``docs/lora.md``. On the site the project's
-texts, examples and notebooks lie beside the guides.
+Links are written for a reader of the repository, ``../examples/encoder.py`` or ``docs/lora.md``. On the site the
+project's texts, examples and notebooks lie beside the guides.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Of the repository, to their place in the site.
-PAGES = {"README.md": "index.md", "DESIGN.md": "design.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FILES = ("LICENSE", "CITATION.cff", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "examples").glob("[!.]*.*"))))
+PAGES = {
+    "README.md": "index.md",
+    "DESIGN.md": "design.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+FILES = (
+    "LICENSE",
+    "CITATION.cff",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "examples").glob("[!.]*.*"))),
+)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -42,3 +51,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({target}"
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings have roles such as ``:class:`X```: the name alone is shown."""
+    return re.sub(r":(?:class|func|meth|attr|exc|mod):(<code>)?", r"\1", html)
