@@ -29,7 +29,7 @@ demo: $(VENV)/.demo  ## a Llama with paged attention, pcg against eager; on the 
 	@$(BIN)/python -u examples/quickstart.py
 
 test: $(VENV)/.made  ## all tests that this machine can run
-	@echo "==> 3 of 3: running the tests (about an hour on 2 CPU cores; one file: $(BIN)/python -m pytest tests/test_batch.py)"
+	@echo "==> 3 of 3: running the tests (tens of minutes on 2 CPU cores; one file: $(BIN)/python -m pytest tests/test_batch.py)"
 	@$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
 
 docs: $(VENV)/.docs  ## the documentation as a site in site/, every warning an error

@@ -51,3 +51,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({target}"
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings have roles such as ``:class:`X```: the name alone is shown."""
+    return re.sub(r":(?:class|func|meth|attr|exc|mod):(<code>)?", r"\1", html)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,10 @@ def texts(notebook: Any) -> list[str]:
 
 
 def main() -> None:
+    """Stores the outputs of all notebooks, or of those whose names begin with an argument."""
     os.environ |= environment()
     os.environ.pop("MPLBACKEND", None)
-    for path in sorted(EXAMPLES.glob("*.ipynb")):
+    for path in sorted(path for name in sys.argv[1:] or [""] for path in EXAMPLES.glob(f"{name}*.ipynb")):
         print(f"    {path.name}", flush=True)
         notebook = execute(path)
         for number, cell in enumerate(notebook.cells):

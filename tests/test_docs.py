@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -55,14 +57,16 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys, request):
     torch._dynamo.reset()
     torch.manual_seed(0)
     monkeypatch.chdir(request.getfixturevalue("checkpoints") if page.stem == "README" else tmp_path)
-    namespace = {"__name__": "__main__"}
+    # A module that can be imported: Dynamo looks up globals of functions that it inlines by their module's name.
+    module = types.ModuleType("documentation_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     ran = 0
     for info, code in blocks(page):
         program = compile(code, str(page), "exec")
         if "no-run" in info:
             continue
         capsys.readouterr()
-        exec(program, namespace)
+        exec(program, module.__dict__)
         output = capsys.readouterr().out
         for wanted in re.findall(r"# prints: (.+)", code):
             if re.search(r"(ends|seg_indptr)\[0\] = 0", code) and host_scalar_write() == "fills":
