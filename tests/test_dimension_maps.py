@@ -10,7 +10,7 @@ from pcg_compile.passes.dimension_maps import MAPPED, map_of
 from pcg_compile.passes.padding_safety.rules import packet_of
 
 pytest.importorskip("expecttest", reason="torch's database of ops needs expecttest")
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
 
 #: Ops of PyTorch's database that dispatch what the table knows.
 CHOSEN = (
