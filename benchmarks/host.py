@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "call_us": "the compiled model, its program emptied: guards, entry, inputs in, outputs out",
+    "first_launch_us": "from the caller's line to the launch of the first kernel, which copies the inputs: all checks",
     "entry_us": "of these, what comes before pcg's runtime",
     "runtime_us": "of these, pcg's runtime: choice of the program, address check, inputs in, outputs out",
     "address_check_us": "of these, the comparison of all addresses",
@@ -66,7 +69,8 @@ _NOTES = {
     "step_us": "entering and leaving the step, positions to the device included",
     "prepare_us": "tables, padding to a bucket, one copy to the device",
     "plan_us": "attention's planner (FlashInfer)",
-    "total_us": "Batch from lists, step, positions, prepare, plan",
+    "total_us": "Batch from lists, step, positions, prepare, plan; total_of_arrays_us: from arrays",
+    "advance_us": "the same by batch.advance(): the next decode step on pages that the requests have",
 }
 
 
@@ -88,6 +92,7 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         full = median_us(call, max(3, repeats // 20), cache.device)
         body.calls = ()
         emptied = median_us(call, repeats)
+        launched = _first_launch_us(program, call, repeats)
         inside = median_us(lambda: runtime(*arguments), repeats)
         check = median_us(lambda: runtime.binding(arguments, require_step("a benchmark")), repeats)
         body.calls = (_nothing,) * len(calls)
@@ -100,11 +105,25 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         "arguments": len(arguments),
         "full_us": full,
         "call_us": emptied,
+        "first_launch_us": launched,
         "entry_us": round(emptied - inside, 2),
         "runtime_us": inside,
         "address_check_us": check,
         "glue_us": round(nothing - loop, 2),
     }
+
+
+def _first_launch_us(program: Any, call: Callable[[], Any], repeats: int) -> float:
+    """Host time from a call to the begin of its program."""
+    times: list[float] = []
+    program.start = lambda args: times.append(time.perf_counter() - began)
+    try:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            call()
+    finally:
+        del program.start
+    return round(1e6 * statistics.median(times), 2)
 
 
 def _nothing() -> None:
@@ -134,7 +153,7 @@ def _metadata(shape: Any, device: torch.device, requests: int, repeats: int) -> 
     kv_lens = [draw.randint(64, 512) for _ in range(requests)]
     one = replace(shape, layers=1)
     cache = pcg.PagedKVCache(
-        1, 1 + sum(-(-kv // 16) for kv in kv_lens) + 8, 16, 1024, num_kv_heads=one.kv_heads, head_dim=one.head_dim,
+        1, 1 + sum(7 - -kv // 16 for kv in kv_lens), 16, 1024, num_kv_heads=one.kv_heads, head_dim=one.head_dim,
         dtype=dtype_of(device), device=device,
     )  # fmt: skip
     table = [cache.allocate(-(-kv // 16)) for kv in kv_lens]
@@ -150,11 +169,19 @@ def _metadata(shape: Any, device: torch.device, requests: int, repeats: int) -> 
     text = attention_of(one, device)
     names = [text] if device.type == "cuda" else []
 
-    def step() -> None:
-        batch = pcg.Batch(qo_lens, kv_lens, table)
+    def use(batch: pcg.Batch) -> None:
         with pcg.step(batch, cache):
             _ = batch.positions
             require_step("a benchmark").prepare(bucket, "request", names)
+
+    ahead = [pages + cache.allocate(7) for pages in table]
+    line = [pcg.Batch(qo_lens, kv_lens, ahead)]
+
+    def advance() -> None:
+        # A new batch now and then, ahead of full pages; the median is of the others.
+        last = line[0]
+        line[0] = last.advance() if last.age < 100 else pcg.Batch(qo_lens, kv_lens, ahead)
+        use(line[0])
 
     def bare() -> None:
         with pcg.step(made, cache):
@@ -165,14 +192,16 @@ def _metadata(shape: Any, device: torch.device, requests: int, repeats: int) -> 
         "batch_us": median_us(lambda: pcg.Batch(qo_lens, kv_lens, table), repeats, device),
         "batch_of_arrays_us": median_us(lambda: pcg.Batch(*arrays), repeats, device),
         "step_us": median_us(bare, repeats, device),
-        "total_us": median_us(step, repeats, device),
+        "total_us": median_us(lambda: use(pcg.Batch(qo_lens, kv_lens, table)), repeats, device),
+        "total_of_arrays_us": median_us(lambda: use(pcg.Batch(*arrays)), repeats, device),
+        "advance_us": median_us(advance, repeats, device),
     }
     with pcg.step(made, cache):
         state = require_step("a benchmark")
 
         def prepare(shapes: list[str]) -> None:
             made._tables.clear()
-            state.prepared = None
+            cache.current = state.prepared = None
             state.prepare(bucket, "request", shapes)
 
         plain = median_us(lambda: prepare([]), repeats, device)

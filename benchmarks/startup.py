@@ -15,7 +15,7 @@ from .common import Budget, Results
 
 __all__ = ["add_arguments", "run"]
 
-_WAYS = ("torch.compile", "pcg inductor", "pcg eager")
+_WAYS = ("torch.compile", "pcg inductor", "pcg saved", "pcg eager")
 _TOKENS = 61
 
 
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", choices=("shape", "tiny"), default="shape", help="of the layers")
     parser.add_argument("--budget", type=float, help="seconds; what would begin after them is left out (quick: 85)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--program", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,8 +46,11 @@ def run(args: argparse.Namespace) -> None:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     # Without Inductor there is nothing to keep.
-                    for caches in ("empty",) if way == "pcg eager" else ("empty", "warm"):
-                        row = _measure(args, way, depth, folder)
+                    states = {"pcg eager": ("empty",), "pcg saved": ("saving", "program")}.get(way, ("empty", "warm"))
+                    for caches in states:
+                        # With a saved program, Inductor's caches are empty all the same.
+                        caches_in = os.path.join(folder, caches) if way == "pcg saved" else folder
+                        row = _measure(args, way, depth, caches_in, os.path.join(folder, "saved.pcg"))
                         if way == "torch.compile" and caches == "empty" and "first_step_s" in row:
                             cold[depth] = row["first_step_s"]
                         if depth in cold and "first_step_s" in row:
@@ -56,17 +60,21 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "first_step_s": "from the model in memory to the end of its first step of 61 tokens: trace, compile, capture, run",
+    "process_s": "from the start of the process to the end of that step, the model itself left out",
     "second_size_s": "the first step of another size, in another bucket",
     "compiled": "distinct pieces that pcg compiled; null for torch.compile",
     "cache_hits, cache_misses": "of Inductor's FX graph cache and AOTAutograd's cache together",
 }
 
 
-def _measure(args: argparse.Namespace, way: str, depth: int, folder: str) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, way: str, depth: int, folder: str, program: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks", "startup", "--child", way, "--layers", str(depth)]
-    command += ["--device", str(args.device), "--shape", args.shape] + ["--tiny"] * (args.tiny or args.width == "tiny")
+    command += ["--program", program, "--device", str(args.device), "--shape", args.shape] + ["--tiny"] * (
+        args.tiny or args.width == "tiny"
+    )
     environment = {
         **os.environ,
+        "PCG_BENCHMARK_STARTED": str(time.time()),
         "TORCHINDUCTOR_CACHE_DIR": folder,
         "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
@@ -87,6 +95,7 @@ def _measure(args: argparse.Namespace, way: str, depth: int, folder: str) -> dic
 
 def _child(args: argparse.Namespace) -> None:
     """What a fresh process measures; the last line of its output is the result."""
+    imports = time.time() - float(os.environ["PCG_BENCHMARK_STARTED"])
     import torch
 
     import pcg_compile as pcg
@@ -112,17 +121,24 @@ def _child(args: argparse.Namespace) -> None:
         if way == "torch.compile":
             variant: Any = Compiled(world)
         else:
-            compiler = way.removeprefix("pcg ")
+            compiler = "eager" if way == "pcg eager" else "inductor"
             variant = Eager(world)
             options = {"compiler": compiler, "cudagraph_mode": "piecewise"}
-            variant.model = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **options)(model.forward)
+            decorator = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, **options)
+            loads = way == "pcg saved" and os.path.exists(args.program)
+            if not loads:
+                variant.model = decorator(model.forward)
         started = time.perf_counter()
         if way == "torch.compile":
             variant.start()
+        elif loads:
+            variant.model = pcg.load(model, args.program)
         with variant.enter(lists) as call:
             got = call().float()
         synchronize(device)
         first = time.perf_counter() - started
+        if way == "pcg saved" and not loads:
+            pcg.save(variant.model, args.program)
         started = time.perf_counter()
         with variant.enter(others) as call:
             call()
@@ -133,6 +149,7 @@ def _child(args: argparse.Namespace) -> None:
         stats = pcg.stats()
         result = {
             "first_step_s": round(first, 3),
+            "process_s": round(imports + first, 3),
             "second_size_s": round(second, 3),
             "error": round(error, 6),
             "graphs": counters["stats"]["unique_graphs"],

@@ -31,7 +31,7 @@ _NOTES = {
     "transformers": "generate_batch of transformers with its best attention that is installed",
     "static": 'generate(cache_implementation="static"), one request at a time',
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
-    "busy": "share of the wall time in which a kernel runs, by torch's profiler, in six windows of 32 steps of a run",
+    "busy": "share of the wall time in which a kernel runs, by torch's profiler, in windows of up to 32 steps of a run",
     "host_us": "the host's time for a step in the same run, without waiting for the device: median, largest tenth",
     "kernels_us, host_ops_us": "of these windows, the largest by microseconds a step",
     "first_s": "seconds of the first run: compiling and capturing",
@@ -208,9 +208,8 @@ class _Pcg:
         row: dict[str, Any] = {"fallbacks": [f"{f.reason} ({f.count})" for f in stats.fallbacks]}
         if self.args.device.type == "cuda":
             limit = self._limit()
-            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)} | profile_of(
-                self, max(self.workload.news), self.args.device
-            )
+            row |= {"limit_tokens_per_s": round(limit, 1), "of_limit": round(rate / limit, 3)}
+            row |= profile_of(self, max(self.workload.news), self.args.device)
         return row
 
     @torch.no_grad()

@@ -80,7 +80,8 @@ def profile_of(run: Callable[[Any], Any], steps: int, device: torch.device, wind
     Args:
         run: called with what is to be called with the session before it begins. steps: about as many as it takes.
     """
-    found = _Windows(max(33, steps // windows), min(32, max(1, steps // 2)), device)
+    every = max(4, steps // windows)
+    found = _Windows(every, min(32, every // 2), device)
     run(found.watch)
     if found.profile is not None:
         found.end()

@@ -6,12 +6,8 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import fx
-
-if TYPE_CHECKING:
-    from .context import PassContext
 
 if __name__ == "passes":
     # Imported by the folder's own name, from a checkout: the same modules as pcg_compile.passes, not second copies of
@@ -21,7 +17,9 @@ if __name__ == "passes":
         sys.modules[_found.name.removeprefix("pcg_compile.")] = importlib.import_module(_found.name)
     sys.modules[__name__] = _package
 
-Pass = Callable[[fx.GraphModule, "PassContext"], fx.GraphModule]
+from .context import PassContext
+
+Pass = Callable[[fx.GraphModule, PassContext], fx.GraphModule]
 
 __all__ = ["Pass", "metadata_passes", "safety_passes"]
 

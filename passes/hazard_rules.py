@@ -98,7 +98,7 @@ _GENERATOR = Finding(
     "Use the default generator: leave generator= out, and seed with torch.manual_seed",
 )
 _GROUPED = Finding("unsafe op", "it cannot be captured on GPUs older than sm_100", "Use a batched matmul: torch.bmm")
-# Read from what a capture does on torch 2.11; none of these ops is tagged.
+# Observed while capturing on torch 2.11; torch tags none of these ops.
 _WAITING_OPS = {
     "aten::_linalg_check_errors": "use the _ex variant (torch.linalg.inv_ex, cholesky_ex, solve_ex, ...)",
     "aten::linalg_lstsq": "solve with torch.linalg.solve_ex on the normal equations, or outside",

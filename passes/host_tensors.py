@@ -42,7 +42,7 @@ class GraphMemory:
     On a CUDA capture device this is the tensors' own device. On a CPU run, where all tensors lie in one memory, it
     follows from the statements as far as they tell: ``torch.tensor([1, 2])`` without a device would be a host tensor on
     a GPU too, and so would what is computed from nothing else; an index list and a Python number that is assigned are
-    host data. All other tensors are taken to lie on the device, so that no model is refused on a laptop for what a GPU
+    host data. All other tensors count as device tensors, so a laptop never refuses what a GPU
     would capture.
     """
 

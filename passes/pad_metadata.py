@@ -1,6 +1,6 @@
 """Pads the metadata that a split op declares among its arguments by one padding request.
 
-For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so that the op can run on bucket-sized
+For pad = bucket - n > 0, ``qo_indptr`` and ``kv_indptr`` grow by one entry, so the op can run on bucket-sized
 tensors: the padding tokens form a request of their own, which no real one sees. Each distinct source is padded once,
 for all layers. Slots of padding tokens lie in the scratch page, and declared maxima are raised to the tokens of the
 bucket, since the padding request may be the longest.
@@ -24,8 +24,8 @@ from .request_mode import Unproven, prove_request
 
 _LIBRARY = torch.library.Library("pcg", "FRAGMENT")
 
-# Each returns memory of its own, also where there is no padding: that of a source which a piece computed is used again
-# once its last reader has run.
+# Each returns new memory even without padding: the memory of a source that a piece computed is reused once its last
+# reader has run.
 
 
 def pad_indptr(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -
     """:func:`pad_indptr` of a cumulative sum of tokens.
 
     Raises:
-        BatchError: it does not end at the number of tokens, so that the padding would be somebody else's.
+        BatchError: it does not end at the number of tokens, so padding would belong to a real request.
     """
     if bucket != tokens and indptr.device.type == "cpu" and int(indptr[-1]) != tokens:
         raise BatchError(
@@ -66,22 +66,16 @@ def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -
     return pad_indptr(indptr, bucket, tokens, page_size)
 
 
+#: By role, what pads it.
 _PADDERS: dict[str, Callable[..., torch.Tensor]] = {
-    "pad_tokens": pad_tokens,
-    "pad_indptr": pad_indptr,
-    "pad_indices": pad_indices,
-    "pad_last_page_len": pad_last_page_len,
-    "pad_slots": pad_slots,
+    "qo_indptr": pad_tokens,
+    "kv_indptr": pad_indptr,
+    "kv_indices": pad_indices,
+    "last_page_len": pad_last_page_len,
+    "slot_mapping": pad_slots,
 }
-#: Those that are told the scratch page.
+#: Padders that are told the scratch page.
 _SCRATCH = ("pad_indices", "pad_slots")
-_ROLES = {
-    "qo_indptr": "pad_tokens",
-    "kv_indptr": "pad_indptr",
-    "kv_indices": "pad_indices",
-    "last_page_len": "pad_last_page_len",
-    "slot_mapping": "pad_slots",
-}
 _MAXIMA = ("max_qo_len", "max_kv_len")
 
 
@@ -90,7 +84,8 @@ def _like_unpadded(source: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty_like(source)
 
 
-for _name, _function in _PADDERS.items():
+for _function in _PADDERS.values():
+    _name = _function.__name__
     _extra = ", int scratch_page" if _name in _SCRATCH else ""
     _LIBRARY.define(f"{_name}(Tensor source, SymInt bucket, SymInt tokens, int page_size{_extra}) -> Tensor")
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -129,9 +124,10 @@ def pad_metadata(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
             if role == "slot_mapping" and isinstance(source, fx.Node) and source.op == "placeholder":
                 # A piece may read it too.
                 source.meta["pcg_pad_value"] = (op.scratch_page or 0) * op.page_size
-            padder = "pad_tokens" if role == "kv_indptr" and not op.paged else _ROLES.get(role)
-            if padder is None or not isinstance(source, fx.Node):
+            if role not in _PADDERS or not isinstance(source, fx.Node):
                 continue
+            # Without pages, keys have the tokens' size.
+            padder = _PADDERS["qo_indptr" if role == "kv_indptr" and not op.paged else role].__name__
             if (source, role) not in padded:
                 page_size = 1 if role == "qo_indptr" else op.page_size
                 extra = (op.scratch_page or 0,) if padder in _SCRATCH else ()

@@ -38,7 +38,7 @@ def prepare_batch(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
     """Rewrites every ``pcg::paged_attention``; a graph without one stays as it is.
 
     Raises:
-        BatchError: no step with a cache is running, so that the size of its pages is unknown; a layer that the cache
+        BatchError: no step with a cache is running, so the size of its pages is unknown; a layer that the cache
             does not fit; attention layers that see different numbers of tokens, or that store other keys or values in
             one layer of the cache.
     """
@@ -142,7 +142,7 @@ class _Attention(Rewriter):
         self.facts[out] = self.facts[node]
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
-        return text
+        return str(text)
 
     def computed_by(self, shapes: Iterable[str]) -> str:
         """What computes attention in the step's cache, and why it is not something faster."""

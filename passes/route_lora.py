@@ -16,12 +16,13 @@ Which token each row of x is comes from the graph (:mod:`.lora_rows`), never fro
 - The rows are tokens in another order (sorted, picked, reversed, cut): the slots of the step's tokens are static memory
   too, the graph brings them into that order as it does the rows (:mod:`.lora_slots`), and ``pcg::lora_route_rows``
   makes the routing of them, inside the piece.
-- It cannot be told: the layer serves a batch of one adapter or of none, since then all rows have it. A batch that mixes
+- The rows are unknown: the layer serves batches with at most one adapter, which all rows then have. A batch that mixes
   adapters is refused by ``pcg::prepare_one_lora``, ahead of everything, with the layer's name.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from torch import fx
 from pcg_compile.fx.facts import arguments_of, tensors_in
 from pcg_compile.fx.sizes import expr_of, symbols_of
 from pcg_compile.lora.packed import decode
-from pcg_compile.lora.routing import OneAdapterMemory, RoutingMemory, any_router, router_by_id
+from pcg_compile.lora.routing import OneAdapterMemory, Router, RoutingMemory, any_router, router_by_id
 
 from .context import PassContext, StepInput
 from .group_lora import LoRACall, group_calls
@@ -49,6 +50,8 @@ _TARGETS = (torch.ops.pcg.lora, torch.ops.pcg.lora.default)
 class _Pool:
     """What the layers of one pool share in a graph."""
 
+    number: int
+    router: Router
     memory: RoutingMemory
     #: Sizes that tokens are routed for, by their expression: the size, its number, and a layer.
     sizes: dict[str, tuple[Any, int, fx.Node]] = field(default_factory=dict)
@@ -58,6 +61,12 @@ class _Pool:
     never: bool = False
     one: OneAdapterMemory | None = None
     like: fx.Node | None = None
+
+    def of_one(self) -> OneAdapterMemory:
+        """Memory for the layers whose rows are unknown."""
+        if self.one is None:
+            self.one = self.router.new_memory_of_one(self.unknown)
+        return self.one
 
 
 def route_lora(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
@@ -120,7 +129,8 @@ class _Opening:
 
     def _pool(self, number: int) -> _Pool:
         if number not in self.pools:
-            self.pools[number] = _Pool(router_by_id(number).new_memory())
+            router = router_by_id(number)
+            self.pools[number] = _Pool(number, router, router.new_memory())
         return self.pools[number]
 
     def _routing(self, node: fx.Node, y: torch.Tensor, layer: LayerRows, pool: _Pool) -> Any:
@@ -136,12 +146,12 @@ class _Opening:
             return ("rows", *number, layer.rows)
         reason = layer.reason or "its tokens lie in two dynamic dimensions, in another order"
         self._refuse(layer.name, reason, node, pool)
-        if not self._is_known(_product(y.shape[:-1])):
+        if not self._is_known(math.prod(y.shape[:-1])):
             # So many rows as only the data tell: no memory can be made for them ahead.
             pool.never = True
             self.rewriter.graph.erase_node(node)
             return None
-        return ("one", str(expr_of(_product(y.shape[:-1]))))
+        return ("one", str(expr_of(math.prod(y.shape[:-1]))))
 
     def _is_known(self, rows: Any) -> bool:
         """Whether a number follows from the sizes of the graph's inputs."""
@@ -151,7 +161,7 @@ class _Opening:
         return not isinstance(expr, sympy.Basic) or bool(expr.free_symbols <= known)
 
     def _tokens(self, node: fx.Node, layer: LayerRows, pool: _Pool) -> tuple[str, int]:
-        rows = _product(layer.tokens)
+        rows = math.prod(layer.tokens)
         text = str(expr_of(rows))
         if text not in pool.sizes:
             pool.sizes[text] = rows, len(pool.sizes), node
@@ -184,24 +194,15 @@ class _Opening:
             kind, text = call.routing[1][0], str(call.routing[1][1])
             y = self.context.facts[call.given["y"]].value
             if kind == "tokens":
-                made = self._of_tokens(pool, text, y.device)
+                rows, number, _ = pool.sizes[text]
+                made = self._inputs(pool.memory, f"{pool.number}_{number}", rows, y.device)
             elif kind == "rows":
                 made = self._of_rows(call, pool, text, y.device)
             else:
-                made = self._of_one(pool, _product(y.shape[:-1]), y.device)
+                name = f"{pool.number}_one_{len(self.routed)}"
+                made = self._inputs(pool.of_one(), name, math.prod(y.shape[:-1]), y.device)
             self.routed[call.routing] = made
         return self.routed[call.routing]
-
-    def _of_tokens(self, pool: _Pool, text: str, device: torch.device) -> tuple[fx.Node, fx.Node]:
-        memory, (rows, number, _) = pool.memory, pool.sizes[text]
-        name = f"{self._number(pool)}_{number}"
-        return self._inputs(memory, name, rows, device)
-
-    def _of_one(self, pool: _Pool, rows: Any, device: torch.device) -> tuple[fx.Node, fx.Node]:
-        if pool.one is None:
-            pool.one = self._router(pool).new_memory_of_one(pool.unknown)
-        name = f"{self._number(pool)}_one_{len(self.routed)}"
-        return self._inputs(pool.one, name, rows, device)
 
     def _inputs(
         self, memory: RoutingMemory | OneAdapterMemory, name: str, rows: Any, device: torch.device
@@ -227,7 +228,7 @@ class _Opening:
         key = (call.routing[0], text)
         if key not in self.slots:
             slots = StepInput(
-                f"lora_slots_{self._number(pool)}_{number}",
+                f"lora_slots_{pool.number}_{number}",
                 lambda size: torch.empty(size, dtype=torch.int32, device=device),
                 lambda state, size: memory.slots(size),
                 size,
@@ -241,27 +242,11 @@ class _Opening:
 
     def _prepare(self, pool: _Pool) -> None:
         for rows, _, node in pool.sizes.values():
-            self.rewriter.ahead_of_all(
-                node, torch.ops.pcg.prepare_lora.default, rows, self._number(pool), pool.memory.id
-            )  # fmt: skip
+            self.rewriter.ahead_of_all(node, torch.ops.pcg.prepare_lora.default, rows, pool.number, pool.memory.id)
         if pool.unknown and pool.like is not None:
-            if pool.one is None:
-                pool.one = self._router(pool).new_memory_of_one(pool.unknown)
-            pool.one.layers, pool.one.never = dict(pool.unknown), pool.never
-            like, arguments = pool.like, (self._number(pool), pool.one.id)
-            prepare = self.rewriter.ahead_of_all(like, torch.ops.pcg.prepare_one_lora.default, 0, *arguments)
+            one = pool.of_one()
+            one.layers, one.never = dict(pool.unknown), pool.never
+            target = torch.ops.pcg.prepare_one_lora.default
+            prepare = self.rewriter.ahead_of_all(pool.like, target, 0, pool.number, one.id)
             # The graph keeps its memory, also where no layer outside of a region reads it.
-            prepare.meta["pcg_lora_memory"] = pool.one
-
-    def _number(self, pool: _Pool) -> int:
-        return next(number for number, one in self.pools.items() if one is pool)
-
-    def _router(self, pool: _Pool) -> Any:
-        return router_by_id(self._number(pool))
-
-
-def _product(sizes: Sequence[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        total = total * size
-    return total
+            prepare.meta["pcg_lora_memory"] = one

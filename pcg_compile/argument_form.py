@@ -42,6 +42,12 @@ def named_constant(value: Any) -> str:
     return f"{module}.{name}" if module and getattr(sys.modules.get(module), name, None) is value else ""
 
 
+def _shown(name: str) -> str:
+    """A name of Dynamo's, for people: ``xs[0]`` for ``L['xs'][0]``."""
+    first, _, rest = name.removeprefix("L['").partition("']")
+    return first + rest
+
+
 class Binder:
     """Gives the parameters of a function, without that of its module, the values that they have in a call."""
 
@@ -179,7 +185,7 @@ class ArgumentForm:
             if isinstance(value, torch.Tensor):
                 kind = type(value)
                 if kind not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-                    raise NoFastCall(f"{name[2:-1]} is a {kind.__name__} of layout {value.layout}")
+                    raise NoFastCall(f"{_shown(name)} is a {kind.__name__} of layout {value.layout}")
                 about = (value.requires_grad, kind is torch.nn.Parameter, value.is_inference())
                 form.tensors.append((i, value.dtype, value.device, *about))
                 fakes.append((i, fake))
@@ -193,7 +199,7 @@ class ArgumentForm:
             elif type(value) in _CONSTANTS or named_constant(value):
                 form.constants.append((i, value))
             else:
-                raise NoFastCall(f"{name[2:-1]} is a {type(value).__name__}, of which Dynamo may check more")
+                raise NoFastCall(f"{_shown(name)} is a {type(value).__name__}, of which Dynamo may check more")
         every = list(values.values())
         if len({id(every[i]) for i, *_ in form.tensors}) < len(form.tensors):
             raise NoFastCall("one tensor is passed as several arguments")

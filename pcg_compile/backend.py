@@ -28,10 +28,10 @@ from .distributed.lowering import (
 )
 from .errors import Hazard, OptionsError, SplitOpNotFound
 from .fx.assemble import make_plan
-from .fx.attributes import attributes_as_inputs
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
 from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, trace_facts, update_facts
+from .fx.graph_inputs import attributes_as_inputs, strange_tensor
 from .fx.inplace_shapes import shape_by_views
 from .fx.padding_decisions import decide_padding, padding_hazards
 from .fx.places import place_of, place_of_stack
@@ -39,7 +39,6 @@ from .fx.plan import PieceItem, Plan
 from .fx.sizes import expr_of, sizes_of, symbol_values
 from .fx.splitting import find_cuts, name_tuple_elements, op_names, segments_of
 from .fx.submodules import Compiled, compile_piece, copy_graph
-from .fx.unsupported_tensors import strange_tensor
 from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
@@ -104,6 +103,8 @@ class _Graph:
         owner: the backend that it is compiled by, or what torch.compile made of it.
         broken: why Dynamo ended the graph early, and the stack there; None at the end of the frame.
         floats: values of inputs that are floats and change from call to call, by the node's name.
+        region: what it runs under where it lies in a region without gradients. layouts: which inputs lie apart, as
+            conditions on their sizes.
     """
 
     source: fx.GraphModule
@@ -113,14 +114,12 @@ class _Graph:
     counters: Counters
     broken: tuple[str, Any] | None
     floats: Mapping[str, float]
+    region: Callable[..., Any] | None = None
+    layouts: Sequence[sympy.Basic] = ()
 
     def __post_init__(self) -> None:
         self.examples = fake_inputs(self.inputs)
-        self.device = capture_device(self.examples)
-
-    @property
-    def fake_mode(self) -> Any:
-        return fake_mode_of(self.examples)
+        self.device, self.fake_mode = capture_device(self.examples), fake_mode_of(self.examples)
 
 
 def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
@@ -152,8 +151,7 @@ def _compile(source: fx.GraphModule, inputs: Sequence[Any], options: Options, ow
         refuse_strange_tensors(source, inputs)
         return _stages(_Graph(source, inputs, options, owner, counters, *rest))
     except Uncaptured as error:
-        uncaptured = error
-    function, reason, where = uncaptured.args
+        function, reason, where = error.args
     check_shown_sizes(fake_mode_of([]))
     if counters.strict and reason:
         counters.fall_back(reason, where)
@@ -162,13 +160,11 @@ def _compile(source: fx.GraphModule, inputs: Sequence[Any], options: Options, ow
 
 
 def _stages(graph: _Graph) -> Callable[..., Any]:
-    region = refuse_gradients(graph.source, graph.inputs, graph.examples)
+    """The way of a graph to the callable that serves its steps."""
+    graph.region = refuse_gradients(graph.source, graph.inputs, graph.examples)
     ready = prepare_inductor(graph.device) if graph.options.compiler == "inductor" else lambda: None
     with torch.no_grad():
         gm, context = trace(graph)
-        layouts = layouts_apart(graph.fake_mode)
-        refuse_squeezed_sizes(graph.source, context.facts)
-        check_shown_sizes(graph.fake_mode)
         gm = run_passes(gm, graph.examples, context)
         for reason, where in context.remarks:
             graph.counters.fall_back(reason, where)
@@ -176,9 +172,7 @@ def _stages(graph: _Graph) -> Callable[..., Any]:
         decide_padding(plan, graph.counters)
         ready()
         compile_pieces(plan, context, graph.counters)
-    shared = bind(graph, plan, layouts)
-    function = make_runner(graph, shared, context, None if region is not None else layouts)
-    return function if region is None else region()(function)
+    return make_runner(graph, bind(graph, plan), context)
 
 
 # -- 1: facts ---------------------------------------------------------------------------------------------------------
@@ -200,6 +194,9 @@ def trace(graph: _Graph) -> tuple[fx.GraphModule, PassContext]:
     context.continued, context.moved = graph.broken is not None, _moved_before(source, graph.owner)
     context.splits.update(dict.fromkeys(numbers, CHANGES))
     context.counted.update(numbers)
+    graph.layouts = layouts_apart(graph.fake_mode)
+    refuse_squeezed_sizes(source, facts)
+    check_shown_sizes(graph.fake_mode)
     return gm, context
 
 
@@ -294,7 +291,7 @@ def compile_pieces(plan: Plan, context: PassContext, counters: Counters) -> None
 # -- 5: bind ----------------------------------------------------------------------------------------------------------
 
 
-def bind(graph: _Graph, plan: Plan, layouts: Sequence[sympy.Basic]) -> Shared:
+def bind(graph: _Graph, plan: Plan) -> Shared:
     """What all steps share: the sizes that buckets may have, the engine that captures, how ranks agree."""
     pieces = [item for item in plan.items if isinstance(item, PieceItem) and item.is_piece]
     checked = [item.safety for item in pieces if item.safety is not None]
@@ -303,7 +300,7 @@ def bind(graph: _Graph, plan: Plan, layouts: Sequence[sympy.Basic]) -> Shared:
     sizes = [expr_of(n) for spec in plan.inputs if isinstance(spec.value, torch.Tensor) for n in spec.value.shape]
     chooser = BucketChooser(
         graph.options,
-        conditions=[*shape_guards(graph.fake_mode), *layouts],
+        conditions=[*shape_guards(graph.fake_mode), *graph.layouts],
         products=[tuple(sorted(symbols, key=str)) for symbols in carried if symbols],
         equals=tuple(dict.fromkeys(pair for safety in checked for pair in safety.equals)),
         assumed=tuple(assumed),
@@ -321,26 +318,21 @@ def bind(graph: _Graph, plan: Plan, layouts: Sequence[sympy.Basic]) -> Shared:
 # -- 6: runner --------------------------------------------------------------------------------------------------------
 
 
-def make_runner(
-    graph: _Graph, shared: Shared, context: PassContext, layouts: Sequence[sympy.Basic] | None
-) -> Callable[..., Any]:
-    """The callable that serves each step, registered for reports and figures.
-
-    Args:
-        layouts: conditions on strides, for calls that reach the graph without Dynamo; None where no call may.
-    """
+def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable[..., Any]:
+    """The callable that serves each step, registered for reports and figures."""
     # Compiling has made further conditions.
     check_shown_sizes(graph.fake_mode)
     runtime = GraphRuntime(shared.plan, shared, graph.broken is None, context)
     add_runtime(graph.owner, graph.counters, runtime)
-    if graph.broken is None and layouts is not None:
-        graph_handed(runtime, graph.fake_mode, layouts)
-    if graph.broken is None or is_asked_for(graph.broken[0]):
-        # A method, unlike the object, has code to look at, which depyf asks for.
-        return runtime.__call__
-    why = graph.broken[0].strip().partition("\n")[0]
-    reason = f"Dynamo breaks the graph, and what follows runs eagerly: {why}"
-    return Counted(runtime.__call__, graph.counters, reason, str(place_of_stack(graph.broken[1]))).__call__
+    if graph.broken is None and graph.region is None:
+        graph_handed(runtime, graph.fake_mode, graph.layouts)
+    # A method, unlike the object, has code to look at, which depyf asks for.
+    function = runtime.__call__
+    if graph.broken is not None and not is_asked_for(graph.broken[0]):
+        why = graph.broken[0].strip().partition("\n")[0]
+        reason = f"Dynamo breaks the graph, and what follows runs eagerly: {why}"
+        function = Counted(function, graph.counters, reason, str(place_of_stack(graph.broken[1]))).__call__
+    return function if graph.region is None else graph.region()(function)
 
 
 def hazards_of(

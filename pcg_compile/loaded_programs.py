@@ -39,7 +39,7 @@ class SavedProgram(FastCall):
         self.trace = RestoredTrace([tuple(symbol) for symbol in content["symbols"]])
         self.conditions = [decode_expression(one, self.trace.symbols) for one in content["conditions"]]
         form = _form_of(content["form"], list(self.trace.symbols.values()), self.conditions)
-        weights = Weights.at(content["weights"] or [], others)
+        weights = Weights.at(content["weights"] or [], module, others)
         weights.of(module)
         names = {name: _imported(value) for name, value in content["globals"].items() if value}
         self._graph = next(name for name, value in content["globals"].items() if not value)

@@ -153,7 +153,7 @@ class CompiledFunction:
             for fast in self.fast:
                 fast.weights.of(module)
         except WeightsChanged as change:
-            _LOG.info("%s is traced again: %s", self.function.__qualname__, change)
+            _LOG.warning("%s is traced again: %s", self.function.__qualname__, change)
             self._start()
 
     def _learn(self, running: Call) -> None:
@@ -180,10 +180,12 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
         dynamic: for each argument name, the dimension (or dimensions) whose size changes from call to call. The
             first call then compiles for all sizes, 1 included; a branch on the size becomes a guard. Without it,
             the first dimension of every tensor argument, but for a single row beside tensors of more.
-        guards: "dynamo" evaluates all of Dynamo's guards at each call. "inputs" evaluates only those on arguments,
-            grad mode, autocast and the training flag; it no longer sees: attributes of the module or its children
-            that changed (flags, lists, replaced submodules), globals and closure variables, patched functions, and
-            configuration of torch. Parameter addresses are checked either way.
+        guards: "dynamo" has Dynamo evaluate all of its guards at each call. With "inputs" a call like one that was
+            traced needs no Dynamo: compared are arguments, grad mode, autocast and the like, training flags, and
+            whether the modules' children, parameters and buffers are the same objects. It no longer sees: other
+            attributes of modules that changed (flags, lists, hooks, the class), attributes of tensors, globals,
+            closure variables that are no modules, patched functions, and configuration of torch. Parameter addresses
+            are checked either way.
         options: see :class:`pcg_compile.options.Options`.
 
     Raises:

@@ -77,8 +77,11 @@ def check_sources(sources: Sequence[Sequence[Any]], path: Any) -> None:
     Raises:
         ProgramError: one has changed.
     """
+    by_file = {_file_of(module): name for name, module in list(sys.modules.items())}
     for module, file, first, name, saved, used in sources:
-        here = _file_of(sys.modules.get(module)) or file
+        # The script that runs has another name than when it is imported.
+        module = module if module in sys.modules and module != "__main__" else by_file.get(file)
+        here = (_file_of(sys.modules[module]) if module is not None else None) or file
         linecache.checkcache(here)
         text = _source_text(here, first)
         compare(f"the code of {name} ({here}:{first})", saved, None if text is None else _hash(text), path)
@@ -105,7 +108,7 @@ def _hash(text: str) -> str:
 
 
 def _plain_globals(module: str | None, names: Iterable[str]) -> dict[str, str]:
-    scope = vars(sys.modules[module]) if module in sys.modules else {}
+    scope = vars(sys.modules[module]) if module is not None else {}
     return {name: repr(scope[name]) for name in names if name in scope and isinstance(scope[name], _PLAIN)}
 
 

@@ -15,6 +15,7 @@ import marshal
 import os
 import platform
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from .argument_form import ArgumentForm, NoFastCall, named_constant
 from .backend import compile_graph
+from .counters import Counters
 from .errors import OptionsError, ProgramError, message
 from .fast_calls import TracedGraph
 from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
@@ -39,6 +41,8 @@ from .weights import WeightsChanged
 __all__ = ["load", "save"]
 
 _FORMAT = 1
+#: What reading a file raises that is no program, or not all of one.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError)
 _TRUST = "A program holds code: load only files that you trust."
 
 
@@ -56,8 +60,9 @@ def save(compiled: Any, path: str | os.PathLike[str]) -> None:
             the message names them.
         TypeError: ``compiled`` was not compiled by pcg.
     """
+    graphs = graphs_of(compiled)
     function, model, about = _compiled_part(compiled)
-    traced = _only_graph(compiled)
+    traced = _only_graph(graphs)
     try:
         content, code = _content(traced, function, model, about)
     except CannotSave as what:
@@ -117,8 +122,7 @@ def _options_data(options: Options) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def _only_graph(compiled: Any) -> TracedGraph:
-    graphs = graphs_of(compiled)
+def _only_graph(graphs: Sequence[tuple[Counters, Any]]) -> TracedGraph:
     if not graphs:
         raise _refused("the model was not called yet; call it once, or warm it up")
     if len(graphs) > 1:
@@ -140,7 +144,9 @@ def _content(
     assert isinstance(form, ArgumentForm) and traced.code is not None and traced.state is not None
     plain = getattr(function, "__func__", function)
     if traced.original is None or traced.original.co_code != plain.__code__.co_code:
-        raise CannotSave(f"Dynamo traced {traced.original and traced.original.co_name} and not {plain.__name__}")
+        raise CannotSave(
+            f"{plain.__qualname__} is torch's own code, or wrapped by it; call it inside your own function or module"
+        )
     gm, plan = runtime.context.source, runtime.plan
     values = {spec.position: spec for spec in plan.inputs if spec.position >= 0}
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -208,8 +214,8 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
             versions; the message says what differs.
     """
     content, code, artifacts = _read(path)
-    for name, here in versions().items():
-        compare(f"the version of {name}", content["versions"].get(name), here, path)
+    for name, number in versions().items():
+        compare(f"the version of {name}", content["versions"].get(name), number, path)
     saved = Options(**content["options"])
     _check_options(saved, options, path)
     device = content["device"]
@@ -219,27 +225,33 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
         compare("the GPU", device, device_data(torch.device("cuda", torch.cuda.current_device())), path)
     check_sources(content["sources"], path)
     function, module = _function_of(model, content)
+    decorated: CompiledFunction | None = getattr(function, "__pcg_function__", None)
+    plain = decorated.own if decorated is not None else function
+    others = modules_of(plain) if content["weights"] is not None else ()
+    here, there = model_data(_roots(module, others), plain), content["model"]
+    for name in (*there, *here):
+        compare(name, there.get(name, "missing"), here.get(name, "missing"), path)
     if artifacts:
         torch.compiler.load_cache_artifacts(artifacts)
     if content["way"] == "torch.compile":
         compiled: Any = torch.compile(model, backend="pcg", options=content["options"], dynamic=content["dynamic"])
-        program = _program(content, code, function, module, path)
+        program = _program(content, code, function, module, others, path)
         owner = wrapper_of(compiled)
         program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner))
         compiled.forward = ModuleCalls(program, model, owner, compiled.forward)
         return compiled
-    if hasattr(function, "__pcg_function__"):
-        wrapper = function
-        mine = function.__pcg_function__.options
+    if decorated is not None:
+        wrapper, mine = function, decorated.options
         compare("the options of the decorated function", _options_data(saved), _options_data(mine), path)
     else:
         dynamic = content["dynamic"]
         if dynamic is not None:
             dynamic = {name: tuple(dims) if isinstance(dims, list) else dims for name, dims in dynamic.items()}
         wrapper = decorate(function, dynamic, content["guards"], saved)
-    decorated: CompiledFunction = wrapper.__pcg_function__
-    program = _program(content, code, decorated.own, module, path)
-    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, decorated.backend))
+        decorated = wrapper.__pcg_function__
+    backend = decorated.backend
+    program = _program(content, code, decorated.own, module, others, path)
+    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend))
     decorated.fast = (program, *decorated.fast)
     return wrapper
 
@@ -256,7 +268,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes
             return content, marshal.loads(file.read("code")), file.read("inductor")
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+        ValueError,
+        EOFError,
+        TypeError,
+        OSError,
+        NotImplementedError,
+    ) as error:
         raise ProgramError(
             message(
                 f"{os.fspath(path)} is no saved program, or is damaged ({type(error).__name__}: {error})",
@@ -287,12 +308,13 @@ def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.
 
 
 def _program(
-    content: Mapping[str, Any], code: CodeType, function: Any, module: torch.nn.Module | None, path: Any
+    content: Mapping[str, Any],
+    code: CodeType,
+    function: Any,
+    module: torch.nn.Module | None,
+    others: Sequence[torch.nn.Module],
+    path: Any,
 ) -> SavedProgram:
-    others = modules_of(function) if content["weights"] is not None else ()
-    here, saved = model_data(_roots(module, others), function), content["model"]
-    for name in (*saved, *here):
-        compare(name, saved.get(name, "missing"), here.get(name, "missing"), path)
     try:
         return SavedProgram(content, code, function, module, others)
     except (WeightsChanged, KeyError, ValueError, TypeError, ImportError, AttributeError) as error:

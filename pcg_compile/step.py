@@ -151,9 +151,13 @@ class StepState:
         prepared = self._written(bucket, bucket, entries)
         if not prepared.static:
             raise DoesNotFit("the page tables are longer than the cache has pages")
-        for shape in shapes:
-            self._planned(prepared, shape)
-        return tuple(impl.capture_key(prepared) for impl in impls)
+        key = tuple([impl.capture_key(prepared) for impl in impls])
+        if (prepared.made_for, key) not in cache.planned:
+            # A capture finds the plan, and the memory that it takes; a replay reads neither.
+            for shape in shapes:
+                self._planned(prepared, shape)
+            cache.planned.add((prepared.made_for, key))
+        return key
 
     def plan(self, shape: str, rows: int) -> Any:
         """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it.
@@ -224,8 +228,9 @@ class StepState:
     def user_ids(self) -> torch.Tensor:
         """The same for the ids that the batch was made with."""
         if self._ids is None:
-            block = self._block()
-            self._ids = self._to_user(self.batch.host_ids) if block is None else block[1]
+            block, ids = self._block(), self.batch.host_ids
+            assert ids is not None
+            self._ids = self._to_user(ids) if block is None else block[1]
         return self._ids
 
     def _block(self) -> torch.Tensor | None:
@@ -241,7 +246,7 @@ class StepState:
                     return None
                 prepared = self._written(*guess)
             with torch.inference_mode(False):
-                self._tokens = prepared.tokens[1:].clone()
+                self._tokens = prepared.copied.clone()
         return self._tokens
 
     def _to_user(self, values: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -11,9 +11,9 @@ from torch import fx
 from .attention.ops import refuse_gradients as refuse_gradients_of_attention
 from .fx.contexts import region_without_gradients, switches_gradients_on
 from .fx.facts import NodeFacts, squeezed_sizes
+from .fx.graph_inputs import strange_tensor
 from .fx.places import name_of_input
 from .fx.splitting import op_names
-from .fx.unsupported_tensors import strange_tensor
 from .torch_compat.inductor import compile_all_with_inductor
 from .torch_compat.subclasses import is_subclass
 

@@ -48,12 +48,19 @@ class Weights:
         if not all(found.values()):
             raise NoFastCall("a weight lies in no module that the function is called with or refers to")
         self.places = [found[id(tensor)] for tensor in tensors]
+        #: Training flags of the traced modules, by path: the graph is right for these.
+        self.training = {path: one.training for path, one in self._modules(module)}
         self._of: WeakKeyDictionary[Any, _Snapshot] = WeakKeyDictionary()
 
     @classmethod
-    def at(cls, places: Sequence[Sequence[Sequence[str]]], others: Sequence[torch.nn.Module]) -> Weights:
+    def at(
+        cls,
+        places: Sequence[Sequence[Sequence[str]]],
+        module: torch.nn.Module | None,
+        others: Sequence[torch.nn.Module],
+    ) -> Weights:
         """The same from known places: several (path, kind, name) of each tensor."""
-        weights = cls([], None, others)
+        weights = cls([], module, others)
         weights.places = [[(path, kind, name) for path, kind, name in several] for several in places]
         return weights
 
@@ -65,7 +72,7 @@ class Weights:
     def known(self, module: torch.nn.Module | None) -> list[torch.Tensor] | None:
         """The tensors of the graph in a module if nothing has changed since they were looked up, else None."""
         snapshot = self._of.get(module if module is not None else self)
-        return snapshot.tensors if snapshot is not None and snapshot.holds() else None
+        return snapshot.tensors if snapshot is not None and snapshot.holds() and snapshot.same_flags() else None
 
     def of(self, module: torch.nn.Module | None) -> list[torch.Tensor]:
         """The tensors of the graph in a module; the list is kept.
@@ -78,22 +85,20 @@ class Weights:
         if snapshot is None or not snapshot.holds():
             if snapshot is not None and not snapshot.same_children():
                 raise WeightsChanged("a module has been replaced")
-            snapshot = self._of[key] = _Snapshot(dict(self._modules(module)), self.places)
+            snapshot = self._of[key] = _Snapshot(dict(self._modules(module)), self)
         return snapshot.tensors
 
 
 class _Snapshot:
     """The entries of one module's dicts at one time."""
 
-    def __init__(
-        self, modules: Mapping[str, torch.nn.Module], places: Sequence[Sequence[tuple[str, str, str]]]
-    ) -> None:
+    def __init__(self, modules: Mapping[str, torch.nn.Module], weights: Weights) -> None:
         self.children = [one._modules for one in modules.values() if one._modules]
         self.old_children = [dict(entries) for entries in self.children]
         self.tensors: list[torch.Tensor] = []
         dicts: dict[int, dict[str, Any]] = {}
         alone: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        for several in places:
+        for several in weights.places:
             entries = []
             for path, kind, name in several:
                 if path not in modules or name not in (holder := dict(_entries(modules[path]))[kind]):
@@ -116,24 +121,24 @@ class _Snapshot:
             alone += [(holder, n, t) for n, t in holder.items() if isinstance(t, torch.Tensor) and t.numel() < 2]
         self.alone = [(holder, name) for holder, name, _ in alone]
         self.old_alone = [tensor for *_, tensor in alone]
-        training = {id(one): vars(one) for one in modules.values()}
-        self.flags = list(training.values())
-        self.old_flags = list(map(_training, self.flags))
+        self.flags = [vars(one) for one in modules.values()]
+        self.traced_flags = [weights.training.get(path) for path in modules]
 
     def same_children(self) -> bool:
         return self.children == self.old_children
 
     def holds(self) -> bool:
-        """Whether all entries are the objects that they were, and all training flags the same."""
+        """Whether all entries are the objects that they were."""
         try:
             # Dicts are compared in C, their values by identity first.
             if self.children != self.old_children or self.dicts != self.old_dicts:
                 return False
         except (RuntimeError, TypeError, ValueError):
             return False  # tensors that are not the same object do not compare
-        if self.alone and not all(map(is_, [holder.get(name) for holder, name in self.alone], self.old_alone)):
-            return False
-        return list(map(_training, self.flags)) == self.old_flags
+        return not self.alone or all(map(is_, [holder.get(name) for holder, name in self.alone], self.old_alone))
+
+    def same_flags(self) -> bool:
+        return list(map(_training, self.flags)) == self.traced_flags
 
 
 def _entries(module: torch.nn.Module) -> list[tuple[str, dict[str, Any]]]:

@@ -86,7 +86,7 @@ def test_buckets_and_fallbacks_are_in_every_form():
     report = pcg.explain(run)
     text, markup, data = str(report), report._repr_html_(), json.loads(report.to_json())
     for form in (text, markup):
-        assert "25% padding" in form and "25%" in form and "softmax" in form and "3 times" in form
+        assert "25% padding" in form and "25%" in form and "softmax" in form
     # 7 and 5 tokens in a bucket of 8.
     assert data["stats"]["buckets"]["8"]["padding"] == pytest.approx(4 / 16)
     assert data["stats"]["buckets"]["8"]["hits"] == 2 and data["stats"]["sizes"] == {"3": 1, "7": 1, "5": 1}

@@ -1,8 +1,8 @@
-"""Whose token each row of a LoRA layer's input is, read from the graph.
+"""Reads from the graph which token each row of a LoRA layer's input belongs to.
 
-Every input of the graph may hold the step's tokens. For each of them, its tokens are followed through the graph
-(:mod:`.lora_row_rules`); then it is decided which inputs are the tokens', and each layer's rows are looked up. That
-two tensors have equally many rows says nothing.
+Any input of the graph may hold the step's tokens. The rows of each input are followed through the graph
+(:mod:`.rules`). Then the inputs that hold the tokens are found, and each layer's rows are looked up. Equal numbers of
+rows prove nothing.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _Follower:
         found: list[dict[fx.Node, State]] = [{} for _ in targets]
         sources = [root for t in given[:1] for root, s in self.of(t).items() if name in _LOOK_UPS]
         for root in self.class_of if self.dynamic.isdisjoint(sources) else sources:
-            # Of what is picked from rows by an index, the index's own rows are nothing.
+            # Rows that an index picks are the source's; the index's own rows don't matter.
             def state_of(tensor: torch.Tensor, root: fx.Node = root) -> State:
                 return self.of(tensor).get(root)
 

@@ -43,7 +43,7 @@ def together(c: RowCall) -> Result:
 
 
 def of_first(c: RowCall) -> Result:
-    """Every entry stays where it is, whatever others have a part in it."""
+    """Every entry stays in its place, even if it depends on others."""
     return queried(c, c.tensors[0]) if c.tensors else None
 
 

@@ -1,4 +1,4 @@
-"""May a piece be captured at a bucket? Only if its real rows cannot depend on padding rows.
+"""Decides whether a piece may be captured at a bucket: only if its real rows cannot depend on padding rows.
 
 The piece is traced to functional aten form and interpreted over dimensions (:mod:`.dims`). The real entries of every
 input are right and lie first. Each op's rule (:mod:`.rules`) says where the result's are, or that they may depend on
@@ -23,7 +23,7 @@ from pcg_compile.fx.functional import functional_form
 from pcg_compile.fx.places import place_of
 from pcg_compile.lora.ops import route_form, row_wise_form, row_wise_form_of_many
 
-from . import index_rules, op_rules  # noqa: F401 - they enter their rules
+from . import index_rules, op_rules, rules  # noqa: F401 - the first two enter their rules
 from .dims import Mixing, as_expr, dims_of, grows, has_tokens, is_prefix
 from .masks import finiteness, known_after
 from .reach import Counts, Reach
@@ -34,10 +34,8 @@ from .rules import (
     Call,
     Known,
     Tracked,
-    no_size_as_number,
     packet_of,
     register_row_rule,
-    rule_for,
 )  # fmt: skip
 
 __all__ = ["NodeVerdict", "PieceSafety", "analyze_piece", "register_row_rule"]
@@ -236,12 +234,12 @@ class _Analysis:
         dynamic = any(has_tokens(d) for t in call.tensors() for d in t.dims) or any(
             has_tokens(d) for shape in call.shapes for d in dims_of(shape)
         )
-        rule = rule_for(node.target)
+        rule = rules.rule_for(node.target)
         try:
             self.counts.check(node, call)
             if rule is not None:
                 result = rule(call)
-                no_size_as_number(call)
+                rules.no_size_as_number(call)
             elif not dynamic and not _dynamic_numbers(arguments):
                 result = [dims_of(shape) for shape in call.shapes]
             else:
@@ -299,8 +297,7 @@ class _Analysis:
             users = set(_through_copies(node))
             if position in fixed:
                 self._note("mixing", node, "row indices pick entries of a dimension of fixed size as well")
-            allowed = ("index", "index_select", "_unsafe_index")
-            bad = [u for u in users if not any(f"aten.{name}." in str(u.target) for name in allowed)]
+            bad = [u for u in users if packet_of(u.target) not in ("index", "index_select", "_unsafe_index")]
             if bad:
                 self._note("mixing", bad[0], "it uses row indices, which count from the real size, for something else")
 
@@ -308,15 +305,8 @@ class _Analysis:
 def _through_copies(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for user in node.users:
-        if str(user.target) in (
-            "aten.detach.default",
-            "aten.alias.default",
-            "aten._to_copy.default",
-            "aten.clone.default",
-        ):
-            found += _through_copies(user)
-        else:
-            found.append(user)
+        copies = packet_of(user.target) in ("detach", "alias", "_to_copy", "clone")
+        found += _through_copies(user) if copies else [user]
     return found
 
 

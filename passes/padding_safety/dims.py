@@ -131,7 +131,7 @@ def broadcast(shapes: Sequence[Dims]) -> Dims:
 
 
 def counts_alike(one: Dim, other: Dim) -> bool:
-    """Whether two dimensions are of one size, whatever it is."""
+    """Whether two dimensions always have the same size."""
     return _merged(one) == _merged(other)
 
 

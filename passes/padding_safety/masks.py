@@ -25,17 +25,21 @@ from .rules import OTHER, REPEATED, WILD, Call, Known, Tracked, packet_of
 
 __all__ = ["OTHER", "WILD", "finiteness", "known_after", "mask_inputs"]
 
-_VIEWS = frozenset(
-    ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand",
-     "detach", "alias", "clone", "lift_fresh_copy", "contiguous", "slice", "select", "unflatten", "flatten")
-)  # fmt: skip
-_PRODUCTS = frozenset(("mul", "logical_and", "bitwise_and"))
-_COMPARISONS = frozenset(
-    ("eq", "ne", "gt", "ge", "lt", "le", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and",
-     "bitwise_or")
-)  # fmt: skip
-_SELECTIONS = frozenset(("where", "masked_fill", "index_put"))
-_CONTRACTIONS = frozenset(("mm", "bmm", "baddbmm", "addmm", "matmul", "mv", "dot"))
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEWS = _names(
+    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand detach alias clone "
+    "lift_fresh contiguous slice select unflatten flatten"
+)
+_PRODUCTS = _names("mul logical_and bitwise_and")
+_COMPARISONS = _names("eq ne gt ge lt le logical_not logical_and logical_or bitwise_not bitwise_and bitwise_or")
+_SELECTIONS = _names("where masked_fill index_put")
+_CONTRACTIONS = _names("mm bmm baddbmm addmm matmul mv dot")
+_SOFTMAXES = _names("_softmax softmax _safe_softmax")
+_LOG_SOFTMAXES = _names("_log_softmax log_softmax")
 #: Ops whose results are finite where what they read is. An overflow of padding alone is left out of account: its values
 #: are sums and products of what real rows hold as well.
 _FINITE = (
@@ -43,20 +47,19 @@ _FINITE = (
     | _COMPARISONS
     | _SELECTIONS
     | _CONTRACTIONS
-    | frozenset(
-        ("mul", "add", "sub", "rsub", "neg", "abs", "sign", "linear", "native_layer_norm", "layer_norm", "rms_norm",
-         "_fused_rms_norm", "native_group_norm", "_native_batch_norm_legit_no_training", "gelu", "relu", "silu", "tanh",
-         "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "softmax",
-         "_softmax", "_safe_softmax", "sin", "cos", "erf", "clamp", "clamp_min", "clamp_max", "maximum", "minimum",
-         "relu6", "threshold", "floor", "ceil", "round", "trunc", "embedding", "index", "_unsafe_index", "index_select",
-         "gather", "cat", "stack", "repeat", "split", "split_with_sizes", "chunk", "unbind", "copy", "_to_copy", "sum",
-         "mean", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort", "argsort", "any", "all", "cumsum",
-         "arange", "full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like", "new_full",
-         "new_zeros", "new_ones", "new_empty", "scalar_tensor", "fill", "constant_pad_nd", "tril", "triu", "isin",
-         "bucketize", "searchsorted", "convolution", "pixel_shuffle", "slice_scatter", "select_scatter",
-         "logsumexp", "_log_softmax", "log_softmax", "glu", "prelu", "square")
+    | _SOFTMAXES
+    | _LOG_SOFTMAXES
+    | _names(
+        "mul add sub rsub neg abs sign linear native_layer_norm layer_norm rms_norm _fused_rms_norm "
+        "native_group_norm _native_batch_norm_legit_no_training gelu relu silu tanh sigmoid hardtanh hardswish "
+        "hardsigmoid elu leaky_relu softplus mish sin cos erf clamp clamp_min clamp_max maximum minimum relu6 "
+        "threshold floor ceil round trunc embedding index _unsafe_index index_select gather cat stack repeat split "
+        "split_with_sizes chunk unbind copy _to_copy sum mean amax amin max min argmax argmin topk sort argsort any "
+        "all cumsum arange full zeros ones empty full_like zeros_like ones_like empty_like new_full new_zeros "
+        "new_ones new_empty scalar_tensor fill constant_pad_nd tril triu isin bucketize searchsorted convolution "
+        "pixel_shuffle slice_scatter select_scatter logsumexp glu prelu square"
     )
-)  # fmt: skip
+)
 
 
 def finiteness(packet: str, call: Call, starts: bool) -> int:
@@ -64,7 +67,7 @@ def finiteness(packet: str, call: Call, starts: bool) -> int:
     level = max((t.finiteness for t in call.tensors()), default=REPEATED)
     if starts:
         level = max(level, OTHER)
-    if packet in ("_softmax", "softmax", "_safe_softmax") and call.zeroed:
+    if packet in _SOFTMAXES and call.zeroed:
         return OTHER
     if level == OTHER and packet not in _FINITE:
         return WILD
@@ -99,10 +102,10 @@ def _known(packet: str, node: fx.Node, call: Call, dims: Dims) -> Iterator[Known
                 yield from (k for k in _aligned(one, dims) if k.value == 0)
     elif packet in _SELECTIONS:
         yield from _selected(packet, call, dims)
-    elif packet in ("_softmax", "softmax", "_safe_softmax", "_log_softmax", "log_softmax"):
+    elif packet in _SOFTMAXES | _LOG_SOFTMAXES:
         for k in tensors[0].known:
             if k.value == -math.inf and (k.source, k.along) in call.zeroed:
-                yield k if "log" in packet else Known(k.symbol, 0, k.source, k.along)
+                yield k if packet in _LOG_SOFTMAXES else Known(k.symbol, 0, k.source, k.along)
     elif len(tensors) == 1 and (packet == "_to_copy" or torch.Tag.pointwise in getattr(node.target, "tags", ())):
         for k in tensors[0].known:
             value = _computed(node, k.value)
@@ -117,7 +120,7 @@ def _selected(packet: str, call: Call, dims: Dims) -> Iterator[Known]:
     elif packet == "masked_fill":
         condition, chosen = call.arguments["mask"], {1: call.arguments["value"]}
     else:
-        conditions = [t for t in call.arguments["indices"] if hasattr(t, "known")]
+        conditions = [t for t in call.arguments.get("indices", ()) if hasattr(t, "known")]
         if len(conditions) != 1 or not conditions[0].is_mask or call.arguments.get("accumulate"):
             return
         condition, chosen = conditions[0], {1: call.arguments["values"]}
@@ -157,15 +160,15 @@ def _computed(node: fx.Node, value: float) -> float | None:
 
 
 #: What may read a mask: other shapes and types of it, and uses that a zero cannot make worse than a real value.
-_SHAPES = _VIEWS | {"_to_copy", "index", "gather", "index_select", "_unsafe_index"}
+_SHAPES = _VIEWS | _names("_to_copy index gather index_select _unsafe_index")
 _MASKS = _PRODUCTS | _COMPARISONS | _SELECTIONS | _CONTRACTIONS
-_MASK_READERS = _MASKS | {"sum", "any", "all", "rsub", "sub", "add", "clamp", "clamp_min", "amax", "max", "softmax",
-                          "scalar_tensor", "full", "lift_fresh", "zeros_like", "ones_like"}  # fmt: skip
-_LOOKUPS = frozenset(
-    ("embedding", "index", "_unsafe_index", "index_select", "gather", "take", "scatter", "scatter_add",
-     "scatter_reduce", "index_put", "index_copy", "index_add", "index_fill", "put", "_unsafe_index_put",
-     "_unsafe_masked_index", "embedding_bag", "_embedding_bag")
-)  # fmt: skip
+_MASK_READERS = _MASKS | _names(
+    "sum any all rsub sub add clamp clamp_min amax max softmax scalar_tensor full zeros_like ones_like"
+)
+_LOOKUPS = _names(
+    "embedding index _unsafe_index index_select gather take scatter scatter_add scatter_reduce index_put "
+    "index_copy index_add index_fill put _unsafe_index_put _unsafe_masked_index embedding_bag _embedding_bag"
+)
 
 
 def mask_inputs(plan: Plan) -> dict[fx.Node, str]:

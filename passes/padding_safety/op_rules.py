@@ -111,7 +111,7 @@ def slice_(call: Call) -> Dims | Tracked:
         # The first entries of what holds no padding: a guard says that there are as many.
         dims[axis] = dims_of([new])[0]
     elif is_prefix(dims[axis]) and isinstance(start, int) and start >= 0:
-        # Counted from the first, so that the entries of the result at its real size are those of eager.
+        # Counted from the front: entries at the result's real size are eager's.
         static_number(call.arguments.get("step", 1), "step")
         dims[axis] = dims_of([new])[0]
     elif start == 0 and len(dims[axis]) == 1 and isinstance(dims[axis][0], Causal) and new == dims[axis][0].valid:

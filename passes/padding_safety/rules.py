@@ -136,7 +136,7 @@ def packet_of(op: Any) -> str:
     """An op's name without namespace, overload and the ``_copy`` of a copying view."""
     name = op.name() if isinstance(op, torch._ops.OpOverload) else str(op)
     name = name.split("::")[-1].partition(".")[0]
-    return name if name == "_to_copy" else name.removesuffix("_copy")
+    return name if name in ("_to_copy", "index_copy") else name.removesuffix("_copy")
 
 
 def tensors_of(values: Iterable[Any]) -> list[Tracked]:
@@ -199,7 +199,7 @@ def random(call: Call) -> list[Dims]:
     """As many numbers are drawn as there are entries, padding included: the real ones would not be eager's."""
     dims = [*(t.dims for t in call.tensors()), *map(dims_of, call.shapes)]
     if any(has_tokens(d) for one in dims for d in one):
-        # Of dropout there is nothing left in inference.
+        # In inference no dropout is left.
         drops = any(name in str(call.op) for name in ("dropout", "bernoulli")) or call.arguments.get("dropout_p")
         cure = "; if this is dropout, the model is in training mode: call model.eval()" if drops else ""
         raise Mixing(f"it draws random numbers for padding too, so that the real rows get others{cure}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ import triton.language as tl
 __all__ = ["launch"]
 
 _BLOCK = 128
-#: Triton takes some 50 us to find out which kernel arguments need; one that is known is launched in 10.
+#: Registry, by device and page size. Triton takes some 50 us to find out which kernel arguments need; one that is
+#: known is launched in 10.
 _COMPILED: dict[Hashable, Any] = {}
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "stride"])
-def _advance(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+def _advance(  # type: ignore[no-untyped-def]
+    tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < requests
     positions = tl.load(tokens + stride + i, mask=inside, other=0) + steps
@@ -36,7 +40,8 @@ def launch(
     grid = (triton.cdiv(requests, _BLOCK), 1, 1)
     args = (tokens, kv_lens, kv_indptr, kv_indices, requests, steps, tokens.stride(0), page_size, _BLOCK)
     key = (tokens.device, page_size)
-    with torch.cuda.device(tokens.device):
+    elsewhere = torch.cuda.current_device() != tokens.device.index
+    with torch.cuda.device(tokens.device) if elsewhere else nullcontext():
         if key in _COMPILED:
             _COMPILED[key][grid](*args)
         else:

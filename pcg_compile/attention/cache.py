@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ class Prepared:
         bucket: tokens that ``slots`` covers. rows: of q that are attended. requests: entries in the metadata.
         longest: most new tokens of a request. spans: ``[rows, 2]`` int32 on the device, positions from and up to which
             a token sees keys beside those of the mask; None where the batch has none.
-        slots: ``[bucket]`` int64, static. tokens: ``[3, tokens]`` int64, slots, positions and ids.
+        slots: ``[bucket]`` int64, static. tokens: ``[3, tokens]`` int64, slots, positions and ids. copied: of these the
+            last two.
         arrays: int32 on the cache's device, in the order of ``padded.array()``; kv_indices with room behind them. With
             ``spare`` pages, kv_indptr says where the pages of a request begin, kv_lens how many count.
         last: age of the last batch that the listed pages have room for.
@@ -54,9 +56,10 @@ class Prepared:
 
     def __init__(
         self, batch: Batch, made_for: tuple[int, int, int | None], layout: Layout, page_size: int, slots: torch.Tensor,
-        tokens: torch.Tensor, arrays: tuple[torch.Tensor, ...], static: bool,
+        tokens: tuple[torch.Tensor, torch.Tensor], arrays: tuple[torch.Tensor, ...], static: bool,
     ) -> None:  # fmt: skip
-        self.batch, self.made_for, self.slots, self.tokens, self.arrays = batch, made_for, slots, tokens, arrays
+        self.batch, self.made_for, self.slots, self.arrays = batch, made_for, slots, arrays
+        self.tokens, self.copied = tokens
         self.bucket, self.rows, _ = made_for
         self.static, self.requests, self.spare = static, layout.requests, layout.spare
         self.longest = batch.longest
@@ -168,12 +171,14 @@ class PagedKVCache:
         self._tokens: dict[int, torch.Tensor] = {}
         #: Views of blocks, by the words or the tokens that they begin with.
         self._heads: dict[tuple[int, int], torch.Tensor] = {}
-        self._rows: dict[tuple[int, int], torch.Tensor] = {}
+        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._mappings: dict[int, torch.Tensor] = {}
         #: Views of the other arrays, by capacity and number of requests.
         self._arrays: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         #: By number of tokens, what metadata were last made for: the next step is likely to want the same.
         self.made_for: dict[int, tuple[int, int, int | None]] = {}
+        #: What metadata were made for, and the keys of captures, that attention has planned once.
+        self.planned: set[Hashable] = set()
         #: Whether attention needs page lists without pages to spare.
         self.exact_pages = False
         self._overflow: torch.Tensor | None = None
@@ -399,14 +404,15 @@ class PagedKVCache:
         self.current = prepared
         return prepared
 
-    def _first(self, capacity: int, tokens: int) -> torch.Tensor:
-        """Slots, positions and ids of so many tokens."""
-        view = self._rows.get((capacity, tokens))
-        if view is None:
+    def _first(self, capacity: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots, positions and ids of so many tokens; the last two."""
+        views = self._rows.get((capacity, tokens))
+        if views is None:
             if len(self._rows) >= _MOST_KEPT:
                 self._rows.clear()
-            view = self._rows[capacity, tokens] = self._tokens[capacity][:, :tokens]
-        return view
+            every = self._tokens[capacity][:, :tokens]
+            views = self._rows[capacity, tokens] = every, every[1:]
+        return views
 
     def _write_spans(self, spans: Ints, rows: int, capacity: int) -> torch.Tensor:
         """Spans of all rows, those of the padding request its own positions; at an address that stays."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .triton_kernels import HEADER, ITEM, attend, schedule
+from .triton_kernels import attend
+from .triton_schedule import HEADER, ITEM, schedule
 
 #: Place of the page lists among the kernel's arguments.
 _INDICES = 6
@@ -95,6 +96,9 @@ def tiling_for(
         load = rows / _processors(device)
         if head_dim <= 64:
             return Tiling(small, 64, 2, 3, 2) if load > 4 else Tiling(small, 128, 4, stages, 1)
+        if load > 1 and group <= 2 and deep:
+            # Requests of different lengths, 43 to 256 of them.
+            return Tiling(small, 128, 4, 3, 2)
         if load > 4:
             return Tiling(small, 32, 1, 3, 4) if small == 16 else Tiling(small, 64, 2, 3, 2)
         return Tiling(small, 64, 4, stages, 1) if load > 1 or not deep else Tiling(small, 128, 4, stages, 1)

@@ -17,7 +17,7 @@ Autocast = tuple[tuple[Any, ...], ...]
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
-# Everything runs without gradients, so switching them is of no effect, but for transforms that compute gradients.
+# Everything runs without gradients, so switches have no effect except inside transforms that compute gradients.
 _GRAD_SWITCHES = frozenset(
     {
         "_set_grad_enabled",
@@ -50,7 +50,7 @@ def switches_gradients_on(gm: fx.GraphModule) -> bool:
 
 
 def region_without_gradients(gm: fx.GraphModule) -> type[torch.no_grad] | type[torch.inference_mode] | None:
-    """The region that all of a graph's calls lie in, as those of a decorated forward do; None where some do not."""
+    """The no_grad or inference_mode region that holds all calls of a graph, or None."""
     enabled, inference = True, 0
     seen: set[bool] = set()
     for node in gm.graph.nodes:

@@ -6,7 +6,7 @@ passes read these facts instead of guessing from names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +30,8 @@ from .node_facts import NodeFacts, OpCall, arguments_of, tensors_in, written_ten
 from .repeats import Repeats
 
 __all__ = [
-    "Calls", "DataDecide", "NodeFacts", "OpCall", "alias_of", "arguments_of", "bodies_of", "calls_of", "squeezed_sizes",
-    "storage_of", "tensors_in", "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
+    "Calls", "DataDecide", "NodeFacts", "OpCall", "OpCalls", "alias_of", "arguments_of", "bodies_of", "calls_of",
+    "squeezed_sizes", "storage_of", "tensors_in", "trace_all_facts", "trace_facts", "update_facts", "written_tensors",
 ]  # fmt: skip
 
 #: What each node calls: target, args and kwargs, as they were when :func:`calls_of` looked.
@@ -63,17 +63,15 @@ def squeezed_sizes(facts: Mapping[fx.Node, NodeFacts]) -> list[torch.SymInt]:
     return found
 
 
-class _OpCalls(TorchDispatchMode):
-    def __init__(self, calls: list[OpCall], keep_results: bool) -> None:
-        super().__init__()
+class OpCalls(TorchDispatchMode):
+    """Appends each op that is dispatched, with what it gives if ``keep_results``."""
+
+    def __init__(self, calls: list[OpCall], keep_results: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.keep_results = calls, keep_results
 
     def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -82,7 +80,7 @@ class _OpCalls(TorchDispatchMode):
 
 
 class DataDecide(Exception):
-    """A node whose result cannot be told without its data, such as ``x[i]`` of a tensor ``i`` without dimensions."""
+    """A node whose result depends on data, such as ``x[i]`` of a tensor ``i`` without dimensions."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         super().__init__(why)
@@ -96,7 +94,7 @@ class _Tracer(fx.Interpreter):
         self.facts: dict[fx.Node, NodeFacts] = {}
         #: Only the rows of layers with adapters are followed from op to op.
         self.keep_results = any(str(node.target).startswith("pcg.lora") for node in gm.graph.nodes)
-        #: Whose memory something lies in cannot be told: the facts are of no use.
+        #: It is unknown whose memory a tensor lies in: the facts are useless.
         self.ambiguous = False
 
     def run_node(self, n: fx.Node) -> Any:
@@ -119,7 +117,7 @@ class _Tracer(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             calls.append(OpCall(n.target, args, kwargs, value))
         else:
-            with _OpCalls(calls, self.keep_results):
+            with OpCalls(calls, self.keep_results):
                 value = super().run_node(n)
         if any(_reshapes(call) for call in calls):
             self.repeats.stop()
@@ -136,7 +134,7 @@ class _Tracer(fx.Interpreter):
 def trace_facts(gm: fx.GraphModule, inputs: Sequence[Any], keep_results: bool = False) -> dict[fx.Node, NodeFacts]:
     """Facts of every node of ``gm``, from one interpretation on fake ``inputs`` (tensors, ints, SymInts).
 
-    Inputs are detached first, so that an op that changes a tensor's metadata in place cannot reach the
+    Inputs are detached first, so an op that changes a tensor's metadata in place cannot reach the
     caller's fake tensors. Each lies in memory of its own, whatever the call that was traced had.
 
     Args:
@@ -288,5 +286,5 @@ def _looks_alike(one: Any, other: Any) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False
     same = one.dtype == other.dtype and one.device == other.device and one.layout == other.layout
-    # As text, so that no guard on a size is made.
+    # As text, so no guard on a size is made.
     return same and str((one.shape, one.stride())) == str((other.shape, other.stride()))

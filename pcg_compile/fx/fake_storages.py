@@ -2,7 +2,7 @@
 
 Note [twins]. Making a fake tensor with symbolic sizes takes a millisecond or two, nearly all of it arithmetic on its
 sizes. A *twin* takes the sizes of another one, and so its storage; the memory that it stands for is written down beside
-it. :func:`storage_of` knows of that; torch does not, so that whoever hands twins to torch sees to it with
+it. :func:`storage_of` knows of that; torch does not, so whoever hands twins to torch sees to it with
 :func:`told_apart` or :func:`note_memory`.
 """
 
@@ -21,7 +21,7 @@ _NOTE = "_pcg_storage"
 class Storage:
     """The memory of some tensors: that of ``owner``, or one of its own.
 
-    It is kept alive by the tensors in it, so that its identity is nobody else's meanwhile.
+    It is kept alive by the tensors in it, so its identity is nobody else's meanwhile.
     """
 
     def __init__(self, owner: torch.Tensor | None = None) -> None:
@@ -51,7 +51,7 @@ def look_alike_of(tensor: FakeTensor, storage: Storage) -> torch.Tensor:
 def note_memory(inputs: Iterable[torch.Tensor], made: Callable[[], Iterable[torch.Tensor]]) -> bool:
     """Notes the memory of the tensors that torch made of ``inputs``, twins among them.
 
-    False where it cannot be told: one lies in a storage that stands for the memory of several inputs.
+    False where it is unknown: a tensor lies in a storage that stands for the memory of several inputs.
     """
     known = {id(tensor): tensor for tensor in inputs}
     if not any(hasattr(tensor, _NOTE) for tensor in known.values()):

@@ -40,7 +40,7 @@ class _Tracer(TorchDispatchMode):
     """Records each op that arrives below functionalization."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.constants: dict[str, torch.Tensor] = {}
         self.place: fx.Node | None = None

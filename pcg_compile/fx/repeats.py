@@ -23,7 +23,7 @@ from .node_facts import CopiedCall, NodeFacts, tensors_in
 from .sizes import SymType, expr_of, symbols_of
 
 _CONSTANTS = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, EllipsisType)
-#: Of other ops nobody knows what their fake implementation looks at beside its arguments.
+#: Fake implementations of other ops may read more than their arguments.
 _NAMESPACES = ("aten", "prim", "prims", "pcg")
 _DATA = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
@@ -55,7 +55,7 @@ class Repeats:
     def __init__(self) -> None:
         self._known: dict[Any, _Known] = {}
         self._looks: dict[tuple[Any, ...], int] = {}
-        #: The look of each tensor that was seen, which is kept so that its identity stays its own.
+        #: The look of each tensor that was seen, which is kept so its identity stays its own.
         self._seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._era = 0
         self._stopped = False

@@ -17,7 +17,7 @@ from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
 
-#: What a layer with adapters has beside its own: the packed factors, and plain attributes.
+#: Attributes of a layer with adapters: the buffer of packed factors, and plain ones.
 FACTORS = "pcg_lora_factors"
 FACTS = ("pcg_lora_layout", "pcg_lora_name", "pcg_lora_kinds", "pcg_lora_sizes", "pcg_lora_router")
 
@@ -95,7 +95,7 @@ def adapt(module: nn.Module, *, around: bool = False) -> None:
     Args:
         around: they are added to the result of the ``forward`` that the layer has of its own, else to its class's.
     """
-    # It may be a copy of such a layer, and is one no more.
+    # It may be a copy of a layer with adapters; now it gets its own.
     drop_forward_hook(module, _hook_of_a_copy)
     if not isinstance(module, _CopiedAsBase):
         cls: Any = type(module)
@@ -112,7 +112,7 @@ def adapt(module: nn.Module, *, around: bool = False) -> None:
 
 
 def unadapt(module: nn.Module) -> None:
-    """Leaves a layer as it was; where somebody changed its class since, what is left of ours adds nothing."""
+    """Restores a layer. If its class was changed since, the remaining class adds nothing."""
     if "pcg_lora_forward" in vars(module):
         vars(module)["forward"] = vars(module).pop("pcg_lora_forward")
     for name in (FACTORS, *FACTS):
@@ -152,7 +152,7 @@ def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
 
 
 def _refuse_gradients() -> None:
-    """Gradients of the base model are the caller's business, those of a batch with adapters would be wrong."""
+    """Raises if the batch has adapters: their gradients would be wrong."""
     state = current_step()
     if state is not None and state.batch.adapters is not None:
         raise BatchError("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")

@@ -118,7 +118,7 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
             )
 
     adapter = read_adapter(folder, check)
-    # Whole factors are checked, so that all ranks find the same.
+    # Whole factors are checked, so all ranks find the same.
     changes: list[dict[str, Factors]] = [{} for _ in layers]
     for module, read in adapter.modules.items():
         i, only = found[module]

@@ -71,7 +71,7 @@ def shrink(
     if begin_rank >= rank:
         return
     r = begin_rank + tl.arange(0, RANK)
-    # Up to a multiple of 8, so that a whole vector has one mask; between the rank and that are zeros.
+    # Up to a multiple of 8, so a whole vector has one mask; between the rank and that are zeros.
     is_place = (r < (rank + 7) // 8 * 8) & (r < MAX_RANK)
     sums = tl.zeros((ROWS, RANK), dtype=tl.float32)
     a_slot = _of_part(part, a_slot0, a_slot1, a_slot2, a_slot3, PARTS)

@@ -118,7 +118,7 @@ class LoRALayer:
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many columns this rank has of each part; without parts that it has none of."""
+        """Number of columns that this rank has of each part, without empty parts."""
         return {part: self.parts[part] if rows is None else len(rows) for part, rows in self.rows.items()}
 
     def detach(self) -> None:
@@ -133,7 +133,7 @@ class LoRALayer:
         self.handle, self.forward_before, self.views, self.attached = None, None, None, False
 
     def put(self, slot: int, factors: Mapping[str, Factors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Makes a slot ready for an adapter, but for copies that are left to the caller, to make all of them at once.
+        """Prepares a slot for an adapter; the caller makes the copies, all layers' at once.
 
         Without gradients, which is the caller's business as well.
 
@@ -251,7 +251,7 @@ def _products_of_attention(model: nn.Module) -> set[int]:
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str] | str, fused: Mapping[str, Any]) -> None:
-    """Raises for names that match nothing, and for an expression that is none."""
+    """Raises for names that match nothing, and for invalid regular expressions."""
     modules = list(model.named_modules())
     why = f"Its linear layers are: {', '.join(_candidates(model)) or 'none'}."
     alone: list[Sequence[str] | str] = (

@@ -149,7 +149,7 @@ def add_adapters(
 def bind_prepare_lora(
     rows: int, pool: int, memory: int, *, mode: Literal["request", "slice"] = "slice", ahead: bool = False
 ) -> Callable[[], None]:
-    """``pcg::prepare_lora`` for a bucket of ``rows``: prepares whatever step runs when it is called."""
+    """``pcg::prepare_lora`` for a bucket of ``rows``: prepares the step that runs when it is called."""
     place = router_by_id(pool).memory(memory)
 
     def prepare() -> None:
@@ -159,7 +159,7 @@ def bind_prepare_lora(
 
 
 def bind_prepare_one_lora(unused: int, pool: int, memory: int) -> Callable[[], None]:
-    """``pcg::prepare_one_lora``: prepares whatever step runs when it is called, for any number of rows."""
+    """``pcg::prepare_one_lora``: prepares the step that runs when it is called, for any number of rows."""
     place = router_by_id(pool).memory(memory)
 
     def prepare() -> None:
@@ -171,7 +171,7 @@ def bind_prepare_one_lora(unused: int, pool: int, memory: int) -> Callable[[], N
 def row_wise_form(y: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, *rest: Any) -> None:
     """What ``pcg::lora_apply`` does with rows, for the padding analysis: each reads its own row and one adapter.
 
-    Which one, and what it holds, is nothing that rows have.
+    Other rows never decide which adapter that is.
     """
     row_wise_form_of_many([y], x, [factors], *rest)
 

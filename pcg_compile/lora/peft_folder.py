@@ -161,7 +161,7 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     for name in [*_PLAIN, *(config.keys() - _PLAIN.keys() - _HARMLESS)]:
         value = config.get(name)
         if name in _PLAIN:
-            # 1 equals True, and is none of PEFT's values.
+            # 1 equals True, but PEFT never writes it.
             supported = any(value == one and type(value) is type(one) for one in _PLAIN[name])
         else:
             # A field of a later PEFT: variants of LoRA are switched on, or have settings of their own.
@@ -246,7 +246,7 @@ def _parse_json(text: str | bytes) -> Any:
     """JSON, in which no name may stand twice: readers differ in which of the two they take.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: invalid JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

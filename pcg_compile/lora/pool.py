@@ -20,7 +20,7 @@ from .routing import Router
 class AdapterPool:
     """Adapters that the requests of one batch choose from: ``Batch(..., adapters=["fr", None, "sql"])``.
 
-    Loading while serving writes into slots that nobody uses: no address changes, so that nothing is captured or
+    Loading while serving writes into slots that nobody uses: no address changes, so nothing is captured or
     compiled again, and copies are ordered behind the steps before them. Where slots run out, the adapter that was used
     least recently leaves the device; it stays on the host, and comes back by a copy when a batch names it. Methods may
     be called from any thread.
@@ -50,7 +50,7 @@ class AdapterPool:
 
         Raises:
             AdapterError: a bad size, modules that are not linear or do not exist, layers on several devices, a model
-                that has a pool, weights that lie over ranks so that no part of an adapter fits.
+                that has a pool, weights that lie over ranks so no part of an adapter fits.
         """
         for name, size, most in (("max_adapters", max_adapters, 1024), ("max_rank", max_rank, 256)):
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
@@ -269,7 +269,7 @@ class AdapterPool:
             raise AdapterError(f"no adapter is named {name!r}", why=f"Loaded are: {loaded}.")
 
     def _take_slot(self, wanted: frozenset[str]) -> int | None:
-        """A slot that nobody uses, the least recently used adapter's where none is free."""
+        """A free slot, or the least recently used adapter's if it is not in use; None if there is neither."""
         if self._free:
             return self._free.pop()
         for name, slot in self._slots.items():
@@ -279,7 +279,7 @@ class AdapterPool:
         return None
 
     def _put(self, name: str, slot: int) -> None:
-        """Copies an adapter into a slot that nobody has, behind the steps that may still read what was there."""
+        """Copies an adapter into an unused slot, after the steps that may still read its old contents."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             if stream is not None:

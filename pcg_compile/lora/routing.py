@@ -47,6 +47,14 @@ class _Area:
         self.slots: torch.Tensor | None = None
         #: Whose routing it holds: (step, rows); step None: no token has an adapter, whatever the rows.
         self.owner: tuple[StepState | None, int] = (None, 0)
+        #: The line of that step's batch, and the slots of its requests.
+        self.line: object = None
+        self.requests: Any = None
+
+    def holds(self, state: StepState, slots: Any) -> bool:
+        """Whether the batch has advanced from the one whose routing it holds."""
+        owner = self.owner[0]
+        return owner is not None and self.line is state.batch.line and np.array_equal(self.requests, slots)
 
 
 #: Weak registry of routers by id: a graph names a pool's router by number. No number is given out twice: a graph may
@@ -213,10 +221,11 @@ class RoutingMemory:
                 area.owner = (None, 0)
             return
         assert state is not None
-        # What is written for more rows begins with what fewer rows need.
-        if area.owner[0] is not state or area.owner[1] < rows:
+        # What is written for more rows begins with what fewer rows need; batches that advance keep their adapters.
+        same = area.owner[1] >= rows and isinstance(slots, np.ndarray) and area.holds(state, slots)
+        if not same and (area.owner[0] is not state or area.owner[1] < rows):
             router.fill(area, rows, state, slots, self._staging)
-            area.owner = (state, rows)
+            area.owner, area.line, area.requests = (state, rows), state.batch.line, slots
 
     def _area(self, rows: int) -> _Area:
         capacity = max(16, 1 << (rows - 1).bit_length())

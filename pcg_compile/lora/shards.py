@@ -48,7 +48,7 @@ class Share:
         )
 
     def rows_of(self, parts: Mapping[str, int]) -> dict[str, torch.Tensor | None]:
-        """Which rows of each part of a fused layer, counted within the part; without parts that the rank has none of.
+        """This rank's rows of each part of a fused layer, counted within the part, without empty parts.
 
         None for all rows.
         """
@@ -96,7 +96,7 @@ def share_of(name: str, weight: torch.Tensor, out_dim: int) -> Share:
 
     Raises:
         AdapterError: a weight that is made of other tensors and no DTensor, one whose parts are summands, one whose
-            rows lie in another order than the whole weight's, one that is smaller than the ranks are many. All ranks
+            rows lie in another order than the whole weight's, one with fewer rows than ranks. All ranks
             raise alike.
     """
     if not is_distributed(weight):

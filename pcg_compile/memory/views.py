@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -37,15 +37,22 @@ def real_rows(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> torch.T
     return view
 
 
-def tails(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
-    """Views that together cover the padding rows of a bucket-sized tensor, where they are not the real ones' memory."""
-    result: list[torch.Tensor] = []
+def tails(
+    static: torch.Tensor, fake: torch.Tensor, sizes: Sizes, dims: Collection[int] | None = None
+) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The padding of a bucket-sized tensor along all its dimensions, or along ``dims``, where it has memory of its own.
+
+    Returns:
+        (dimension, padding, the tensor that the padding is behind the real rows of) in order. The padding along one
+        dimension is that of the real rows along those before, so whoever copies rows goes from the last to the first.
+    """
+    result: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     rest = static
     with torch.inference_mode(False), torch.no_grad():
         for dim, size in enumerate(shape_at(fake, sizes)):
-            if rest.shape[dim] != size:
+            if rest.shape[dim] != size and (dims is None or dim in dims):
                 if rest.stride(dim):
-                    result.append(rest.narrow(dim, size, rest.shape[dim] - size))
+                    result.append((dim, rest.narrow(dim, size, rest.shape[dim] - size), rest))
                 rest = rest.narrow(dim, 0, size)
     return result
 

@@ -34,7 +34,13 @@ COLOURS = {
     "outputs": "#cc79a7",
     "gaps": "#999999",
 }
-_SHOWN = {"inputs": "copied in", "replay": "replay", "piece": "not captured", "split op": "split op", "outputs": "copied out"}
+_SHOWN = {
+    "inputs": "copied in",
+    "replay": "replay",
+    "piece": "not captured",
+    "split op": "split op",
+    "outputs": "copied out",
+}
 _TOKENS, _PADDING = COLOURS["replay"], "#c7c7c7"
 #: Characters of a label.
 _WIDEST = 64

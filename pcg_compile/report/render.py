@@ -68,7 +68,11 @@ def summary(report: Report) -> Iterator[str]:
     if len(problems) > _MOST_LINES:
         yield f"  and {len(problems) - _MOST_LINES} more: print(pcg.stats(model))"
     yield f"  {_use(report)}"
-    yield from (f"  {graph.timeline.describe()}" for graph in report.graphs if graph.timeline is not None)
+    for graph in report.graphs:
+        if graph.timeline is not None:
+            yield f"  {graph.timeline.describe()}"
+        if graph.entry_seconds is not None:
+            yield f"  {1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}"
 
 
 def _headline(report: Report, pieces: Sequence[Any], exact: Sequence[Any], refusals: Sequence[str]) -> str:

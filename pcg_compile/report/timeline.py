@@ -69,7 +69,6 @@ class Timeline:
         spans = self.lane()
         return max((span.start + span.seconds for span in spans), default=0.0) - sum(span.seconds for span in spans)
 
-
     def describe(self) -> str:
         """One line: the step's size, its bucket and its time."""
         size = "x".join(map(str, self.sizes)) or "fixed size"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class WarmUp:
     served: int = 0
     dynamic: bool = False
     counters: list[Counters] = field(default_factory=list)
+    #: When its first graph was reached, by ``time.perf_counter``.
+    began: float = 0.0
 
 
 _WARM_UP: ContextVar[WarmUp | None] = ContextVar("pcg_warm_up", default=None)
@@ -79,6 +82,7 @@ def warm_up_context(request: WarmUp) -> Iterator[None]:
 
 def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     """Captures buckets with a call's arguments as the example, and answers the call; nothing else changes."""
+    request.began = request.began or time.perf_counter()
     request.served += 1
     request.dynamic = request.dynamic or bool(graph.plan.dims)
     request.counters.append(graph.shared.counters)

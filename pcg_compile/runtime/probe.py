@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -116,6 +116,8 @@ class _Probe:
     sizes: Sizes
     bucket: Sizes
     few: Sequence[Sizes]
+    #: What runs raised with values or sizes that no step gives them, which says nothing of their rows.
+    raised: list[str] = field(default_factory=list)
 
     def verdict(self) -> str | None:
         if any(_alike(argument, self.sizes) for argument in self.arguments):
@@ -128,9 +130,10 @@ class _Probe:
             try:
                 made = self._at_bucket()
             except Exception as error:
-                # The op is anyone's. What it raises of values that no step gives it says nothing of its rows.
+                # The op is anyone's, and may raise anything: with copies of real rows that is no verdict.
                 if values is None:
                     raise NoVerdict(f"it raises {type(error).__name__} at the bucket's size") from error
+                self.raised.append(type(error).__name__)
                 continue
             if first is None:
                 first = made
@@ -140,7 +143,7 @@ class _Probe:
                 if not torch.equal(_comparable(one), _comparable(other)):
                     return f"result {i} changes with the padding"
         if first is None or not compared:
-            raise NoVerdict("it raises whatever its padding holds")
+            raise NoVerdict(f"it raises whatever its padding holds ({', '.join(self.raised)})")
         floats = [r for r, f in zip(first, self.results, strict=False) if r.is_floating_point() and symbols_of(f)]
         if not all(result.any() for result in floats):
             raise NoVerdict("its rows are all zero")
@@ -172,6 +175,7 @@ class _Probe:
             except Exception as error:  # as above
                 if at is self.sizes:
                     raise NoVerdict(f"it raises {type(error).__name__} at its exact size") from error
+                self.raised.append(type(error).__name__)
                 continue
             seen += 1
             for i, (one, other, fake, front) in enumerate(zip(padded, exact, fakes, scratch, strict=True)):
@@ -182,7 +186,7 @@ class _Probe:
                 if cut.shape != other.shape or not _close(cut, other, coarsest):
                     return f"result {i} changes with the size that the piece is run at"
         if seen == 1:
-            raise NoVerdict("it raises at all sizes that are far from the bucket's")
+            raise NoVerdict(f"it raises at all sizes that are far from the bucket's ({', '.join(self.raised)})")
         return None
 
     def _at_bucket(self) -> list[torch.Tensor]:
@@ -222,20 +226,11 @@ class _Probe:
         real = shape_at(argument.fake, self.sizes)
         if 0 in real:
             return
-        rest = argument.static
-        parts: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for dim, size in enumerate(real):
-            if rest.shape[dim] != size:
-                if rest.stride(dim):
-                    symbol = min(symbols_of(argument.fake.shape[dim]), key=str)
-                    chosen = rows[symbol].repeat(-(-rest.shape[dim] // len(rows[symbol])))
-                    chosen = chosen[: rest.shape[dim] - size].to(rest.device) % size
-                    tail = rest.narrow(dim, size, rest.shape[dim] - size)
-                    parts.append((dim, tail, rest.narrow(dim, 0, size), chosen))
-                rest = rest.narrow(dim, 0, size)
-        # The last dimension first: rows of an outer one are padded along the inner ones by then.
-        for dim, tail, source, chosen in reversed(parts):
-            assign(tail, source.index_select(dim, chosen))
+        for dim, tail, rest in reversed(tails(argument.static, argument.fake, self.sizes)):
+            symbol = min(symbols_of(argument.fake.shape[dim]), key=str)
+            chosen = rows[symbol].repeat(-(-rest.shape[dim] // len(rows[symbol])))
+            chosen = chosen[: tail.shape[dim]].to(rest.device) % real[dim]
+            assign(tail, rest.narrow(dim, 0, real[dim]).index_select(dim, chosen))
 
 
 def _behind(tensor: torch.Tensor, scratch: int) -> torch.Tensor:
@@ -265,7 +260,7 @@ def _level(argument: Argument, sizes: Sizes, pick: int) -> None:
 
 def _litter(argument: Argument, sizes: Sizes, values: Sequence[float], generator: torch.Generator) -> None:
     """Fills floating padding with values at random."""
-    for tail in tails(argument.static, argument.fake, sizes):
+    for _, tail, _ in tails(argument.static, argument.fake, sizes):
         pool = torch.tensor(values, dtype=torch.float64, device="cpu")
         # Large for the type, and finite.
         pool = torch.where(pool.abs() == 2, pool * (torch.finfo(tail.dtype).max / 8), pool)

@@ -72,7 +72,7 @@ class PadInput(Operation):
 
 
 class LookUpRows(Operation):
-    """Looks row indices up at the real size, so that negative ones and those out of range are eager's."""
+    """Looks row indices up at the real size: negative ones and those out of range are what they are in eager."""
 
     kind: ClassVar[Kind] = "inputs"
 

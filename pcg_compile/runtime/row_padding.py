@@ -19,7 +19,7 @@ import torch
 
 from ..fx.plan import InputSpec
 from ..fx.sizes import shape_at
-from ..memory.views import unexpanded
+from ..memory.views import expanded_dims, tails, unexpanded
 from .program import Frame
 
 __all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
@@ -105,30 +105,17 @@ def rows_to_take(sizes: Sequence[tuple[int, int]], device: torch.device) -> list
 
 def repeat_row_zero(static: torch.Tensor, fake: torch.Tensor, sizes: Sizes) -> list[Callable[[], Any]]:
     """What pads a bucket-sized tensor whose real rows are written, in order: one launch for each padded dimension."""
-    ops: list[Callable[[], Any]] = []
-    rest = static
+    calls: list[Callable[[], Any]] = []
     empty = 0 in shape_at(fake, sizes)
-    for dim, size in enumerate(shape_at(fake, sizes)):
-        if rest.shape[dim] != size:
-            if rest.stride(dim):
-                tail, first = rest.narrow(dim, size, rest.shape[dim] - size), rest.narrow(dim, 0, 1)
-                shared = [d for d in range(rest.dim()) if rest.shape[d] > 1 and rest.stride(d) == 0]
-                tail, first = unexpanded(tail, shared), unexpanded(first, shared)
-                # The last dimension first: row 0 of an outer one is padded along the inner ones by then.
-                ops.insert(0, tail.zero_ if empty else partial(tail.copy_, first.expand_as(tail)))
-            rest = rest.narrow(dim, 0, size)
-    return ops
+    for dim, tail, rest in reversed(tails(static, fake, sizes)):
+        shared = expanded_dims(rest)
+        tail, first = unexpanded(tail, shared), unexpanded(rest.narrow(dim, 0, 1), shared)
+        calls.append(tail.zero_ if empty else partial(tail.copy_, first.expand_as(tail)))
+    return calls
 
 
 def fill_padding(
     static: torch.Tensor, fake: torch.Tensor, sizes: Sizes, value: float, dims: Collection[int] | None = None
 ) -> list[Callable[[], Any]]:
     """What fills the padding with a value instead, along all dimensions or along ``dims``."""
-    ops: list[Callable[[], Any]] = []
-    rest = static
-    for dim, size in enumerate(shape_at(fake, sizes)):
-        if rest.shape[dim] != size and (dims is None or dim in dims):
-            if rest.stride(dim):
-                ops.append(partial(rest.narrow(dim, size, rest.shape[dim] - size).fill_, value))
-            rest = rest.narrow(dim, 0, size)
-    return ops
+    return [partial(tail.fill_, value) for _, tail, _ in tails(static, fake, sizes, dims)]

@@ -76,14 +76,14 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device
     try:
         graph.capture_end()
         return True
-    except Exception:  # what follows does the rest
+    except RuntimeError:  # what CUDA reports; what follows does the rest
         pass
     index = device.index if device.index is not None else torch.cuda.current_device()
-    with suppress(Exception):
+    with suppress(RuntimeError):
         _end_allocate_to_pool(index, pool)
         _release_pool(index, pool)
     # The end of a capture that succeeds tells the generator.
-    with suppress(Exception), warnings.catch_warnings():
+    with suppress(RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         empty = torch.cuda.CUDAGraph()
         empty.capture_begin(capture_error_mode="thread_local")

@@ -45,6 +45,10 @@ for _name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan
     setattr(_NodeAnalysis, _name, staticmethod(partial(lambda f, x: _call_node(f, x), getattr(torch, f"_sym_{_name}"))))
 
 
+#: What torch's analysis raises for a function that it has no Python form of, or that a proxy does not support.
+_NO_NODES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
 def _call_node(function: Callable[..., Any], *args: Any) -> Any:
     proxies = [a for a in args if isinstance(a, fx.Proxy)]
     return proxies[0].tracer.create_proxy("call_function", function, args, {}) if proxies else function(*args)
@@ -60,7 +64,7 @@ def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.S
     before = set(graph.nodes)
     try:
         result = sympy_interp(_NodeAnalysis, proxies, expr)
-    except Exception:
+    except _NO_NODES:
         for node in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(node)
         free = sorted(expr.free_symbols, key=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,12 +137,15 @@ def guards_hold_at(real: int, shown: int, fake_mode: FakeTensorMode) -> bool:
     return all(condition.xreplace(known) == sympy.true for condition in shape_guards(fake_mode))
 
 
+#: Names of guards on modules: on one that a method is called on, and on what lies in one.
+_OF_MODULE = re.compile(r"\bself\b|\._modules\b|\._parameters\b|\._buffers\b")
+
+
 def inputs_only(entries: Sequence[Any]) -> list[bool]:
     """A ``guard_filter_fn`` that keeps guards on arguments, sizes, modes and training flags (2.11 to 2.13)."""
-    keep = []
-    for entry in entries:
-        name = entry.name
-        own = name.startswith("L['") and not name.startswith("L['self']") and not entry.is_global
-        plain = "._modules" not in name and "._parameters" not in name and "._buffers" not in name
-        keep.append(name == "" or (own and plain) or name.endswith(".training"))
-    return keep
+    return [
+        entry.name == ""
+        or entry.name.endswith(".training")
+        or not (entry.is_global or _OF_MODULE.search(entry.name) is not None)
+        for entry in entries
+    ]

@@ -93,7 +93,7 @@ def private(name: str, versions: str, *, cuda: bool = False, optional: bool = Fa
 
 
 def deferred(name: str, versions: str) -> Callable[[], Any]:
-    """The same for a name whose module is dear to import: the returned function looks it up when it is called."""
+    """The same for a name whose module is slow to import: the returned function looks it up when called."""
     _declare(name, versions, functools.partial(_find, name))
 
     @functools.cache

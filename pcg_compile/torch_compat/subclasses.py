@@ -31,7 +31,7 @@ def lower_subclasses(
 ) -> Callable[..., Any]:
     """AOTAutograd's inference graph over plain tensors, compiled by ``compile_plain`` (2.11 to 2.13).
 
-    Parameters keep being known as such, so that they are bound by address. Calls of custom ops that write their
+    Parameters keep being known as such, so they are bound by address. Calls of custom ops that write their
     arguments are in the form that :func:`functionalized_call` reads.
     """
     inner: list[_PlainCall] = []

@@ -93,8 +93,8 @@ class Engine:
             penalty[slot], seed[slot] = settings.penalty, settings.seed
             top_k[slot] = min(settings.top_k or self.vocabulary, self.vocabulary)
         state = self.state
-        for values, target in zip(self._settings, (state.floats, state.longs), strict=True):
-            self.cache.staging.send(values, target)
+        self.cache.staging.send(self._settings[0], state.floats)
+        self.cache.staging.send(self._settings[1], state.longs)
         if any(request.sampling.penalty != 1 for request in requests) and state.seen.shape[1] == 1:
             state.seen = torch.zeros(self.slots, self.vocabulary, dtype=torch.bool, device=self.device)
         if state.seen.shape[1] > 1:

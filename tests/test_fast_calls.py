@@ -1,0 +1,348 @@
+"""guards="inputs": calls that look like a traced one reach their graph without Dynamo; all others go through it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import pcg_compile as pcg
+
+OPTIONS = {"compiler": "eager", "buckets": [4, 8], "guards": "inputs"}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.tied = self.layers[0]
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.shift = torch.ones(6)
+
+    def forward(self, x, factor=1.0, *, mask=None):
+        for layer in self.layers:
+            x = x + self.drop(layer(x)).relu()
+        x = self.tied(x) * self.scale * factor + self.shift
+        return x if mask is None else x * mask
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def compiled(model, **options):
+    return pcg.piecewise(dynamic={"x": 0}, **{**OPTIONS, **options})(model.forward)
+
+
+@contextmanager
+def without_dynamo(run):
+    """Fails where a call takes the way through Dynamo."""
+    function = run.__pcg_function__
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a call went through Dynamo")
+
+    way, function.compiled = function.compiled, refuse
+    try:
+        yield
+    finally:
+        function.compiled = way
+
+
+def goes_without_dynamo(run, *args, **kwargs):
+    try:
+        with without_dynamo(run):
+            run(*args, **kwargs)
+    except AssertionError:
+        return False
+    return True
+
+
+def matches(run, model, *args, **kwargs):
+    torch.testing.assert_close(run(*args, **kwargs), model(*args, **kwargs))
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_all_sizes_after_the_first_call(first):
+    model = Model().eval()
+    run = compiled(model)
+    matches(run, model, torch.randn(first, 6))
+    with without_dynamo(run), pcg.expect(run, steps=5, replays=4, graphs=0):
+        for n in (3, 1, 8, 4, 11):
+            matches(run, model, torch.randn(n, 6))
+    (fallback,) = pcg.stats(run).fallbacks
+    assert fallback.count == 1 and "beyond the largest bucket" in fallback.reason
+
+
+def test_a_new_size_within_a_bucket_compiles_nothing():
+    model = Model().eval()
+    run = compiled(model)
+    pcg.warmup(run, torch.randn(5, 6), progress=False)
+    run(torch.randn(5, 6))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with pcg.expect(run, graphs=0, compiled=0, captured=0, steps=6, replays=6):
+        for n in (6, 7, 8, 3, 2, 1):
+            matches(run, model, torch.randn(n, 6))
+    assert not counters["frames"] and not counters["stats"]
+
+
+CALLS = {
+    "keyword": lambda x: ((), {"x": x}),
+    "positional default": lambda x: ((x, 1.0), {}),
+    "other constant": lambda x: ((x, 3.0), {}),
+    "int for a float": lambda x: ((x, 1), {}),
+    "mask": lambda x: ((x,), {"mask": torch.ones(6)}),
+    "dtype": lambda x: ((x.double().float().t().contiguous().t(),), {}),
+    "strides": lambda x: ((torch.randn(6, x.shape[0]).t(),), {}),
+    "conjugate": lambda x: ((torch.randn(x.shape[0], 6, dtype=torch.complex64).conj().imag,), {}),
+    "parameter": lambda x: ((nn.Parameter(x, requires_grad=False),), {}),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_any_call_is_right_whatever_its_form(kind):
+    model = Model().eval()
+    run = compiled(model)
+    run(torch.randn(3, 6))
+    for n in (3, 5, 3):
+        args, kwargs = CALLS[kind](torch.randn(n, 6))
+        matches(run, model, *args, **kwargs)
+        matches(run, model, torch.randn(n, 6))
+    assert goes_without_dynamo(run, torch.randn(2, 6))
+    assert goes_without_dynamo(run, torch.randn(2, 6), 1.0) and goes_without_dynamo(run, x=torch.randn(2, 6))
+
+
+STATES = {
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "a mode": lambda: torch.utils.flop_counter.FlopCounterMode(display=False),
+    "a device": lambda: torch.device("cpu"),
+    "a stance": lambda: torch.compiler.set_stance("force_eager"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_other_states_of_torch_go_through_dynamo(name):
+    import torch.utils.flop_counter
+
+    model = Model().eval()
+    run = compiled(model)
+    x = torch.randn(3, 6)
+    run(x)
+    with STATES[name]():
+        assert not goes_without_dynamo(run, x)
+        for n in (3, 5):
+            matches(run, model, torch.randn(n, 6))
+    matches(run, model, x)
+    assert goes_without_dynamo(run, x)
+
+
+def test_training_is_noticed():
+    model = Model().eval()
+    run = compiled(model)
+    x = torch.randn(5, 6)
+    run(x)
+    for part in (model, model.drop):
+        part.train()
+        assert not goes_without_dynamo(run, x)
+        part.eval()
+        assert goes_without_dynamo(run, x)
+
+
+def _replace(module, name):
+    setattr(module, name, nn.Parameter(torch.randn_like(getattr(module, name))))
+
+
+def _move(module, name):
+    getattr(module, name).data = torch.randn_like(getattr(module, name))
+
+
+def _put_another_layer(model):
+    model.layers[1] = nn.Linear(6, 6)
+
+
+def _untie(model):
+    model.tied = nn.Linear(6, 6)
+
+
+def _untie_one_weight(model):
+    shared = model.layers[0].weight
+    model.tied.other = nn.Linear(6, 6)
+    model.tied.other.weight = shared
+    model.tied.weight = nn.Parameter(torch.randn(6, 6))
+
+
+CHANGES = {
+    "written": lambda m: m.layers[1].weight.mul_(2),
+    "replaced": lambda m: _replace(m.layers[1], "weight"),
+    "moved": lambda m: _move(m.layers[1], "bias"),
+    "buffer of one element": lambda m: setattr(m, "scale", torch.full((1,), 2.0)),
+    "then written": lambda m: (setattr(m, "scale", m.scale.clone()), m.scale.fill_(3)),
+    "buffer moved": lambda m: m._buffers.update(scale=torch.full((1,), 5.0)),
+    "plain attribute": lambda m: setattr(m, "shift", torch.full((6,), 4.0)),
+    "layer": _put_another_layer,
+    "tied layer": _untie,
+    "tied weight": _untie_one_weight,
+    "loaded": lambda m: m.load_state_dict({k: torch.randn_like(v) for k, v in m.state_dict().items()}, assign=True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_change_are_noticed(name):
+    model = Model().eval()
+    run = compiled(model)
+    for n in (3, 5):
+        matches(run, model, torch.randn(n, 6))
+    for _ in range(2):
+        CHANGES[name](model)
+        for n in (3, 5, 3):
+            matches(run, model, torch.randn(n, 6))
+    assert goes_without_dynamo(run, torch.randn(3, 6))
+    assert not [f for f in pcg.stats(run).fallbacks if "Dynamo" in f.reason]
+
+
+def test_instances_of_a_decorated_class_have_their_own_weights():
+    class Decorated(Model):
+        forward = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(Model.forward)
+
+    models = [Decorated().eval() for _ in range(3)]
+    for _ in range(2):
+        for model in models:
+            x = torch.randn(3, 6)
+            torch.testing.assert_close(model(x), Model.forward(model, x))
+    assert all(goes_without_dynamo(model.forward, torch.randn(5, 6)) for model in models)
+    assert [pcg.stats(model).steps for model in models] == [3] * 3 and pcg.stats(Decorated.forward).graphs == 1
+    alive = [weakref.ref(model.layers[1].weight) for model in models]
+    del models, model
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
+
+
+WEIGHT = torch.ones(6)
+
+
+def test_modules_in_a_closure_are_followed():
+    model = Model().eval()
+    run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda x: model(x) + 1)
+    for _ in range(2):
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(run(x), model(x) + 1)
+        assert goes_without_dynamo(run, torch.randn(5, 6))
+        _replace(model.layers[2], "weight")
+
+
+def test_tensors_that_lie_in_no_module_go_through_dynamo(monkeypatch):
+    model = nn.Linear(6, 6)
+
+    def forward(x):
+        return model(x) * WEIGHT
+
+    run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(forward)
+    x = torch.randn(3, 6)
+    for n in (3, 5):
+        x = torch.randn(n, 6)
+        torch.testing.assert_close(run(x), model(x) * WEIGHT)
+    monkeypatch.setitem(globals(), "WEIGHT", torch.full((6,), 3.0))
+    torch.testing.assert_close(run(x), model(x) * 3)
+    assert not goes_without_dynamo(run, x)
+    assert "through Dynamo: its code fetches weights" in str(pcg.explain(run, x))
+
+
+def test_a_branch_on_the_size_has_a_graph_for_each_side():
+    model = nn.Linear(6, 6)
+    run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda x: model(x) * 2 if x.shape[0] > 4 else model(x) - 1)
+    for n in (3, 7):
+        run(torch.randn(n, 6))
+    with without_dynamo(run):
+        for n in (2, 8, 4, 5, 1):
+            x = torch.randn(n, 6)
+            torch.testing.assert_close(run(x), model(x) * 2 if n > 4 else model(x) - 1)
+    assert pcg.stats(run).graphs == 2
+
+
+def test_results_and_effects_are_those_of_the_function():
+    class Effects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.last = None
+
+        def forward(self, xs, seen):
+            self.last = xs["x"] * 2
+            seen.append(xs["x"].shape[0])
+            xs["x"].add_(1)
+            return {"y": [self.linear(xs["x"]), None], "n": xs["x"].shape[0], "same": xs["x"]}
+
+    model = Effects()
+    run = pcg.piecewise(dynamic={"xs": 0}, **OPTIONS)(model.forward)
+    for n in (3, 5, 3):
+        x, seen = torch.randn(n, 6), []
+        want = x + 1
+        got = run({"x": x}, seen)
+        torch.testing.assert_close(got["y"][0], model.linear(want))
+        torch.testing.assert_close(model.last, (want - 1) * 2)
+        assert got["same"] is x and got["n"] == n and seen == [n] and x.equal(want)
+    assert goes_without_dynamo(run, {"x": torch.randn(4, 6)}, [])
+    assert not goes_without_dynamo(run, {"x": torch.randn(4, 6), "z": 1}, [])
+
+
+def test_objects_of_ones_own_go_through_dynamo():
+    class Settings:
+        factor = 2
+
+    run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda x, settings: x * settings.factor)
+    settings = Settings()
+    for factor in (2, 3):
+        settings.factor = factor
+        assert run(torch.ones(3, 6), settings).eq(factor).all()
+    assert "settings is a Settings" in run.__pcg_function__.slow
+
+
+def test_one_tensor_for_two_arguments_is_not_two():
+    def function(x, y):
+        x.add_(1)
+        return x * y
+
+    run = pcg.piecewise(dynamic={"x": 0, "y": 0}, **OPTIONS)(function)
+    for same in (False, True, False):
+        x, y = torch.full((3, 4), 2.0), torch.full((3, 4), 2.0)
+        assert run(x, x if same else y).eq(9 if same else 6).all()
+
+
+def test_a_reset_of_dynamo_traces_again():
+    model = Model().eval()
+    run = compiled(model)
+    run(torch.randn(3, 6))
+    torch._dynamo.reset()
+    assert not goes_without_dynamo(run, torch.randn(3, 6))
+    matches(run, model, torch.randn(3, 6))
+    assert goes_without_dynamo(run, torch.randn(3, 6))
+
+
+def test_strict_lets_nothing_run_without_a_graph():
+    model = Model().eval()
+    run = compiled(model, strict=True, buckets=[8])
+    run(torch.randn(3, 6))
+    with without_dynamo(run), pytest.raises(pcg.errors.PCGError, match="beyond the largest bucket"):
+        run(torch.randn(9, 6))
+
+
+@pytest.mark.parametrize("guards", ["inputs", "dynamo"])
+def test_explain_says_how_long_a_call_takes_to_its_graph(guards):
+    model = Model().eval()
+    run = compiled(model, guards=guards)
+    report = pcg.explain(run, torch.randn(3, 6))
+    (graph,) = report.graphs
+    assert 0 < graph.entry_seconds < 1
+    way = "without Dynamo" if guards == "inputs" else "through Dynamo, which evaluates its guards"
+    assert graph.entry == way and f"us from the call to the graph, {way}" in " ".join(str(report).split())
