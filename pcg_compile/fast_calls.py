@@ -95,9 +95,7 @@ class FastCall:
             raise NoFastCall("its code fetches weights, from where they cannot be looked up once")
         binder = Binder(function, module is not None)
         if binder.names != graph.form.parameters:
-            raise NoFastCall(
-                "torch wraps it, as torch.no_grad does: Dynamo traces a function inside"
-            )
+            raise NoFastCall("torch wraps it, as torch.no_grad does: Dynamo traces a function inside")
         return cls(function_of_code(graph.code, function, {}), binder, graph.form, graph.state, graph.weights)
 
     def weights_of(

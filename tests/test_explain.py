@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -195,6 +196,27 @@ def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
         assert (tmp_path / unquote(link)).exists()
     assert all(f'id="{anchor}"' in index for anchor in re.findall(r'href="#([^"]+)"', index))
     assert "graph_0/program_6.txt" in index and "layers.1" in index and "src=" not in index
+
+
+def test_dump_numbers_pieces_as_explain_does_and_highlights_code(tmp_path):
+    run = pcg.piecewise(dynamic={"ids": 0}, **OPTIONS)(ToyLlama(layers=3).eval().forward)
+    with pcg.dump(tmp_path), torch.no_grad():
+        run(torch.arange(3))
+    lines = (tmp_path / "graph_0" / "pieces.txt").read_text().splitlines()
+    items = pcg.explain(run).graphs[0].items
+    assert [line[:24].strip() for line in lines] == [item.name for item in items]
+    # Two of the layers share what was compiled.
+    assert {p.name for p in tmp_path.glob("graph_0/piece_*")} == {"piece_0.py", "piece_1.py", "piece_3.py"}
+    assert lines[4].split()[2] == "piece_1.py" and "layers.1.out" in lines[4]
+    index = (tmp_path / "index.html").read_text()
+    assert '<span class="k">class</span>' in index and "Too long" not in index
+
+
+@pytest.mark.parametrize("module", ["jinja2", "pygments"])
+def test_without_its_libraries_dump_says_what_to_install(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"needs {module}.*\n.*pip install jinja2 pygments"), pcg.dump(tmp_path):
+        raise AssertionError("nothing runs that cannot be written")
 
 
 def depyf_works(folder):
