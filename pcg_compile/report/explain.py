@@ -215,6 +215,7 @@ def _size_names(plan: Plan) -> Iterator[str]:
 def items_of(plan: Plan) -> Iterator[ItemReport]:
     """The pieces and split ops of a plan, in order."""
     distinct: dict[int, int] = {}
+    ops: tuple[str, ...]
     for item in plan.items:
         number = None
         if not isinstance(item, PieceItem):
