@@ -18,19 +18,28 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint bench nightly soak clean
+.PHONY: help demo test docs notebooks lint bench nightly soak clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.made  ## a Llama with paged attention, pcg against eager; on the GPU if there is one
-	@echo "==> running examples/quickstart.py"
-	@$(BIN)/python examples/quickstart.py
+demo: $(VENV)/.demo  ## a Llama with paged attention, pcg against eager; on the GPU if there is one
+	@echo "==> 3 of 3: running examples/quickstart.py (about 20 seconds on a CPU, 1 minute on a GPU)"
+	@$(BIN)/python -u examples/quickstart.py
 
 test: $(VENV)/.made  ## all tests that this machine can run
-	@echo "==> running the tests"
+	@echo "==> 3 of 3: running the tests (about an hour on 2 CPU cores; one file: $(BIN)/python -m pytest tests/test_batch.py)"
 	@$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
+
+docs: $(VENV)/.docs  ## the documentation as a site in site/, every warning an error
+	@echo "==> 3 of 3: building site/ (about 10 seconds)"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "    open site/index.html"
+
+notebooks: $(VENV)/.made  ## run the notebooks and store their outputs (about 3 minutes)
+	@echo "==> 3 of 3: running examples/*.ipynb"
+	@$(BIN)/python tests/notebooks.py
 
 lint: $(VENV)/.made  ## ruff and mypy
 	@echo "==> ruff and mypy"
@@ -51,11 +60,40 @@ soak: $(VENV)/.made  ## random traffic for SOAK_SECONDS (600), compared with eag
 
 clean:  ## remove the virtual environment and build products
 	@echo "==> removing $(VENV), build products and caches"
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/.made: pyproject.toml constraints.txt
+# $(call install,EXTRAS,WHAT FOR): a torch that the machine has, outside the virtual environment, stays.
+define install
+	@echo "==> 2 of 3: installing pcg-compile for $(2) (2 to 15 minutes, once: most of it downloads PyTorch)"
+	@if $(BIN)/python -c 'import sys, importlib.util as u; s = u.find_spec("torch"); sys.exit(not (s and s.origin) or s.origin.startswith(sys.prefix))'; \
+	then echo "    keeping the machine's torch"; constraints=; else constraints="-c constraints.txt"; fi; \
+	$(PIP) install $$constraints -e '.[$(1)]'
+	@touch $@
+endef
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(call install,transformers,the demo)
+
+$(VENV)/.made: $(VENV)/.python pyproject.toml constraints.txt
+	$(call install,test$(comma)examples,its tests and examples)
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	@echo "==> 2 of 3: installing what builds the documentation (30 seconds, once)"
+	@# What mkdocs needs, without pcg-compile and PyTorch: the site is made from the sources alone.
+	@$(BIN)/python -c "$$DOCS_EXTRA" | xargs $(PIP) install
+	@touch $@
+
+comma := ,
+define DOCS_EXTRA
+import re
+text = re.search(r'^docs = \[(.*)\]$$', open('pyproject.toml').read(), re.M)[1]
+print(*re.findall(r'"([^"]+)"', text), sep="\n")
+endef
+export DOCS_EXTRA
+
+$(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "No Python from 3.10 on was found. On Debian or Ubuntu: sudo apt-get install python3 python3-venv"; exit 1; }
-	@echo "==> making $(VENV) with $(PYTHON), $$($(PYTHON) --version)"
+	@echo "==> 1 of 3: making $(VENV) with $(PYTHON), $$($(PYTHON) --version) (10 seconds)"
 	@# Debian ships python3 without venv: then virtualenv, or the missing package where we may install it.
 	@make_venv() { $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) >/dev/null 2>&1; }; \
 	test -x $(BIN)/pip || make_venv \
@@ -63,10 +101,5 @@ $(VENV)/.made: pyproject.toml constraints.txt
 	     && $(PYTHON) -m virtualenv -q $(VENV_FLAGS) $(VENV); } \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "    venv is missing: installing $(notdir $(PYTHON))-venv with apt-get" \
 	     && apt-get update -qq && apt-get install -y -qq $(notdir $(PYTHON))-venv >/dev/null && make_venv; } \
-	|| { echo "$(PYTHON) -m venv failed. On Debian or Ubuntu: sudo apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
-	@echo "==> installing pcg-compile with what its tests and examples need (minutes, once)"
-	@# A torch that the machine has, outside the virtual environment, stays; else constraints.txt picks one.
-	@if $(BIN)/python -c 'import sys, importlib.util as u; s = u.find_spec("torch"); sys.exit(not (s and s.origin) or s.origin.startswith(sys.prefix))'; \
-	then echo "    keeping the machine's torch"; constraints=; else constraints="-c constraints.txt"; fi; \
-	$(PIP) install -qq $$constraints -e '.[test,examples]'
+	|| { echo "$(PYTHON) has no venv. On Debian or Ubuntu: sudo apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
 	@touch $@

@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_common(everything)
     report = commands.add_parser("report", help="tables and plots of results that exist")
     importlib.import_module(".report", __package__).add_arguments(report)
+    chart = commands.add_parser("chart", help="the README's chart, from results that exist")
+    importlib.import_module(".chart", __package__).add_arguments(chart)
     args = parser.parse_args(argv)
-    if args.command == "report":
+    if args.command in ("report", "chart"):
         args.run(args)
         return
     if args.command != "all":

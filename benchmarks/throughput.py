@@ -7,7 +7,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from .windows import profile_of
 __all__ = ["add_arguments", "run"]
 
 _WORKLOADS = ("nano", "llama", "grpo", "single")
-_VARIANTS = ("pcg", "transformers", "static")
+_VARIANTS = ("pcg", "transformers", "static", "generate")
+#: One request at a time, so for the workload of one request only.
+_ALONE = ("static", "generate")
 _NOTES = {
     "nano": "256 requests, 100 to 1,024 tokens in and out, a model of Qwen3-0.6B's shape (bench.py of nano-vllm)",
     "llama": "64 requests of the same kind, a Llama of 1B parameters",
@@ -30,6 +32,7 @@ _NOTES = {
     "pcg": "pcg_compile.integrations.transformers.generate_batch",
     "transformers": "generate_batch of transformers with its best attention that is installed",
     "static": 'generate(cache_implementation="static"), one request at a time',
+    "generate": "generate() as it is, one request at a time",
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
     "busy": "share of the wall time in which a kernel runs, by torch's profiler, in windows of up to 32 steps of a run",
     "host_us": "the host's time for a step in the same run, without waiting for the device: median, largest tenth",
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             workload = _workload(name, args.tiny, args.quick)
             model = _model(name, args)
             for variant in variants:
-                if variant == "static" and name != "single":
+                if variant in _ALONE and name != "single":
                     continue
                 if variant != "pcg" and workload.adapter:
                     continue
@@ -279,8 +282,10 @@ class _Transformers:
         """Nothing is kept."""
 
 
-class _Static:
-    """generate() with a static cache, which transformers compiles."""
+class _Generate:
+    """generate(), with the cache that ``settings`` name; transformers compiles for a static one."""
+
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
         self.model, self.workload, self.device = model, workload, args.device
@@ -290,9 +295,7 @@ class _Static:
         tokens = 0
         for prompt, new in zip(self.workload.prompts, self.workload.news, strict=True):
             ids = torch.tensor([prompt], device=self.device)
-            found = self.model.generate(
-                ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static"
-            )
+            found = self.model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **self.settings)
             tokens += found.shape[1] - len(prompt)
         return tokens
 
@@ -304,4 +307,15 @@ class _Static:
         """Nothing is kept."""
 
 
-_RUN: dict[str, Callable[..., Any]] = {"pcg": _Pcg, "transformers": _Transformers, "static": _Static}
+class _Static(_Generate):
+    """generate() with a static cache."""
+
+    settings: Mapping[str, Any] = {"cache_implementation": "static"}
+
+
+_RUN: dict[str, Callable[..., Any]] = {
+    "pcg": _Pcg,
+    "transformers": _Transformers,
+    "static": _Static,
+    "generate": _Generate,
+}

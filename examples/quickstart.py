@@ -45,9 +45,10 @@ def serve(call, cache, prompts, given=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compiler", default="inductor", help="inductor or eager")
+    parser.add_argument("--compiler", default="inductor" if GPU else "eager", help="inductor or eager")
     compiler = parser.parse_args().compiler
     torch.manual_seed(0)
+    print(f"    making a Llama with random weights: {SHAPE['num_hidden_layers']} layers, {DTYPE}, on {DEVICE}")
     config, plain = (LlamaConfig(vocab_size=32000 if GPU else 1000, **SHAPE) for _ in range(2))
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="pcg", dtype=DTYPE).eval()
@@ -56,16 +57,22 @@ def main():
     prompts = [torch.randint(3, config.vocab_size, (n,)).tolist() for n in PROMPTS]
     cache = cache_for(model, num_pages=64)
     runs: dict[str, list] = {"eager": [], "pcg": []}
-    for _ in range(4):  # the first round compiles and captures
+    for i in range(4):
+        print("    serving 4 requests,", "compiling and capturing (the longest phase)" if not i else f"round {i} of 3")
         runs["eager"].append(serve(model, cache, prompts))
         runs["pcg"].append(serve(compiled, cache, prompts, given=runs["eager"][-1][0]))
-    table = Table("tokens", "bucket", "eager ms", "pcg ms", "speed-up", "max difference", title=f"{DEVICE}, {DTYPE}")
+    table = Table("step", "tokens", "bucket", "eager ms", "pcg ms", *["speed-up"] * GPU, "largest difference")
     for slow, fast in zip(*(zip(*(steps for _, steps in rounds[1:])) for rounds in runs.values())):
         times, tokens = [min(t for _, t, _ in runs_of) * 1e3 for runs_of in (slow, fast)], slow[0][0]
         bucket, difference = next(b for b in BUCKETS if b >= tokens), (slow[0][2] - fast[0][2]).abs().max().item()
-        row = tokens, bucket, *(f"{t:.2f}" for t in times), f"{times[0] / times[1]:.1f}x", f"{difference:.1e}"
-        table.add_row(*map(str, row))
-    Console().print(table, pcg.stats(compiled))
+        row = "decode" if table.rows else "prefill", tokens, bucket, *(f"{t:.2f}" for t in times)
+        table.add_row(*map(str, row), *[f"{times[0] / times[1]:.1f}x"] * GPU, f"{difference:.1e}")
+    Console().print(table)
+    if not GPU:
+        print("A captured graph saves a GPU's kernel launches. A CPU has none to save, so the times differ by chance.")
+    stats = pcg.stats(compiled)
+    print(f"{stats.steps} steps; {stats.captured} captured graphs, replayed {stats.replays} times;", end=" ")
+    print("no fallback" if not stats.fallbacks else "\n".join(f"not replayed: {f.reason}" for f in stats.fallbacks))
     reference.load_state_dict(model.state_dict())
     greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for prompt, answer in zip(prompts, runs["pcg"][-1][0]):
@@ -73,6 +80,7 @@ def main():
         same = sum(a == b for a, b in zip(answer, wanted[0, len(prompt) :].tolist()))
         print(f"request of {len(prompt):2d} tokens: {same} of {NEW_TOKENS} tokens equal generate()'s")
         assert GPU or same == NEW_TOKENS  # bf16 rounds differently by kernel, and random weights leave near ties
+    print("Next: docs/quickstart.md; pcg-compile doctor; python examples/continuous_batching.py")
 
 
 if __name__ == "__main__":

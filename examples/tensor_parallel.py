@@ -40,7 +40,6 @@ def main() -> None:
     dtype = torch.bfloat16 if CUDA else torch.float32
     with DEVICE:  # where random numbers for billions of weights are made in seconds
         model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="pcg", dtype=dtype).eval()
-    pcg_compile.integrations.transformers.prepare(model)
     heads = CONFIG.num_key_value_heads
     sizes = {"num_layers": CONFIG.num_hidden_layers, "num_pages": 64, "head_dim": CONFIG.head_dim}
     batches = [([5, 9, 3], [5, 9, 3]), ([1, 1, 1], [6, 10, 4]), ([1, 1, 4], [7, 11, 8]), ([1, 1, 1], [8, 12, 9])]

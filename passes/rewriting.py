@@ -24,7 +24,9 @@ class Rewriter:
         self.gm, self.graph, self.context = gm, gm.graph, context
         self.facts: dict[fx.Node, NodeFacts] = context.facts
         self.fake_mode = fake_mode_of([f.value for f in context.facts.values()])
-        self.placeholders = [n for n in gm.graph.find_nodes(op="placeholder") if "pcg_step_input" not in n.meta]
+        self.placeholders: list[fx.Node] = [
+            n for n in gm.graph.find_nodes(op="placeholder") if "pcg_step_input" not in n.meta
+        ]
         self.inputs: dict[str, fx.Node] = {}
 
     def step_input(self, step_input: StepInput) -> fx.Node:
@@ -72,8 +74,8 @@ class Rewriter:
                 if expr_of(value) == expr:
                     return node
                 sources.setdefault(expr_of(value), node)
-        found: fx.Node | int = expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
-        return found
+        made: fx.Node | int = expression_nodes(self.graph, expr, {s: sources[s] for s in expr.free_symbols})
+        return made
 
     def done(self) -> fx.GraphModule:
         """The rewritten graph, checked."""

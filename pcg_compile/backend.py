@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from .calls import Counted, check_shown_sizes, graph_handed, traced_code, watch_all, weights_of_call
+from .calls import Counted, check_shown_sizes, graph_handed, traced_code, weights_of_call
 from .counters import Counters
 from .distributed.lowering import (
     agreement_of,
@@ -56,6 +56,7 @@ from .torch_compat.dynamo_wrappers import calling_wrapper
 from .torch_compat.fake_tensors import fake_inputs, fake_mode_of
 from .torch_compat.guards import layouts_apart, shape_guards
 from .torch_compat.inductor import prepare_inductor, start_inductor_workers
+from .traces import watch_all
 from .uncaptured import Uncaptured, refuse_gradients, refuse_squeezed_sizes, refuse_strange_tensors
 
 __all__ = ["compile_graph", "pcg", "watched"]

@@ -16,17 +16,15 @@ from .errors import BatchError, message
 from .metadata import (
     MOST,
     Ints,
-    PageTable,
-    Tables,
     check_adapters,
     check_count,
-    make_tables,
     positions_of,
     read_ids,
     read_lengths,
     spans_of,
 )
 from .padding_request import PaddedBatch
+from .page_tables import PageTable, Tables, make_tables
 from .step import RUNNING, StepState, current_step, require_step
 
 if TYPE_CHECKING:
@@ -178,7 +176,7 @@ class Batch:
         """Pages and slots for pages of one size, computed once.
 
         Raises:
-            BatchError: see :func:`pcg_compile.metadata.make_tables`.
+            BatchError: see :func:`pcg_compile.page_tables.make_tables`.
         """
         tables = self._tables.get(page_size)
         if tables is None:

@@ -18,7 +18,6 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import Token
-from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -35,9 +34,9 @@ from .registry import RUNNING_CALL, RunningCall, add_runtime
 from .step import current_step
 from .torch_compat.dynamo_calls import traced_codes, traced_inputs
 from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused
-from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace, watch_traces, with_each_call
+from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace
 from .torch_compat.fake_tensors import FakeTensorMode
-from .torch_compat.guards import guards_hold_at, shape_guards
+from .torch_compat.guards import guards_hold_at
 from .torch_compat.inductor import freezes_weights
 from .torch_compat.shown_sizes import show_more_rows
 from .weights import Weights
@@ -46,12 +45,11 @@ __all__ = [
     "Call",
     "Counted",
     "Watch",
-    "begin_trace",
     "check_shown_sizes",
     "graph_handed",
     "graph_ran",
+    "running_call",
     "traced_code",
-    "watch_all",
     "weights_of_call",
 ]
 
@@ -100,7 +98,8 @@ class Call(RunningCall):
             restore()
 
 
-def _running() -> Call | None:
+def running_call() -> Call | None:
+    """The innermost running call that goes through Dynamo, if there is one."""
     call = RUNNING_CALL.get()
     return call if isinstance(call, Call) else None
 
@@ -119,7 +118,7 @@ def graph_ran() -> None:
 
 def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None, layouts: Sequence[Any] = ()) -> None:
     """Notes that Dynamo handed a graph over; or, with its runtime, that the graph can be captured."""
-    call = _running()
+    call = running_call()
     if call is None:
         return
     if fake_mode is None:
@@ -137,7 +136,7 @@ def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[to
     Raises:
         NoFastCall: the running call asked for attributes, and they lie in none of its modules.
     """
-    call = _running()
+    call = running_call()
     if call is None or not call.watch.free_tensors:
         fixed = tuple(tensors)
         return lambda: fixed
@@ -169,7 +168,7 @@ def check_shown_sizes(fake_mode: FakeTensorMode | None = None) -> None:
     Raises:
         OtherSizes: it may not. Nothing has run.
     """
-    call = _running()
+    call = running_call()
     if call is None or call.shown is None or call.traces > 1 or call.graphs or (fake_mode is None and call.handed):
         return
     if fake_mode is None or not guards_hold_at(*call.shown, fake_mode):
@@ -178,7 +177,7 @@ def check_shown_sizes(fake_mode: FakeTensorMode | None = None) -> None:
 
 def traced_code() -> CodeType | None:
     """The code that Dynamo traces for the running call."""
-    call = _running()
+    call = running_call()
     return call.trace.code if call is not None and call.trace is not None else None
 
 
@@ -315,57 +314,6 @@ class Counted:
         self.counters.serve()
         self.counters.fall_back(*self.fallback)
         return self.function(*args)
-
-
-def begin_trace(options_of: Callable[[Any], tuple[object, Options] | None], trace: Trace) -> None:
-    """Dynamo is about to trace something: watches it if its backend is pcg's.
-
-    Args:
-        options_of: the owner and the options of a backend wrapper, None where the backend is not pcg's.
-
-    Raises:
-        OptionsError: the options are bad. PCGError: see :meth:`Watch.traced`.
-    """
-    call = _running()
-    if call is not None:
-        call.settings_end()
-    found = options_of(trace.wrapper) if trace.wrapper is not None else None
-    if found is None:
-        return
-    owner, options = found
-    if call is None or call.owner is not owner:
-        if trace.at_end is None:
-            return
-        # The first trace of what torch.compile returned: this call has begun already.
-        watch = Watch(owner, options)
-        call = watch.begin()
-        trace.at_end.append(partial(watch.end, call))
-        with_each_call(trace.context, lambda: partial(watch.end, watch.begin()))
-    call.watch.traced(call, trace)
-
-
-def code_made(code: CodeType, compiled: CodeType) -> None:
-    """Dynamo has made code, which has not run yet.
-
-    Raises:
-        OtherSizes: see :func:`check_shown_sizes`.
-    """
-    check_shown_sizes()
-    call = _running()
-    if call is not None and call.graph is not None and call.trace is not None and call.trace.code is code:
-        call.graph.complete(code, compiled, call.trace.arguments, shape_guards(call.graph.fake_mode))
-
-
-def end_trace() -> None:
-    """Dynamo's trace has ended, perhaps with an error: nothing that runs from here on sees what was set for it."""
-    call = _running()
-    if call is not None:
-        call.settings_end()
-
-
-def watch_all(options_of: Callable[[Any], tuple[object, Options] | None]) -> None:
-    """Has :func:`begin_trace` called ahead of each trace, :func:`code_made` and :func:`end_trace` after it."""
-    watch_traces(partial(begin_trace, options_of), code_made, end_trace)
 
 
 def _token_dims(trace: Trace) -> Marks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -42,8 +43,8 @@ class _Figures:
     def clear(self) -> None:
         self.steps = self.captured = self.replays = 0
         self.buckets: dict[Any, _Use] = {}
-        self.fallbacks: dict[tuple[str, str], int] = {}
-        self.sizes: dict[int, int] = {}
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.sizes: Counter[int] = Counter()
         self.sees_compile = False
         self.called = False
 
@@ -74,7 +75,7 @@ class Counters:
         self._now = self._nobodys
         self._callers: dict[int, _Figures] = {}
         #: Fallbacks of compiling, which every caller sees.
-        self._of_compile: dict[tuple[str, str], int] = {}
+        self._of_compile: Counter[tuple[str, str]] = Counter()
 
     def serve(self) -> bool:
         """Counts what follows for the present caller, which is kept weakly; whether that is another than before."""
@@ -166,7 +167,7 @@ class Counters:
         with self._lock:
             now.steps += ends_step
             if size is not None:
-                now.sizes[size] = now.sizes.get(size, 0) + 1
+                now.sizes[size] += 1
             if bucket is not None:
                 use = self.bucket(bucket)
                 use.hits += 1
@@ -182,7 +183,7 @@ class Counters:
         key = (reason, where)
         with self._lock:
             into = self._of_compile if self._now is self._nobodys else self._now.fallbacks
-            into[key] = into.get(key, 0) + 1
+            into[key] += 1
         if self.strict:
             why = "strict=True turns every fallback into an error."
             cure = 'Remove "strict" from the options to run it all the same, and see pcg.explain().'
@@ -223,7 +224,8 @@ class Counters:
             total.clear()
             for figures in self._of(callers):
                 _add(total, figures)
-            compiling = self._of_compile if total.sees_compile else {}
+            fallbacks = Counter(self._of_compile if total.sees_compile else {})
+            fallbacks.update(total.fallbacks)
             return Stats(
                 total.steps,
                 self.graphs,
@@ -233,11 +235,8 @@ class Counters:
                 total.captured,
                 total.replays,
                 MappingProxyType({size: BucketStats(**vars(use)) for size, use in total.buckets.items()}),
-                tuple(
-                    Fallback(reason, where, count)
-                    for (reason, where), count in _summed(compiling, total.fallbacks).items()
-                ),
-                MappingProxyType(total.sizes),
+                tuple(Fallback(reason, where, count) for (reason, where), count in fallbacks.items()),
+                MappingProxyType(dict(total.sizes)),
             )
 
     def _everyones(self) -> list[_Figures]:
@@ -254,11 +253,7 @@ def _add(total: _Figures, part: _Figures) -> None:
     total.captured += part.captured
     total.replays += part.replays
     total.sees_compile |= part.sees_compile
-    total.fallbacks = _summed(total.fallbacks, part.fallbacks)
-    total.sizes = _summed(total.sizes, part.sizes)
+    total.fallbacks.update(part.fallbacks)
+    total.sizes.update(part.sizes)
     for size, use in part.buckets.items():
         total.buckets[size] = sum_of_use(total.buckets.get(size, _Use()), use)
-
-
-def _summed(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:
-    return {key: one.get(key, 0) + other.get(key, 0) for key in (*one, *(k for k in other if k not in one))}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from .errors import BatchError, message
-from .metadata import MOST, Ints, Tables, check_count
+from .metadata import MOST, Ints, check_count
+from .page_tables import Tables
 
 __all__ = ["Layout", "PaddedBatch"]
 

@@ -144,9 +144,8 @@ def _content(
     assert isinstance(form, ArgumentForm) and traced.code is not None and traced.state is not None
     plain = getattr(function, "__func__", function)
     if traced.original is None or traced.original.co_code != plain.__code__.co_code:
-        raise CannotSave(
-            f"{plain.__qualname__} is torch's own code, or wrapped by it; call it inside your own function or module"
-        )
+        whose = f"{plain.__qualname__} is torch's own code, or wrapped by it"
+        raise CannotSave(f"{whose}; call it inside your own function or module")
     gm, plan = runtime.context.source, runtime.plan
     values = {spec.position: spec for spec in plan.inputs if spec.position >= 0}
     placeholders = gm.graph.find_nodes(op="placeholder")

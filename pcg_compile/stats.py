@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -108,21 +109,19 @@ class Stats:
         """The sum of several snapshots."""
         counts = {name: sum(getattr(part, name) for part in parts) for name in COUNTS}
         buckets: dict[Any, BucketStats] = {}
-        fallbacks: dict[tuple[str, str], int] = {}
-        sizes: dict[int, int] = {}
+        fallbacks: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[int] = Counter()
         for part in parts:
-            for size, steps in part.sizes.items():
-                sizes[size] = sizes.get(size, 0) + steps
+            sizes.update(part.sizes)
             for size, use in part.buckets.items():
                 buckets[size] = sum_of_use(buckets.get(size, BucketStats()), use)
             for fallback in part.fallbacks:
-                key = (fallback.reason, fallback.where)
-                fallbacks[key] = fallbacks.get(key, 0) + fallback.count
+                fallbacks[fallback.reason, fallback.where] += fallback.count
         return Stats(
             **counts,
             buckets=MappingProxyType(dict(sorted(buckets.items(), key=lambda item: _order(item[0])))),
             fallbacks=tuple(Fallback(reason, where, count) for (reason, where), count in fallbacks.items()),
-            sizes=MappingProxyType(sizes),
+            sizes=MappingProxyType(dict(sizes)),
         )
 
 

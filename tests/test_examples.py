@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -28,11 +30,11 @@ def run(*arguments, timeout=240):
 
 
 def test_quickstart():
-    assert "request of 33 tokens: 12 of 12 tokens equal generate()'s" in run(
-        EXAMPLES / "quickstart.py", "--compiler", "eager"
-    )
-    lines = (EXAMPLES / "quickstart.py").read_text().splitlines()
-    assert len(lines) < 80
+    printed = run(EXAMPLES / "quickstart.py", "--compiler", "eager")
+    assert "request of 33 tokens: 12 of 12 tokens equal generate()'s" in printed
+    assert "no fallback" in printed and "Next: docs/quickstart.md" in printed
+    # A speed-up of static replays would be noise.
+    assert ("speed-up" in printed) == torch.cuda.is_available()
 
 
 def test_many_adapters():

@@ -81,7 +81,7 @@ SERVED = {
     "llama": "right", "gemma3_text": "right", "gpt2": "right", "opt": "right", "roberta": "right", "phimoe": "right",
     "qwen2_moe": "right", "jetmoe": "right", "mixtral": "right",
     "bart": "takes no position_ids", "mamba": "carries a state", "gpt_oss": "right",
-    "diffllama": "several times with layer_idx", "git": "a table of its own", "rembert": "by itself",
+    "diffllama": "several times with layer_idx", "git": "chooses its attention by itself", "rembert": "by itself",
     "deepseek_v3": "right", "gemma4_text": "differ", "lfm2": "layers of type conv",
     "llama4_text": "attn_temperature_tuning", "doge": "by itself",
 }  # fmt: skip

@@ -106,7 +106,7 @@ def test_other_rules_are_refused(rule, reason):
 def test_a_mask_tensor_that_reaches_the_mask_function_is_refused():
     with pytest.raises(BatchError, match="made from an attention_mask"):
         read_mask(mask_function=theirs.causal_mask_function, attention_mask=torch.ones(1, 4))
-    with pytest.raises(BatchError, match=r"outside of a prepared model(.|\n)*cache_for"):
+    with pytest.raises(BatchError, match="outside of the model's call"):
         read_mask(mask_function=theirs.causal_mask_function)
 
 

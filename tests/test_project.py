@@ -217,7 +217,7 @@ def test_passes_by_either_name_are_one_module(first):
         "for name in names:\n"
         "    assert importlib.import_module(name) is importlib.import_module('pcg_compile.' + name), name\n"
         "import passes.scalar_writes\n"
-        "from passes.padding_safety.analysis import register_row_rule\n"
+        "from passes.padding_safety.rules import register_row_rule\n"
         "assert passes.scalar_writes is pcg_compile.passes.scalar_writes\n"
         "assert register_row_rule is pcg_compile.register_row_rule\n"
     )
@@ -226,10 +226,16 @@ def test_passes_by_either_name_are_one_module(first):
 
 
 @IN_A_CHECKOUT
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "nightly", "soak"])
-def test_make_targets_expand(target):
+@pytest.mark.parametrize(
+    ("target", "installs"),
+    [("demo", "-e '.[transformers]'"), ("docs", "DOCS_EXTRA")]
+    + [(target, "-e '.[test,examples]'") for target in ("test", "notebooks", "lint", "bench", "nightly", "soak")],
+)
+def test_make_targets_expand(target, installs):
     if shutil.which("make") is None:
         pytest.skip("needs make")
     run = subprocess.run(["make", "-n", target, "VENV=/nonexistent/venv"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "pip" in run.stdout and "-e '.[test,examples]'" in run.stdout
+    assert "1 of 3: making" in run.stdout and "2 of 3: installing" in run.stdout and installs in run.stdout
+    # pip's own progress is the progress of the longest phase.
+    assert "pip" in run.stdout and " -q" not in run.stdout.partition("2 of 3")[2]

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import pcg_compile.integrations.transformers as integration  # noqa: E402
 from pcg_compile.batch import Batch, step  # noqa: E402
-from pcg_compile.errors import BatchError, OptionsError  # noqa: E402
+from pcg_compile.errors import BatchError  # noqa: E402
 
 COMMON = {
     "vocab_size": 96,
@@ -99,15 +99,11 @@ def test_logits_are_those_of_transformers_to_rounding():
 def test_use_cache_is_off(name):
     config = CONFIGS[name]()
     assert config.use_cache
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="pcg").eval()
-    integration.prepare(model)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="pcg")
     assert not model.config.use_cache
-    other = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").eval()
-    with pytest.raises(OptionsError, match="set_attn_implementation"):
-        integration.prepare(other)
+    other = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa")
     assert other.config.use_cache
     other.set_attn_implementation("pcg")
-    integration.cache_for(other, num_pages=2)
     assert not other.config.use_cache
 
 
@@ -123,9 +119,6 @@ def test_cache_for_reads_a_config_and_a_model():
 
 def test_outside_a_step_the_cure_is_named():
     _, ours = both("llama")
-    with pytest.raises(BatchError, match=r"cache_for\(model, \.\.\.\)(.|\n)*generate_batch"):
-        ours(torch.ones(1, 3, dtype=torch.int64))
-    integration.prepare(ours)
     with pytest.raises(BatchError, match=r"with pcg\.step\(batch, cache\)"):
         ours(torch.ones(1, 3, dtype=torch.int64))
 

@@ -11,8 +11,8 @@ import transformers as tf
 from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 import pcg_compile as pcg
-from pcg_compile.errors import BatchError, OptionsError
-from pcg_compile.integrations.transformers import cache_for, prepare
+from pcg_compile.errors import OptionsError
+from pcg_compile.integrations.transformers import cache_for
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -128,8 +128,7 @@ def test_a_model_with_something_else_around_attention_is_refused(change, reason)
         cache_for(model, num_pages=4)
     if reason != "differ":
         cache = pcg.PagedKVCache(2, 4, num_kv_heads=2, head_dim=8)
-        # Nothing is computed with a cache that another way was made.
-        with pcg.step(pcg.Batch([3], [3], [[1]]), cache), pytest.raises(BatchError, match="prepared|no attention mask"):
+        with pcg.step(pcg.Batch([3], [3], [[1]]), cache), pytest.raises(OptionsError, match=reason):
             model(torch.ones(1, 3, dtype=torch.int64))
 
 
@@ -187,7 +186,7 @@ def test_a_trial_leaves_no_trace():
     assert len(calls) == tried + 1
 
 
-def test_a_model_without_memory_is_prepared_once_it_has_some():
+def test_a_model_without_memory_is_tried_in_its_first_step():
     with torch.device("meta"):
         model = tf.LlamaForCausalLM._from_config(tf.LlamaConfig(**SIZES), attn_implementation="pcg").eval()
     cache = cache_for(model, num_pages=4, device="cpu")
@@ -199,7 +198,5 @@ def test_a_model_without_memory_is_prepared_once_it_has_some():
     for name, buffer in full.named_buffers():
         model.get_buffer(name).copy_(buffer)
     positions_of_its_own(model)
-    with pcg.step(pcg.Batch([3], [3], [[1]]), cache), pytest.raises(BatchError, match="prepare"):
+    with pcg.step(pcg.Batch([3], [3], [[1]]), cache), pytest.raises(OptionsError, match="counts positions by itself"):
         model(torch.ones(1, 3, dtype=torch.int64))
-    with pytest.raises(OptionsError, match="counts positions by itself"):
-        prepare(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,35 +55,28 @@ class AttentionShape:
 
     def encode(self) -> str:
         """As text, which an op can take as an argument; :meth:`decode` reads it."""
-        return encode_shape(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.softcap, self.scale, self.dtype,
-            self.causal, self.chunk, self.v_head_dim, self.backend, self.extras,
-        )  # fmt: skip
+        return encode_shape(*(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def decode(text: str) -> AttentionShape:
         """The shape that :meth:`encode` wrote; the same object for the same text."""
-        heads, kv_heads, head_dim, window, softcap, scale, dtype, *rest = text.split(",")
-        causal, chunk, v_head_dim, backend, extras = rest
-        return AttentionShape(
-            int(heads),
-            int(kv_heads),
-            int(head_dim),
-            _int_or_none(window),
-            None if softcap == "None" else float(softcap),
-            float(scale),
-            getattr(torch, dtype.removeprefix("torch.")),
-            causal == "True",
-            _int_or_none(chunk),
-            _int_or_none(v_head_dim),
-            backend,
-            extras,
-        )
+        return AttentionShape(*map(_read, text.split(",")))
 
 
-def _int_or_none(text: str) -> int | None:
-    return None if text == "None" else int(text)
+def _read(text: str) -> Any:
+    """A field of an encoded shape."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if text.startswith("torch."):
+        return getattr(torch, text.removeprefix("torch."))
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        return text
+
+
+_WORDS = {"None": None, "True": True, "False": False}
 
 
 def encode_shape(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import BatchError, OptionsError, message
 from . import ops as _ops  # noqa: F401 - defines the op
+from .base import AttentionShape
 
 __all__ = ["PagedAttention"]
 
@@ -114,53 +115,18 @@ class PagedAttention(nn.Module):
         return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape, self.sinks, self.alibi_slopes)
 
     @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return int(self._numbers.split(",")[0])
+    def _shape(self) -> AttentionShape:
+        return AttentionShape.decode(f"{self._numbers},torch.float32,{self._more}")
 
-    @property
-    def num_kv_heads(self) -> int:
-        """Key heads."""
-        return int(self._numbers.split(",")[1])
-
-    @property
-    def head_dim(self) -> int:
-        """Elements a head."""
-        return int(self._numbers.split(",")[2])
-
-    @property
-    def window(self) -> int | None:
-        """Keys that a token sees, itself included; None for all before it."""
-        text = self._numbers.split(",")[3]
-        return None if text == "None" else int(text)
-
-    @property
-    def softcap(self) -> float | None:
-        """Scores become ``softcap * tanh(score / softcap)``; None for no cap."""
-        text = self._numbers.split(",")[4]
-        return None if text == "None" else float(text)
-
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied by."""
-        return float(self._numbers.split(",")[5])
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token sees no later ones."""
-        return self._more.split(",")[0] == "True"
-
-    @property
-    def chunk(self) -> int | None:
-        """Positions of a chunk, beyond which a token sees nothing; None for no chunks."""
-        text = self._more.split(",")[1]
-        return None if text == "None" else int(text)
-
-    @property
-    def v_head_dim(self) -> int:
-        """Elements of a value head."""
-        text = self._more.split(",")[2]
-        return self.head_dim if text == "None" else int(text)
+    num_heads = property(lambda self: self._shape.num_heads, doc="Query heads.")
+    num_kv_heads = property(lambda self: self._shape.num_kv_heads, doc="Key heads.")
+    head_dim = property(lambda self: self._shape.head_dim, doc="Elements a head.")
+    window = property(lambda self: self._shape.window, doc="Keys that a token sees, itself included; None for all.")
+    softcap = property(lambda self: self._shape.softcap, doc="``softcap * tanh(score / softcap)``; None for no cap.")
+    scale = property(lambda self: self._shape.scale, doc="What scores are multiplied by.")
+    causal = property(lambda self: self._shape.causal, doc="Whether a token sees no later ones.")
+    chunk = property(lambda self: self._shape.chunk, doc="Positions of a chunk that a token sees; None for all.")
+    v_head_dim = property(lambda self: self._shape.v_dim, doc="Elements of a value head.")
 
     def extra_repr(self) -> str:
         """Its numbers, for ``print(model)``."""

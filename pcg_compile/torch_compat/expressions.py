@@ -54,8 +54,8 @@ def _call_node(function: Callable[..., Any], *args: Any) -> Any:
     return proxies[0].tracer.create_proxy("call_function", function, args, {}) if proxies else function(*args)
 
 
-def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | Any:
-    """Nodes at the end of ``graph`` that compute ``expr`` from nodes for its symbols (2.11 to 2.13).
+def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> Any:
+    """A node at the end of ``graph`` that computes ``expr`` from its symbols' nodes, or a number (2.11 to 2.13).
 
     An expression that no nodes are known for is one call, which no compiler can look into.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .engine import Engine, Session
+from .engine import Engine
 from .generate import accelerate, generate_batch
-from .scheduler import Request, Sampling
+from .requests import Request, Sampling
+from .session import Session
 
 __all__ = ["Engine", "Request", "Sampling", "Session", "accelerate", "generate_batch"]

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from ...errors import GenerationError, OptionsError, message
-from .engine import Engine, Session, attending_through_pcg, routers_of
-from .scheduler import Request, Sampling
+from .engine import Engine, attending_through_pcg, routers_of
+from .requests import Request, Sampling
+from .session import Session
 
 __all__ = ["accelerate", "generate_batch"]
 

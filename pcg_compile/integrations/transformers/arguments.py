@@ -11,15 +11,24 @@ from ...errors import BatchError, message
 from ...step import current_step
 from .attention import rows_message
 from .known import NAME, Known
-from .masks import GENERATE, STEP_MASK, TRIAL, Sees, StepMask
+from .masks import STEP_MASK, TRIAL, Sees, StepMask
+from .trial import prove
 
 __all__ = ["Arguments"]
 
 _LOG = logging.getLogger("pcg_compile")
 #: Where models take a cache of transformers' own.
 _CACHES = ("past_key_values", "cache", "cache_params")
+#: What to do instead of calling generate(), which knows nothing of steps.
+_GENERATE = (
+    "generate() makes no steps: write pcg_compile.integrations.transformers.generate_batch(model, prompts), or "
+    'generate with model.set_attn_implementation("sdpa").'
+)
 #: What Dynamo says under fullgraph=True.
-_OUTSIDE = "position_ids are left out, or a mask or a cache is passed: pass position_ids=batch.positions[None] alone"
+_OUTSIDE = (
+    "position_ids are left out, a mask or a cache is passed, or the model was never tried: pass "
+    "position_ids=batch.positions[None] alone, and make the cache with cache_for(model)"
+)
 
 
 class Arguments:
@@ -51,6 +60,7 @@ class Arguments:
             return (), kwargs
         if (
             not torch.compiler.is_compiling()
+            or not known.proven
             or known.offset
             or mask is not None
             or kwargs.get("position_ids") is None
@@ -76,7 +86,7 @@ class Arguments:
                 message(
                     f'{name} has attn_implementation="pcg", and no step is running',
                     why="Lengths and pages of the requests come from the step.",
-                    cure=f"Call the model inside: with pcg.step(batch, cache):\n  {GENERATE}",
+                    cure=f"Call the model inside: with pcg.step(batch, cache):\n  {_GENERATE}",
                 )
             )
         for cache in _CACHES:
@@ -91,10 +101,12 @@ class Arguments:
             try:
                 state.check_tokens(tokens.shape[1])
             except BatchError as error:
-                raise BatchError(f"{error}\n  {GENERATE}") from None
+                raise BatchError(f"{error}\n  {_GENERATE}") from None
         mask = kwargs.get("attention_mask")
         if mask is not None:
             self._check_mask(name, mask)
+        if not self.known.proven:
+            prove(module)
         positions = kwargs.get("position_ids")
         if positions is None or self.known.offset:
             positions = state.user_positions()[None] + self.known.offset
@@ -105,7 +117,7 @@ class Arguments:
             message(
                 f"{name} got {what} inside a step",
                 why="The step's PagedKVCache holds keys and values; a cache of transformers' own would hold nothing.",
-                cure=f"Leave it out.\n  {GENERATE}",
+                cure=f"Leave it out.\n  {_GENERATE}",
             )
         )
 

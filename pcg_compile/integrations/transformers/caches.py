@@ -25,8 +25,8 @@ def cache_for(
 ) -> PagedKVCache:
     """A cache that fits a model, or the model of a config.
 
-    A model with ``attn_implementation="pcg"`` is prepared for steps. It is called with a few tokens, unless that was
-    done: what its layers store decides, and one that packed requests would get wrong numbers from is refused here.
+    A model with ``attn_implementation="pcg"`` is called with a few tokens first, unless that was done: what its layers
+    store decides, and one that packed requests would get wrong numbers from is refused here.
 
     Args:
         model: a transformers model or config. num_pages: pages a layer, page 0 included.

@@ -15,13 +15,8 @@ import torch
 from ...errors import BatchError, message
 from .rules import read_rule
 
-__all__ = ["GENERATE", "STEP_MASK", "TRIAL", "Sees", "StepMask", "read_mask"]
+__all__ = ["STEP_MASK", "TRIAL", "Sees", "StepMask", "read_mask"]
 
-#: What to do instead of calling generate(), which knows nothing of steps.
-GENERATE = (
-    "generate() makes no steps: write pcg_compile.integrations.transformers.generate_batch(model, prompts), or "
-    'generate with model.set_attn_implementation("sdpa").'
-)
 #: The trial that runs in this thread or task.
 TRIAL: ContextVar[Any] = ContextVar("pcg_trial", default=None)
 
@@ -140,13 +135,11 @@ def read_mask(*args: Any, mask_function: Any = None, attention_mask: Any = None,
         if trial is None:
             raise BatchError(
                 message(
-                    "a mask was made outside of a prepared model's call"
+                    "a mask was made outside of the model's call"
                     if attention_mask is None
                     else "a mask was made from an attention_mask",
                     why="Requests are packed: what a token sees follows from the batch of the running step.",
-                    cure="Make the cache with cache_for(model, ...), or call prepare(model), of "
-                    "pcg_compile.integrations.transformers. Then call the model itself, and pass no attention_mask.\n"
-                    f"  {GENERATE}",
+                    cure="Call the model itself, model(...), and pass no attention_mask.",
                 )
             )
     return Sees(*read_rule(mask_function), trial)

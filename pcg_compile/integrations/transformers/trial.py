@@ -25,12 +25,10 @@ import torch
 
 from ...errors import BatchError, OptionsError, PCGError, message
 from ...step import RUNNING
-from .arguments import Arguments
-from .declared import declared_reason
-from .known import Known, known_of, parameters_of, wants_pcg
+from .known import known_of
 from .masks import TRIAL, Sees, StepMask
 
-__all__ = ["Trial", "prove"]
+__all__ = ["Trial", "prove", "refusal", "refused"]
 
 #: One trial at a time: its model is shared by all threads.
 _LOCK = threading.RLock()
@@ -91,7 +89,7 @@ class Trial:
             raise BatchError(f"{type(module).__name__} has {query.shape[1]} query heads for {key.shape[1]} key heads")
         limits = (sees.nearest, sees.farthest, sees.chunk)
         self.calls.append(Call(layer, key.shape[1], key.shape[3], value.shape[3], limits, (query, key, value)))
-        if self.compare:
+        if self.compare and not query.is_meta:
             _compare(module, query.shape[1], key.shape[1], query.shape[3], sees, scaling, options)
         result = value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2).contiguous()
         for rows in self.poison:
@@ -145,32 +143,31 @@ def _compare(
 
 
 def prove(model: Any) -> None:
-    """Tries a model, unless that was done. Then it and the models inside complete their calls from the running step.
+    """Tries a model, unless that was done; what its layers need of a cache is in its hook afterwards.
 
     Raises:
         OptionsError: packed requests would get other numbers than each alone.
     """
+    known = known_of(model)
     with _LOCK:
-        if known_of(model) is not None:
+        if known is None or known.proven:
             return
-        models = [module for module in model.modules() if wants_pcg(module)]
-        reason, seen = next(filter(None, map(declared_reason, models)), None), Seen()
-        if reason is None:
-            reason, seen = _refusal(model)
+        reason, seen = refusal(model)
         if reason is not None:
-            raise OptionsError(
-                message(
-                    f'attn_implementation="pcg" would give wrong numbers with {type(model).__name__}',
-                    why=reason,
-                    cure='Use another attn_implementation, such as "sdpa", without pcg.step().',
-                )
-            )
-        for module in models:
-            module.config.use_cache = False
-            if known_of(module) is None:
-                known = Known(module.config.get_text_config(), parameters_of(module), seen.offset, seen.layers)
-                known.keep(module)
-                module.register_forward_pre_hook(Arguments(known), with_kwargs=True)
+            raise OptionsError(refused(type(model).__name__, reason))
+        for module in model.modules():
+            inner = known_of(module)
+            if inner is not None:
+                inner.proven, inner.offset, inner.layers = True, seen.offset, seen.layers
+
+
+def refused(name: str, reason: str) -> str:
+    """The message for a model that packed requests would get wrong numbers from."""
+    return message(
+        f'attn_implementation="pcg" would give wrong numbers with {name}',
+        why=reason,
+        cure='Use another attn_implementation, such as "sdpa", without pcg.step().',
+    )
 
 
 @dataclass
@@ -181,8 +178,13 @@ class Seen:
     offset: int = 0
 
 
-def _refusal(model: Any) -> tuple[str | None, Seen]:
-    """Why a model cannot be served, or None, and what was seen."""
+def refusal(model: Any, structure: bool = False) -> tuple[str | None, Seen]:
+    """Why a model cannot be served, or None, and what was seen.
+
+    Args:
+        model: one with the hook. structure: looks at calls and shapes alone, as on the meta device, where there are no
+            numbers.
+    """
     name, first, seen = type(model).__name__, Trial(compare=True), Seen()
     try:
         device = model.get_input_embeddings().weight.device
@@ -194,6 +196,8 @@ def _refusal(model: Any) -> tuple[str | None, Seen]:
         if not first.calls:
             return f"{name} computes attention by itself, whatever attn_implementation says.", seen
         seen.layers = {call.layer: (call.kv_heads, call.head_dim, call.v_head_dim) for call in first.calls}
+        if structure:
+            return None, seen
         offset = _offset(runs, first)
         if offset is None:
             return (
@@ -206,7 +210,9 @@ def _refusal(model: Any) -> tuple[str | None, Seen]:
         return str(error), seen
     except (torch.OutOfMemoryError, PCGError):
         raise
-    except Exception as error:  # A model may ask for anything, pictures for example.
+    except Exception as error:  # A model may ask for anything, pictures for example; on meta, for numbers.
+        if structure:
+            return None, seen
         return f"{name} cannot be called with input_ids and position_ids alone: {type(error).__name__}: {error}", seen
 
 
@@ -301,8 +307,9 @@ class _Runs:
         a, b, c, *rest = self.ids
         others = rest if other else [a, b, c]
         ids = torch.tensor([[*others, a, b, c, *others[:2]]], device=self.device)
+        known = known_of(self.model)
         given: dict[str, Any] = {"input_ids": ids}
-        if "use_cache" in parameters_of(self.model):
+        if known is not None and "use_cache" in known.names:
             given["use_cache"] = False
         if positions is not None:
             given.update(position_ids=positions + self.offset, attention_mask=StepMask(trial))
