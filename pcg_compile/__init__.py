@@ -11,6 +11,8 @@ from .backend import pcg as _backend
 from .batch import Batch, step
 from .capture_guard import capture_guard
 from .distributed.lowering import release_collectives
+from .logs import read_environment as _read_environment
+from .logs import trace
 from .passes.padding_safety.analysis import register_row_rule
 from .piecewise import piecewise
 from .registry import expect, reset, stats
@@ -63,8 +65,10 @@ __all__ = [
     "split_op",
     "stats",
     "step",
+    "trace",
     "warmup",
 ]
 
 # An installed package is found by its entry point; this serves a checkout on the path.
 _ensure_backend("pcg", _backend)
+_read_environment()

@@ -7,6 +7,8 @@ be captured at all raises :class:`Uncaptured` in its stage, and is counted in on
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +60,8 @@ from .traces import watch_all
 from .uncaptured import Uncaptured, refuse_gradients, refuse_squeezed_sizes, refuse_strange_tensors
 
 __all__ = ["compile_graph", "pcg", "watched"]
+
+_LOG = logging.getLogger("pcg_compile")
 
 
 def pcg(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Any:
@@ -119,6 +123,7 @@ class _Graph:
     layouts: Sequence[sympy.Basic] = ()
 
     def __post_init__(self) -> None:
+        self.began = time.perf_counter()
         self.examples = fake_inputs(self.inputs)
         self.device, self.fake_mode = capture_device(self.examples), fake_mode_of(self.examples)
 
@@ -325,6 +330,7 @@ def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable
     check_shown_sizes(graph.fake_mode)
     runtime = GraphRuntime(shared.plan, shared, graph.broken is None, context)
     add_runtime(graph.owner, graph.counters, runtime)
+    _log_compiled(graph, shared.plan, context)
     if graph.broken is None and graph.region is None:
         graph_handed(runtime, graph.fake_mode, graph.layouts)
     # A method, unlike the object, has code to look at, which depyf asks for.
@@ -334,6 +340,16 @@ def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable
         reason = f"Dynamo breaks the graph, and what follows runs eagerly: {why}"
         function = Counted(function, graph.counters, reason, str(place_of_stack(graph.broken[1]))).__call__
     return function if graph.region is None else graph.region()(function)
+
+
+def _log_compiled(graph: _Graph, plan: Plan, context: PassContext) -> None:
+    figures = graph.counters
+    sizes = ", ".join(map(str, plan.symbols)) or "none"
+    text = "compiled a graph: %d pieces, %d of them different, %d can be captured; dynamic sizes: %s; %.1f s"
+    seconds = time.perf_counter() - graph.began
+    _LOG.info(text, figures.pieces, figures.compiled, figures.capturable, sizes, seconds)
+    for note in context.notes:
+        _LOG.debug("%s", note)
 
 
 def hazards_of(

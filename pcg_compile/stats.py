@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import StringIO
@@ -15,7 +15,10 @@ from rich.table import Table
 
 from .report.suggest import fit_buckets
 
-__all__ = ["COUNTS", "BucketStats", "Fallback", "Stats", "expect_increase", "sum_of_use"]
+__all__ = [
+    "COUNTS", "BucketStats", "Fallback", "Stats", "bucket_table", "expect_increase", "percent",
+    "print_table", "sum_of_use",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class BucketStats:
     attention: str = ""
 
     @property
-    def mean_padding(self) -> float | None:
-        """Padding tokens over real ones, of all steps; None before the first."""
-        return self.padded_tokens / self.tokens - 1 if self.tokens else None
+    def padding(self) -> float | None:
+        """The share of the computed rows that are padding, from 0 to below 1; None before the first step."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else None
 
 
 @dataclass(frozen=True)
@@ -77,25 +80,21 @@ class Stats:
     #: Steps by their real size, of graphs with one dynamic size.
     sizes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def padding(self) -> float | None:
+        """The same share, of all buckets together."""
+        used = self.buckets.values()
+        return BucketStats(0, sum(u.tokens for u in used), sum(u.padded_tokens for u in used)).padding
+
     def __str__(self) -> str:
-        """A short table: counts, buckets, and what was not replayed."""
-        out = StringIO()
-        console = Console(file=out, width=120, highlight=False, markup=False, emoji=False)
-        console.print(", ".join(f"{getattr(self, name)} {name}" for name in COUNTS), soft_wrap=True)
+        """Short tables: counts, buckets, and what was not replayed."""
+        parts = [print_table((*COUNTS, "padding"), [[*(str(getattr(self, n)) for n in COUNTS), percent(self.padding)]])]
         if self.buckets:
-            table = _table("bucket", "steps", "mean padding", "MiB", "seconds to capture", "attention")
-            for size, use in self.buckets.items():
-                padding = f"{use.mean_padding:.0%}" if use.mean_padding is not None else ""
-                table.add_row(
-                    str(size), str(use.hits), padding, f"{use.bytes / 2**20:.1f}", f"{use.seconds:.3f}", use.attention
-                )
-            console.print(table)
+            parts.append(print_table(*bucket_table(self)))
         if self.fallbacks:
-            table = _table("times", "not replayed because", "where")
-            for fallback in self.fallbacks:
-                table.add_row(str(fallback.count), fallback.reason, fallback.where)
-            console.print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+            rows = [(str(fall.count), fall.reason, fall.where) for fall in self.fallbacks]
+            parts.append(print_table(("times", "not replayed because", "where"), rows))
+        return "\n\n".join(parts)
 
     def suggest_buckets(self, k: int) -> tuple[int, ...]:
         """The ``k`` buckets (or fewer) that would have padded the steps seen so far the least; () before any step.
@@ -130,11 +129,33 @@ class Stats:
 COUNTS = ("steps", "graphs", "pieces", "capturable", "compiled", "captured", "replays")
 
 
-def _table(*columns: str) -> Table:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120) -> str:
+    """Text in columns, at most ``width`` characters wide: what does not fit goes on in the next line."""
+    out = StringIO()
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
-    return table
+    for row in rows:
+        table.add_row(*row)
+    Console(file=out, width=width, highlight=False, markup=False, emoji=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def percent(share: float | None) -> str:
+    """A share as text, "" for None."""
+    return f"{share:.0%}" if share is not None else ""
+
+
+def bucket_table(stats: Stats) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table of buckets."""
+    columns = ("bucket", "steps", "padding", "MiB", "seconds to capture", "chosen by warmup")
+    rows = [
+        (str(size) if size != () else "fixed size", str(use.hits), percent(use.padding), f"{use.bytes / 2**20:.1f}",
+         f"{use.seconds:.3f}", use.attention)
+        for size, use in stats.buckets.items()
+    ]  # fmt: skip
+    shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    return columns[:shown], [row[:shown] for row in rows]
 
 
 def _order(size: Any) -> tuple[int, ...]:

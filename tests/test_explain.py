@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,6 +16,7 @@ from test_paged_model import LAYERS, Model, Traffic
 import pcg_compile as pcg
 from pcg_compile.fx.places import place_parts
 from pcg_compile.registry import runtimes
+from pcg_compile.report.render import fold, number_range, summary
 from pcg_compile.torch_compat.inductor import inductor_output
 
 OPTIONS = {"buckets": [4, 8], "compiler": "eager"}
@@ -85,9 +87,9 @@ def test_buckets_and_fallbacks_are_in_every_form():
     report = pcg.explain(run)
     text, markup, data = str(report), report._repr_html_(), json.loads(report.to_json())
     for form in (text, markup):
-        assert "mean padding" in form and "33%" in form and "softmax" in form and "fallbacks" in form
+        assert "25% padding" in form and "25%" in form and "softmax" in form
     # 7 and 5 tokens in a bucket of 8.
-    assert data["stats"]["buckets"]["8"]["mean_padding"] == pytest.approx(16 / 12 - 1)
+    assert data["stats"]["buckets"]["8"]["padding"] == pytest.approx(4 / 16)
     assert data["stats"]["buckets"]["8"]["hits"] == 2 and data["stats"]["sizes"] == {"3": 1, "7": 1, "5": 1}
     assert data["stats"]["fallbacks"][0]["count"] == 3
 
@@ -95,10 +97,80 @@ def test_buckets_and_fallbacks_are_in_every_form():
 def test_no_path_is_cut_off_and_nearby_ones_are_short(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     report = pcg.explain(ToyLlama(layers=1), torch.arange(3))
-    flat = re.sub(r"[\s│]+", "", str(report))
+    flat = re.sub(r"\s+", "", str(report))
     assert "models.py" in flat and "…" not in flat and __file__.rpartition("/")[0].replace(" ", "") in flat
     monkeypatch.chdir(__file__.rpartition("/")[0])
     assert __file__.rpartition("/")[0] not in str(report)
+
+
+def test_the_report_of_32_layers_fits_on_a_screen():
+    compiled = torch.compile(ToyLlama(layers=32).eval(), backend="pcg", options=OPTIONS)
+    with torch.no_grad():
+        for n in (3, 5):
+            compiled(torch.randint(0, 128, (n,)))
+    report = pcg.explain(compiled)
+    text = str(report)
+    assert len(text.splitlines()) < 50 and max(map(len, text.splitlines())) <= 120
+    # Two graphs: the first call's size became dynamic with the second.
+    assert text.startswith("captured: 66 pieces (6 different), 64 split ops between them\n")
+    assert text.count("piece 1-31") == text.count("layers.0-30.out .. layers.1-31") == 2 and text.count("x31") == 4
+    assert "dynamic sizes: ids.shape[0]" in text and "no fallbacks" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "runs"),
+    [
+        ("", []),
+        ("a", [(0, 1, 1)]),
+        ("aaa", [(0, 1, 3)]),
+        ("xababaz", [(0, 1, 1), (1, 2, 2), (5, 1, 1), (6, 1, 1)]),
+        ("abcabcab", [(0, 3, 2), (6, 1, 1), (7, 1, 1)]),
+        ("aabaab", [(0, 3, 2)]),
+    ],
+)
+def test_what_repeats_is_folded(keys, runs):
+    assert list(fold(keys)) == runs
+    assert sum(length * times for _, length, times in runs) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "text"),
+    [
+        ("layers.0.mlp", "layers.31.mlp", "layers.0-31.mlp"),
+        ("layers.3", "layers.3", "layers.3"),
+        ("a.0 .. b.1", "a.7 .. b.8", "a.0-7 .. b.1-8"),
+        ("embed", "norm", "embed"),
+    ],
+)
+def test_names_of_equal_layers_are_a_range(first, last, text):
+    assert number_range(first, last) == text
+
+
+def _cutting(x):
+    y = x + 1
+    print(end="")
+    return y * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "calls", "cure"),
+    [
+        (lambda x: x + 1, {}, [9], "larger bucket"),
+        (lambda x: x + 1, {"buckets": [4, 1024], "max_padding": 1.25}, [300], "suggest_buckets"),
+        (lambda x: x - x.mean(0), {}, [3], "split op"),
+        (lambda x: x + 1, {"memory_budget": 0}, [3, 3], "memory_budget"),
+        (_cutting, {}, [3], "pcg.check"),
+        (lambda x: x + 1, {"compiler": lambda gm, inputs: 1 / 0}, [3], "doctor"),
+    ],
+)
+def test_the_summary_says_what_to_do(function, options, calls, cure):
+    run = pcg.piecewise(dynamic={"x": 0}, **{**OPTIONS, **options})(function)
+    with torch.no_grad():
+        for n in calls:
+            run(torch.ones(n, 3))
+    text = "\n".join(summary(pcg.explain(run)))
+    (fallback, *_) = pcg.stats(run).fallbacks
+    assert fallback.reason.partition(":")[2][:30] in text and cure in text.partition("to do:")[2], text
 
 
 def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
@@ -124,6 +196,27 @@ def test_dump_has_both_graphs_the_inserted_nodes_and_named_calls(tmp_path):
         assert (tmp_path / unquote(link)).exists()
     assert all(f'id="{anchor}"' in index for anchor in re.findall(r'href="#([^"]+)"', index))
     assert "graph_0/program_6.txt" in index and "layers.1" in index and "src=" not in index
+
+
+def test_dump_numbers_pieces_as_explain_does_and_highlights_code(tmp_path):
+    run = pcg.piecewise(dynamic={"ids": 0}, **OPTIONS)(ToyLlama(layers=3).eval().forward)
+    with pcg.dump(tmp_path), torch.no_grad():
+        run(torch.arange(3))
+    lines = (tmp_path / "graph_0" / "pieces.txt").read_text().splitlines()
+    items = pcg.explain(run).graphs[0].items
+    assert [line[:24].strip() for line in lines] == [item.name for item in items]
+    # Two of the layers share what was compiled.
+    assert {p.name for p in tmp_path.glob("graph_0/piece_*")} == {"piece_0.py", "piece_1.py", "piece_3.py"}
+    assert lines[4].split()[2] == "piece_1.py" and "layers.1.out" in lines[4]
+    index = (tmp_path / "index.html").read_text()
+    assert '<span class="k">class</span>' in index and "Too long" not in index
+
+
+@pytest.mark.parametrize("module", ["jinja2", "pygments"])
+def test_without_its_libraries_dump_says_what_to_install(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"needs {module}.*\n.*pip install jinja2 pygments"), pcg.dump(tmp_path):
+        raise AssertionError("nothing runs that cannot be written")
 
 
 def depyf_works(folder):

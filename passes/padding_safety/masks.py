@@ -120,7 +120,7 @@ def _selected(packet: str, call: Call, dims: Dims) -> Iterator[Known]:
     elif packet == "masked_fill":
         condition, chosen = call.arguments["mask"], {1: call.arguments["value"]}
     else:
-        conditions = [t for t in call.arguments["indices"] if hasattr(t, "known")]
+        conditions = [t for t in call.arguments.get("indices", ()) if hasattr(t, "known")]
         if len(conditions) != 1 or not conditions[0].is_mask or call.arguments.get("accumulate"):
             return
         condition, chosen = conditions[0], {1: call.arguments["values"]}

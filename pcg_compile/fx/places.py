@@ -93,7 +93,8 @@ def module_of(node: fx.Node) -> str:
     path = next(reversed(stack.values()), ("",))[0]
     found = _ROOT.fullmatch(path)
     path = _MEMBER.sub(r".\1", found["rest"] if found is not None else path)
-    return path.lstrip(".")
+    # The outermost module may itself be an element of what Dynamo traces: args[0].
+    return re.sub(r"^(?:\[\d+\])?\.?", "", path)
 
 
 def place_of_frame(frame: FrameType | None) -> Place:

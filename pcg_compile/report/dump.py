@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,22 +10,31 @@ from urllib.parse import quote
 
 import torch
 
-from ..fx.plan import PieceItem, SplitOpItem
+from ..errors import message
+from ..fx.plan import PieceItem
 from ..registry import runtimes
 from ..torch_compat.inductor import inductor_output
+from .explain import items_of
 
 __all__ = ["dump"]
+
+#: Characters of a file that the page shows.
+_LONGEST_SHOWN = 400_000
 
 
 @contextmanager
 def dump(directory: str | Path) -> Iterator[Path]:
-    """Inside, compile or call models; on the way out their graphs are written to ``directory``, with an index page.
+    """Writes the graphs of all models that are compiled or called inside to ``directory``; gives its path.
 
-    For each graph: Dynamo's graph before and after the passes, the nodes that passes inserted and their notes, each
-    distinct piece as a script that runs, where Inductor wrote its code, and the program of every bucket. ``depyf`` adds
-    its decompiled view of what Dynamo made; where it cannot, the index says so. Nothing is written outside the
-    directory.
+    ``index.html`` shows all files: Dynamo's graph before and after the passes, the nodes that passes inserted and their
+    notes, the list of pieces, each distinct piece as a script that runs, where Inductor wrote its code, and the program
+    of every bucket. ``depyf`` adds its decompiled view of Dynamo's bytecode; if it fails, the page says so. Nothing is
+    written outside the directory.
+
+    Raises:
+        ImportError: jinja2 or pygments is not installed.
     """
+    highlight = _highlighter()
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     before = {id(runtime) for runtime in runtimes()}
@@ -48,7 +55,7 @@ def dump(directory: str | Path) -> Iterator[Path]:
     graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.all_steps != used[id(r)]]
     for index, runtime in enumerate(graphs):
         _write_graph(root / f"graph_{index}", runtime)
-    _write_index(root, problems)
+    _write_index(root, problems, highlight)
 
 
 def _write_graph(folder: Path, runtime: Any) -> None:
@@ -59,24 +66,20 @@ def _write_graph(folder: Path, runtime: Any) -> None:
     _write_code(folder / "graph.py", "Dynamo's graph, after the passes.", plan.gm)
     _write_lines(folder / "inserted.txt", [node.format_node() for node in plan.gm.graph.nodes if _is_inserted(node)])
     _write_lines(folder / "notes.txt", context.notes)
-    written: dict[int, str] = {}
-    listing: list[str] = []
+    lines: list[str] = []
     outputs: list[str] = []
-    for item in plan.items:
-        if isinstance(item, SplitOpItem):
-            listing.append(f"{item.index:4d}  call    {item.op.name} ({item.mode}; {item.reason})  {item.where}")
-            continue
-        script = written.get(id(item.compiled)) if not item.trivial else None
-        if script is None:
-            script = f"piece_{item.index}.py"
-            written[id(item.compiled)] = script
-            (folder / script).write_text(_piece_script(item), encoding="utf-8")
-            path = inductor_output(item.compiled.function)
-            if path is not None:
-                outputs.append(f"{script}  {path}")
-        what = "piece" if item.refusal is None or item.trivial else f"exact ({item.refusal})"
-        listing.append(f"{item.index:4d}  {what}  {item.name}  {script}  {item.where}")
-    _write_lines(folder / "sites.txt", listing)
+    scripts: dict[int, str] = {}
+    for item, told in zip(plan.items, items_of(plan), strict=True):
+        script = ""
+        if isinstance(item, PieceItem) and told.distinct is not None:
+            script = scripts.setdefault(told.distinct, f"{told.name.replace(' ', '_')}.py")
+            if not (folder / script).exists():
+                (folder / script).write_text(_piece_script(item), encoding="utf-8")
+                path = inductor_output(item.compiled.function)
+                if path is not None:
+                    outputs.append(f"{script}  {path}")
+        lines.append(f"{told.name:24}  {script:12}  {told.verdict} ({told.reason})  {told.module}  {told.where}")
+    _write_lines(folder / "pieces.txt", lines)
     if outputs:
         _write_lines(folder / "inductor.txt", outputs)
     for binding in runtime.bindings:
@@ -157,17 +160,38 @@ def _example(value: Any) -> str:
     return f"{make}.as_strided({shape}, {strides})"
 
 
-def _write_index(root: Path, problems: list[str]) -> None:
-    """One page that holds every file, and links to each; pcg's own come before depyf's."""
+def _highlighter() -> Any:
+    """Imports what the page is made with; returns ``fn(name, text)``, which makes HTML of a file, and its styles."""
+    try:
+        import jinja2
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import PythonLexer, TextLexer
+    except ImportError as error:
+        what = f"pcg.dump() needs {error.name}, which is not installed"
+        raise ImportError(message(what, cure="Write: pip install jinja2 pygments")) from error
+
+    formatter = HtmlFormatter()
+    template = jinja2.Template(Path(__file__).with_name("dump.html").read_text(encoding="utf-8"), autoescape=True)
+
+    def code(name: str, text: str) -> str:
+        # The graph of a large model has many thousand lines: it is linked, and opened by hand.
+        if len(text) > _LONGEST_SHOWN:
+            return "<p>Too long to be shown here.</p>"
+        return highlight(text, PythonLexer() if name.endswith(".py") else TextLexer(), formatter)
+
+    return code, lambda **values: template.render(style=formatter.get_style_defs(".highlight"), **values)
+
+
+def _write_index(root: Path, problems: list[str], highlighter: Any) -> None:
+    """One page that shows every file, and links to each; pcg's own come before depyf's."""
+    code, render = highlighter
     names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"]
     names = sorted((n for n in names if n != "index.html"), key=lambda name: (name.startswith("depyf/"), name))
-    anchors = {name: re.sub(r"[^\w.-]", "_", name) for name in names}
-    parts = ["<!doctype html><meta charset=utf-8><title>pcg dump</title><h1>pcg dump</h1>"]
-    parts += [f"<p>{html.escape(problem)}</p>" for problem in problems]
-    items = "".join(f'<li><a href="#{anchors[name]}">{html.escape(name)}</a></li>' for name in names)
-    parts.append(f"<ul>{items}</ul>")
-    for name in names:
-        text = html.escape((root / name).read_text(encoding="utf-8", errors="replace"))
-        link = f'<a href="{html.escape(quote(name))}">{html.escape(name)}</a>'
-        parts.append(f'<details open id="{anchors[name]}"><summary>{link}</summary><pre>{text}</pre></details>')
-    (root / "index.html").write_text("\n".join(parts), encoding="utf-8")
+    files = []
+    for number, name in enumerate(names):
+        text = (root / name).read_text(encoding="utf-8", errors="replace")
+        group, _, short = name.rpartition("/")
+        shown = {"name": name, "group": group, "short": short, "id": f"file-{number}", "link": quote(name)}
+        files.append({**shown, "lines": text.count("\n"), "code": code(name, text), "open": short == "pieces.txt"})
+    (root / "index.html").write_text(render(files=files, problems=problems), encoding="utf-8")

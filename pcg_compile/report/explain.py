@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ..errors import Hazard
-from ..fx.plan import PieceItem
+from ..fx.places import module_of, name_of_input
+from ..fx.plan import Item, PieceItem, Plan
 from ..registry import forget, is_compiled, runtimes, stats
 from ..runtime.ahead_of_time import WarmUp, warm_up_context
 from ..stats import COUNTS, Stats
 from ..torch_compat.dynamo_graphs import graph_breaks
 from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
-from .render import as_html, as_rich, longest_path
+from .render import as_html, as_text
 from .timeline import Timeline, time_step
 from .trial_compile import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 
-__all__ = ["GraphReport", "ItemReport", "PassReport", "Report", "check", "explain"]
+__all__ = ["GraphReport", "Hazards", "ItemReport", "PassReport", "Report", "check", "explain", "items_of"]
 
 
 @dataclass(frozen=True)
 class ItemReport:
-    """One piece or split op: its place in the graph, the user's line, and the verdict on it.
+    """One piece or split op of a graph.
 
-    ``distinct`` numbers what was compiled: pieces with the same number share it. None for what is no piece.
+    Attributes:
+        kind: "piece" or "split op".
+        name: ``piece 3``, counted alike in all reports, or the op's name.
+        module: the path of its module; of a piece that spans several, the first and the last.
+        ops: what it runs, in order.
+        where: the line of the user's code.
+        verdict, reason: what became of it, and why.
+        distinct: pieces with the same number share their compiled code; None for what is no piece.
     """
 
     kind: str
     name: str
+    module: str
     ops: tuple[str, ...]
     where: str
     verdict: str
@@ -53,9 +62,15 @@ class PassReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of Dynamo's: its dynamic sizes, its items in order, what the passes noted and found.
+    """One of Dynamo's graphs.
 
-    ``timeline`` is of one step with the arguments that ``explain`` was given; None where it was given none.
+    Attributes:
+        sizes: its dynamic sizes, such as ``ids.shape[0]``.
+        items: its pieces and split ops, in order.
+        notes, hazards, passes: what passes did and found.
+        refusal: why no step of it is replayed, or None.
+        timeline: of one step with the arguments that ``explain`` was given; None without arguments.
+        entry_seconds, entry: of the first graph, host time from the call to the graph, and the way it took.
     """
 
     sizes: tuple[str, ...]
@@ -65,30 +80,19 @@ class GraphReport:
     refusal: str | None
     passes: tuple[PassReport, ...] = ()
     timeline: Timeline | None = None
-    #: Host time from the call to the graph, of the first graph: Dynamo's share and that of pcg's wrapper; and the way.
     entry_seconds: float | None = None
     entry: str = ""
 
 
-#: Of a printed report, in characters, its longest path left aside.
-_WIDTH = 120
-
-
 @dataclass(frozen=True)
 class Report:
-    """The graphs of a model and the figures so far. Prints as tables, draws in a notebook."""
+    """The graphs of a model and the figures so far. Prints as text: a summary, then tables."""
 
     graphs: tuple[GraphReport, ...]
     stats: Stats
 
     def __str__(self) -> str:
-        out = StringIO()
-        paths = longest_path(self)
-        Console(file=out, width=_WIDTH + paths).print(*as_rich(self, min_places=paths), sep="\n")
-        return out.getvalue()
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield from as_rich(self)
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -96,9 +100,7 @@ class Report:
     def to_json(self) -> str:
         """All of it as JSON; times in seconds."""
         figures = {name: getattr(self.stats, name) for name in COUNTS}
-        buckets = {
-            str(size): {**asdict(use), "mean_padding": use.mean_padding} for size, use in self.stats.buckets.items()
-        }
+        buckets = {str(size): {**asdict(use), "padding": use.padding} for size, use in self.stats.buckets.items()}
         falls = [asdict(f) for f in self.stats.fallbacks]
         sizes = {str(size): steps for size, steps in self.stats.sizes.items()}
         graphs = [asdict(graph) for graph in self.graphs]
@@ -106,10 +108,9 @@ class Report:
         return json.dumps({"graphs": graphs, "stats": everything}, indent=1)
 
     def plot(self) -> Any:
-        """A matplotlib ``Figure`` of two axes: the timeline of one step, and padding by bucket.
+        """Returns a matplotlib ``Figure`` of two axes: where one step's time goes, and the padding of each bucket.
 
-        The step's calls (replays, split ops, the copies around them) are bars as long as they took, gaps are what the
-        host spent between them. There is a timeline where ``explain`` was given a call's arguments.
+        There are times only if ``explain`` was given a call's arguments.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -119,8 +120,17 @@ class Report:
         return plot_report(self)
 
 
+class Hazards(list[Hazard]):
+    """A list of :class:`pcg_compile.errors.Hazard` that prints for people."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) if self else "nothing found"
+
+    __repr__ = __str__
+
+
 def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
-    """The report on a model for one call's arguments; nothing is captured and nothing has effects.
+    """Returns the report on a model for one call's arguments; nothing is captured and nothing has effects.
 
     The call runs a few times to time it: from captured graphs where its bucket has them by now, else without.
 
@@ -182,33 +192,51 @@ class _Owned:
 
 def _graph(runtime: Any, timeline: Timeline | None) -> GraphReport:
     plan, context = runtime.plan, runtime.context
-    distinct: dict[int, int] = {}
-    items: list[ItemReport] = []
-    for item in plan.items:
-        if not isinstance(item, PieceItem):
-            name = f"split op, {item.mode}"
-            items.append(
-                ItemReport("split op", name, (_op(item.node),), item.where, "between pieces", item.reason, None)
-            )
-            continue
-        ops = tuple(_op(n) for n in item.piece.gm.graph.nodes if n.op.startswith("call_"))
-        if item.split_reason is not None:
-            name = item.name
-            items.append(ItemReport("split op", name, ops, item.where, "between pieces", item.split_reason, None))
-            continue
-        number = distinct.setdefault(id(item.compiled), len(distinct)) if not item.trivial else None
-        verdict, reason = _verdict(item)
-        items.append(ItemReport("piece", item.name, ops, item.where, verdict, reason, number))
     passes = [_pass(name, notes, hazards) for name, notes, hazards in context.outcomes]
     return GraphReport(
-        tuple(map(str, plan.symbols)),
-        tuple(items),
+        tuple(_size_names(plan)),
+        tuple(items_of(plan)),
         tuple(context.notes),
         tuple(context.hazards),
         plan.refusal,
         (*passes, _padding_safety(plan)),
         timeline,
     )
+
+
+def _size_names(plan: Plan) -> Iterator[str]:
+    """What the user calls each dynamic size: ``ids.shape[0]``."""
+    inputs = {spec.position: spec.node for spec in plan.inputs}
+    for position, dim in plan.sizes:
+        name = re.sub(r"^(?:kw)?args\['(\w+)'\]", r"\1", name_of_input(inputs[position]))
+        yield name.replace(".size()[", ".shape[") + (f".shape[{dim}]" if dim >= 0 else "")
+
+
+def items_of(plan: Plan) -> Iterator[ItemReport]:
+    """The pieces and split ops of a plan, in order."""
+    distinct: dict[int, int] = {}
+    ops: tuple[str, ...]
+    for item in plan.items:
+        number = None
+        if not isinstance(item, PieceItem):
+            rows = "padding request" if item.mode == "request" else "real rows only"
+            kind, ops, verdict, reason = "split op", (_op(item.node),), f"between pieces, {rows}", item.reason
+        else:
+            ops = tuple(_op(node) for node in item.piece.gm.graph.nodes if node.op.startswith("call_"))
+            kind, (verdict, reason) = "piece", _verdict(item)
+            if item.split_reason is not None:
+                kind, verdict, reason = "split op", "between pieces, compiled", item.split_reason
+            elif not item.trivial:
+                number = distinct.setdefault(id(item.compiled), len(distinct))
+        yield ItemReport(kind, item.name, _modules(item), ops, item.where, verdict, reason, number)
+
+
+def _modules(item: Item) -> str:
+    if not isinstance(item, PieceItem):
+        return item.module
+    last = next((node for node in reversed(item.piece.graph.nodes) if node.op.startswith("call_")), None)
+    end = module_of(last) if last is not None else ""
+    return f"{item.module} .. {end}" if item.module and end not in ("", item.module) else item.module or end
 
 
 def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
@@ -219,7 +247,7 @@ def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
     return PassReport(name, ", ".join(verdicts) or "nothing to do", (*found, *notes))
 
 
-def _padding_safety(plan: Any) -> PassReport:
+def _padding_safety(plan: Plan) -> PassReport:
     """The verdict on padding rows: of each kind how many pieces, and why those that are not simply row-wise."""
     pieces = [item for item in plan.items if isinstance(item, PieceItem) and item.is_piece]
     kinds: dict[str, int] = {}
@@ -249,16 +277,20 @@ def _op(node: Any) -> str:
     return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
 
 
-def check(model: Any, *args: Any, **kwargs: Any) -> list[Hazard]:
-    """What a capture of the model could not hold, and where padding would change a number.
+def check(model: Any, *args: Any, **kwargs: Any) -> Hazards:
+    """Returns what cannot be captured, and where padding would change results; empty if all of it can be captured.
 
-    Nothing is compiled or captured; the model runs once, eagerly. An empty list means that all of it can be captured.
-    What Dynamo breaks the graph at because it depends on data (``x.item()``, ``if x.any():``) is listed too: it runs
-    eagerly between two graphs, and waits for the device. Other breaks are not.
+    Nothing is compiled or captured; the model runs once, eagerly. Graph breaks that depend on data (``x.item()``,
+    ``if x.any():``) are listed too: what breaks there runs eagerly between two graphs, and waits for the device. Other
+    graph breaks are not listed.
+
+    Args:
+        model: a module or function, compiled or not.
+        args, kwargs: one call's; inside ``pcg.step()`` if the model uses paged attention.
     """
     backend = CheckBackend({})
     plain = getattr(model, "_orig_mod", None) or getattr(model, "__wrapped__", None) or model
     compiled = compile_apart(plain, backend)
     with graph_breaks() as breaks, compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
         compiled(*args, **kwargs)
-    return [*backend.hazards, *hazards_of_breaks(breaks)]
+    return Hazards([*backend.hazards, *hazards_of_breaks(breaks)])

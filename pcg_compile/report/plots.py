@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ..errors import message
+from .render import number_range, without_numbers
 
 try:
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 except ImportError as error:
     raise ImportError(
-        message(
-            "a plot needs matplotlib, which is not installed",
-            cure="Write: pip install matplotlib; in a checkout of pcg also: pip install '.[plots]'",
-        )
+        message("a plot needs matplotlib, which is not installed", cure="Write: pip install matplotlib")
     ) from error
 
 if TYPE_CHECKING:
     from ..stats import Stats
     from .explain import Report
-    from .timeline import Timeline
+    from .timeline import Span, Timeline
 
-__all__ = ["Picture", "draw_buckets", "draw_timelines", "plot_report"]
+__all__ = ["COLOURS", "Bar", "Picture", "bars_of", "draw_buckets", "draw_timelines", "plot_report"]
 
-#: Colours that remain apart for readers who see few of them.
-_COLOURS = {
+#: One colour for each kind of call, told apart by colour-blind readers too (Okabe and Ito).
+COLOURS = {
+    "inputs": "#56b4e9",
+    "metadata": "#e69f00",
     "replay": "#0072b2",
     "piece": "#d55e00",
     "split op": "#009e73",
-    "metadata": "#e69f00",
-    "inputs": "#56b4e9",
     "outputs": "#cc79a7",
+    "gaps": "#999999",
 }
-_TOKENS, _PADDING = "#0072b2", "#b3b3b3"
-_MEANING = {"replay": "replay of a captured graph", "piece": "uncaptured piece", "metadata": "the step's metadata"}
-#: Of a lane's width: narrower bars have no room for their name.
-_ROOM_FOR_A_NAME = 0.07
+_SHOWN = {
+    "inputs": "copied in",
+    "replay": "replay",
+    "piece": "not captured",
+    "split op": "split op",
+    "outputs": "copied out",
+}
+_TOKENS, _PADDING = COLOURS["replay"], "#c7c7c7"
+#: Characters of a label.
+_WIDEST = 64
 
 
 class Picture(Figure):
@@ -49,89 +55,100 @@ class Picture(Figure):
         return png.getvalue()
 
 
+@dataclass(frozen=True)
+class Bar:
+    """Calls of a step that differ in their layer alone.
+
+    Attributes:
+        kind: of the calls, or "gaps". seconds: of all of them together. times: their number.
+    """
+
+    kind: str
+    label: str
+    seconds: float
+    times: int
+
+    @property
+    def text(self) -> str:
+        """What stands beside it, without the share."""
+        return _time(self.seconds) + (f" = {self.times} x {_time(self.seconds / self.times)}" if self.times > 1 else "")
+
+
+def bars_of(timelines: Sequence[Timeline]) -> list[Bar]:
+    """The bars of a step, in order: times on the device, or on a CPU the host's."""
+    bars: list[Bar] = []
+    for number, timeline in enumerate(timelines):
+        graph = f"graph {number}, " if len(timelines) > 1 else ""
+        groups: dict[tuple[str, str, str], list[Span]] = {}
+        for span in timeline.lane():
+            groups.setdefault((span.kind, without_numbers(span.name), without_numbers(span.module)), []).append(span)
+        for (kind, *_), spans in groups.items():
+            names = (number_range(getattr(spans[0], part), getattr(spans[-1], part)) for part in ("name", "module"))
+            label = "  ".join(name for name in (*names, _SHOWN.get(kind, "")) if name)
+            bars.append(Bar(kind, graph + label, sum(span.seconds for span in spans), len(spans)))
+        bars.append(Bar("gaps", f"{graph}between calls", timeline.gap_seconds(), 1))
+    return bars
+
+
 def plot_report(report: Report) -> Picture:
-    """A step's timeline above, padding by bucket below."""
+    """Where a step's time goes above, one bar for each bucket below."""
     timelines = [graph.timeline for graph in report.graphs if graph.timeline is not None]
-    lanes = sum(len(_lanes(timeline)) for timeline in timelines)
-    figure = Picture(figsize=(9, 4 + 0.6 * max(lanes, 1)), layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=[max(lanes, 1) + 0.5, 2.5])
+    rows = [max(2, len(bars_of(timelines))), max(2, len(report.stats.buckets))]
+    figure = Picture(figsize=(11, 1.2 + 0.3 * sum(rows)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=rows)
     draw_timelines(above, timelines)
     draw_buckets(below, report.stats)
     return figure
 
 
-def draw_timelines(axes: Any, timelines: list[Timeline]) -> None:
-    """One bar a call, one lane for the host and, on a GPU, one for the device; what is white is a gap.
+def draw_timelines(axes: Any, timelines: Sequence[Timeline]) -> None:
+    """One bar for equal calls of all layers, as long as they take together.
 
     Args:
         axes: matplotlib's. timelines: of the graphs that one forward consists of, in order.
     """
-    spans = [span for timeline in timelines for span in timeline.spans]
-    if not spans:
+    bars = bars_of(timelines)
+    if not bars:
         return _say(axes, "no step was timed: pass a call's arguments to pcg.explain()")
-    longest = max(timeline.seconds for timeline in timelines)
-    unit, scale = ("us", 1e6) if longest < 1e-3 else ("ms", 1e3)
-    rows: list[str] = []
-    for number, timeline in enumerate(timelines):
-        for lane in _lanes(timeline):
-            row = len(rows)
-            rows.append(f"graph {number}, {lane}" if len(timelines) > 1 else lane)
-            for span in timeline.spans:
-                if span.lane == lane:
-                    _bar(axes, row, span.start * scale, span.seconds * scale, span.kind, span.name, longest * scale)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, longest * scale * 1.01)
-    axes.set_xlabel(unit)
-    axes.set_title("; ".join(_title(timeline) for timeline in timelines), fontsize="medium")
-    kinds = [kind for kind in _COLOURS if any(span.kind == kind for span in spans)]
-    patches = [Patch(color=_COLOURS[kind], label=_MEANING.get(kind, kind)) for kind in kinds]
-    patches.append(Patch(facecolor="white", edgecolor="grey", label="gap"))
-    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
+    whole = sum(bar.seconds for bar in bars) or 1.0
+    texts = [f"{bar.seconds / whole:.0%}   {bar.text}" for bar in bars]
+    labels = [bar.label if len(bar.label) <= _WIDEST else bar.label[: _WIDEST - 1] + "…" for bar in bars]
+    _draw(axes, labels, [[bar.seconds for bar in bars]], [[COLOURS[bar.kind] for bar in bars]], texts)
+    lane = "GPU" if any(span.lane == "device" for timeline in timelines for span in timeline.spans) else "host"
+    axes.set_title("\n".join(timeline.describe() for timeline in timelines) + f" ({lane} time)", loc="left")
 
 
 def draw_buckets(axes: Any, stats: Stats) -> None:
-    """For each bucket the tokens that its steps had and the padding on top, with the padding's share."""
+    """For each bucket the rows that its steps computed: those of tokens, and padding behind them."""
     used = {size: use for size, use in stats.buckets.items() if use.padded_tokens}
     if not used:
         return _say(axes, "no step has used a bucket yet")
-    places = range(len(used))
-    tokens = [use.tokens for use in used.values()]
-    padding = [use.padded_tokens - use.tokens for use in used.values()]
-    axes.bar(places, tokens, 0.6, color=_TOKENS, label="tokens")
-    axes.bar(places, padding, 0.6, bottom=tokens, color=_PADDING, label="padding")
-    for place, use, added in zip(places, used.values(), padding, strict=True):
-        axes.annotate(
-            f"{added / use.padded_tokens:.0%}", (place, use.padded_tokens), ha="center", va="bottom", fontsize="small"
-        )
-    axes.set_xticks(places, [str(size) for size in used])
-    axes.set_xlabel("bucket")
-    axes.set_ylabel("rows computed")
-    axes.set_xlim(-0.7, len(used) - 0.3)
-    axes.margins(y=0.15)
-    axes.set_title("padding, and its share of what each bucket computed", fontsize="medium")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
+    widths = [[use.tokens for use in used.values()], [use.padded_tokens - use.tokens for use in used.values()]]
+    texts = [f"{use.padding:.0%} padding   {use.padded_tokens:,} rows, {use.hits} steps" for use in used.values()]
+    _draw(axes, [f"bucket {size}" for size in used], widths, [[_TOKENS] * len(used), [_PADDING] * len(used)], texts)
+    axes.set_title("rows computed in each bucket: tokens (blue) and padding (grey)", loc="left")
 
 
-def _lanes(timeline: Timeline) -> list[str]:
-    return list(dict.fromkeys(span.lane for span in timeline.spans))
+def _draw(axes: Any, labels: Sequence[str], parts: Sequence[Sequence[float]], colours: Any, texts: Any) -> None:
+    """Horizontal bars, the first above, each made of parts from left to right, with text behind."""
+    ends = [0.0] * len(labels)
+    for widths, colour in zip(parts, colours, strict=True):
+        axes.barh(range(len(labels)), widths, left=list(ends), height=0.7, color=colour)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    longest = max(ends) or 1.0
+    for row, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.text(end + 0.01 * longest, row, text, va="center", fontsize="small")
+    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    # Room for the text behind the longest bar.
+    axes.set_xlim(0, 1.5 * longest)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
 
 
-def _bar(axes: Any, row: int, start: float, width: float, kind: str, name: str, whole: float) -> None:
-    axes.barh(row, width, left=start, height=0.7, color=_COLOURS[kind], edgecolor="black", linewidth=0.3)
-    if width > _ROOM_FOR_A_NAME * whole:
-        text = name if len(name) < 100 * width / whole else name.rpartition("::")[2]
-        axes.text(
-            start + width / 2, row, text, ha="center", va="center", color="white", fontsize="x-small", clip_on=True
-        )
-
-
-def _title(timeline: Timeline) -> str:
-    size = "x".join(map(str, timeline.sizes)) or "no dynamic size"
-    bucket = "x".join(map(str, timeline.bucket or ()))
-    how = "without captured graphs" if timeline.bucket is None else f"in bucket {bucket}" if bucket else "captured"
-    share = timeline.gap_seconds() / timeline.seconds if timeline.seconds else 0.0
-    return f"a step of {size} {how}: {1e3 * timeline.seconds:.3g} ms, {share:.1%} of it in gaps"
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
 
 
 def _say(axes: Any, text: str) -> None:

@@ -1,123 +1,227 @@
-"""A report as tables, for a terminal and for a notebook."""
+"""A report as text and as HTML: a summary, then tables in which repeated layers are one row."""
 
 from __future__ import annotations
 
 import html
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
+from ..stats import bucket_table, percent, print_table
 
 if TYPE_CHECKING:
     from .explain import GraphReport, ItemReport, Report
 
-__all__ = ["Section", "as_html", "as_rich", "longest_path", "sections"]
+__all__ = ["as_html", "as_text", "fold", "number_range", "short", "summary", "without_numbers"]
 
-#: Of a item's ops, as many as a line holds.
-_MOST_OPS = 6
+#: Kinds of ops that a row names.
+_MOST_OPS = 4
+#: Items of a repeated layer, at most.
+_LONGEST_LAYER = 16
+#: Findings and fallbacks that a summary lists; the rest is counted.
+_MOST_LINES = 8
+
+#: What to do about a reason that does not say so itself. The first pattern that is found counts.
+CURES = (
+    (r"beyond the largest bucket", "add a larger bucket, or raise max_tokens"),
+    (r"exceed max_tokens", "raise max_tokens"),
+    (r"max_padding", "add a bucket in between: pcg.stats(model).suggest_buckets(8) fits them to the steps so far"),
+    (r"memory_budget", "raise memory_budget, or use fewer buckets"),
+    (r"^mixing|^opaque", "make that op a split op (@pcg.split_op): it then gets the real rows only"),
+    (r"Dynamo breaks the graph|no graph of it", "remove the graph break: print(pcg.check(model, *args)) lists them"),
+    (r"^a piece runs eagerly", "pcg-compile doctor says what the compiler lacks; else report the error"),
+    (r"has reached Dynamo's", "pass what changes as a tensor, or name its sizes: @pcg.piecewise(dynamic={...})"),
+    (r"overlaps another", "pass tensors that do not share memory"),
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table: its title, its columns, its rows of text, and a line below."""
+    """One table: its title, its columns, and its rows of text."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    below: str = ""
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def summary(report: Report) -> Iterator[str]:
+    """Whether the model is captured, why not and what to do, and how it was used: one line each."""
+    pieces = [item for graph in report.graphs for item in graph.items if item.distinct is not None]
+    exact = [item for item in pieces if item.verdict == "exact size, not captured"]
+    refusals = [graph.refusal for graph in report.graphs if graph.refusal is not None]
+    yield _headline(report, pieces, exact, refusals)
+    told = [*refusals, *(item.reason for item in exact)]
+    problems = [("every step", reason, "") for reason in refusals]
+    for (reason, where), names in _grouped(((item.reason, item.where), item.name) for item in exact).items():
+        problems.append((number_range(names[0], names[-1]), reason, where))
+    for fall in report.stats.fallbacks:
+        if not any(reason in fall.reason for reason in told):
+            problems.append((_count(fall.count, "time"), fall.reason, fall.where))
+    for who, reason, where in problems[:_MOST_LINES]:
+        yield f"  {who}: {short(reason)}" + (f" (at {short(where)})" if where else "")
+        cure = next((cure for pattern, cure in CURES if re.search(pattern, reason)), None)
+        if cure is not None:
+            yield f"    to do: {cure}"
+    if len(problems) > _MOST_LINES:
+        yield f"  and {len(problems) - _MOST_LINES} more: print(pcg.stats(model))"
+    yield f"  {_use(report)}"
+    for graph in report.graphs:
+        if graph.timeline is not None:
+            yield f"  {graph.timeline.describe()}"
+        if graph.entry_seconds is not None:
+            yield f"  {1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}"
+
+
+def _headline(report: Report, pieces: Sequence[Any], exact: Sequence[Any], refusals: Sequence[str]) -> str:
+    if not report.graphs:
+        if report.stats.fallbacks:
+            return "NOT CAPTURED: no graph of it can be captured"
+        return "not compiled yet: call the model, or pass a call's arguments to pcg.explain()"
+    if not pieces:
+        return "nothing to capture: the graphs hold no work on the device"
+    splits = sum(item.kind == "split op" for graph in report.graphs for item in graph.items)
+    what = _count(len(pieces), "piece")
+    if len(pieces) > 1:
+        distinct = sum(len({item.distinct for item in graph.items} - {None}) for graph in report.graphs)
+        what += f" ({distinct} different)"
+    what += f", {_count(splits, 'split op')} between them" if splits else ""
+    if len(refusals) == len(report.graphs) or len(exact) == len(pieces):
+        return f"NOT CAPTURED: no step is replayed; {what}"
+    if exact or refusals:
+        return f"PARTLY CAPTURED: {len(pieces) - len(exact)} of {what}"
+    return f"{'captured' if report.stats.captured else 'can be captured'}: {what}"
+
+
+def _use(report: Report) -> str:
+    stats = report.stats
+    if not stats.steps:
+        return "no step has run yet"
+    figures = [_count(stats.steps, "step"), _count(stats.captured, "captured graph"), f"{stats.replays} replays"]
+    figures += [f"{percent(stats.padding)} padding"] if stats.padding is not None else []
+    return f"so far: {', '.join(figures)}" + ("" if stats.fallbacks else ", no fallbacks")
 
 
 def sections(report: Report) -> Iterator[Section]:
     """The tables of a report, in order; empty ones are left out."""
     for i, graph in enumerate(report.graphs):
-        title = f"graph {i}, dynamic sizes: {', '.join(graph.sizes) or 'none'}"
-        rows = tuple(_item_cells(item) for item in graph.items)
-        yield Section(title, ("", "where", "ops", "verdict", "why"), rows, _below(graph))
-        found = tuple((p.name, p.verdict, _nearer("\n".join(p.findings))) for p in graph.passes)
-        yield Section(f"graph {i}, passes", ("pass", "verdict", "found"), found)
-    stats = report.stats
-    buckets = tuple(
-        (
-            str(size),
-            str(use.hits),
-            f"{use.mean_padding:.0%}" if use.mean_padding is not None else "",
-            f"{use.bytes / 2**20:.1f}",
-            f"{use.seconds:.3f}",
-            use.attention,
-        )
-        for size, use in stats.buckets.items()
-    )
-    if buckets:
-        columns = ("bucket", "steps", "mean padding", "MiB", "seconds to capture", "attention")
-        yield Section("buckets", columns, buckets, f"{stats.captured} captured graphs, {stats.replays} replays")
-    falls = tuple((str(fall.count), fall.reason, _nearer(fall.where)) for fall in stats.fallbacks)
-    if falls:
-        yield Section("fallbacks: what ran otherwise than captured", ("times", "why", "where"), falls)
+        title = (f"graph {i}" if len(report.graphs) > 1 else "graph") + ", dynamic sizes: "
+        rows = list(_rows(graph))
+        columns = ("item", "times", "module", "ops", "verdict")
+        yield Section(title + (", ".join(graph.sizes) or "none"), columns, rows)
+        # What padding safety found is in the summary.
+        passes = [one for one in graph.passes if one.name != "padding_safety"]
+        found = [(one.name, one.verdict, text) for one in passes for text in _counted(one.findings)]
+        if found:
+            yield Section("what passes did", ("pass", "verdict", "finding"), found)
+    if report.stats.buckets:
+        yield Section("buckets", *bucket_table(report.stats))
 
 
-def longest_path(report: Report) -> int:
-    """How many characters the longest path of a report has."""
-    places = [item.where for graph in report.graphs for item in graph.items] + [f.where for f in report.stats.fallbacks]
-    return max((len(word) for place in places for word in _nearer(place).split()), default=0)
+def _counted(findings: Sequence[str]) -> Iterator[str]:
+    """Findings, those that differ in numbers alone as one."""
+    groups = list(_grouped((without_numbers(finding), finding) for finding in findings).values())
+    for group in groups[:_MOST_LINES]:
+        yield short(number_range(group[0], group[-1])) + (f" (x{len(group)})" if len(group) > 1 else "")
+    if len(groups) > _MOST_LINES:
+        yield f"and {len(groups) - _MOST_LINES} more: report.graphs[...].passes"
 
 
-def as_rich(report: Report, min_places: int = 0) -> Iterator[Any]:
-    """Rich tables; columns of paths have at least ``min_places`` characters, so that a path can stay in one piece."""
-    for section in sections(report):
-        table = Table(title=escape(section.title), caption=escape(section.below) or None)
-        for name in section.columns:
-            # Cut off, a path would lose its line.
-            table.add_column(name, overflow="fold", min_width=min_places if name == "where" else None)
-        for row in section.rows:
-            table.add_row(*map(escape, row))
-        yield table
+def _rows(graph: GraphReport) -> Iterator[tuple[str, ...]]:
+    items = graph.items
+    # Of a library's code the line says no more than the module.
+    keys = [
+        (i.kind, without_numbers(i.name), i.distinct, without_numbers(i.module), i.ops, i.verdict, i.reason)
+        for i in items
+    ]
+    for start, length, times in fold(keys):
+        for first, last in zip(items[start : start + length], items[start + length * (times - 1) :], strict=False):
+            yield (
+                number_range(first.name, last.name),
+                f"x{times}" if times > 1 else "",
+                _place(first, last),
+                _ops(first.ops),
+                # The summary says why a piece is not captured.
+                f"{first.verdict}, {short(first.reason)}" if first.verdict == "captured" else first.verdict,
+            )
+
+
+def fold(keys: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
+    """Finds what repeats, such as the items of a layer: yields (start, length, times) for each run of keys."""
+    start = 0
+    while start < len(keys):
+        length, times = 1, 1
+        for n in range(1, min(_LONGEST_LAYER, (len(keys) - start) // 2) + 1):
+            repeats = 1
+            while keys[start + repeats * n : start + (repeats + 1) * n] == keys[start : start + n]:
+                repeats += 1
+            if repeats > 1 and repeats * n > length * times:
+                length, times = n, repeats
+        yield start, length, times
+        start += length * times
+
+
+def without_numbers(text: str) -> str:
+    """A text with each number replaced, to compare layers by."""
+    return re.sub(r"\d+", "#", text)
+
+
+def number_range(first: str, last: str) -> str:
+    """``layers.0.mlp`` and ``layers.31.mlp`` as ``layers.0-31.mlp``; of texts that differ otherwise, the first."""
+    if without_numbers(first) != without_numbers(last):
+        return first
+    ends = iter(re.findall(r"\d+", last))
+    return re.sub(r"\d+", lambda m: m[0] if (end := next(ends)) == m[0] else f"{m[0]}-{end}", first)
+
+
+def _place(first: ItemReport, last: ItemReport) -> str:
+    """The modules, and the user's own line."""
+    line = "" if "-packages/" in first.where else short(first.where).partition(" in ")[0]
+    modules = number_range(first.module, last.module)
+    return f"{modules} ({line})" if modules and line else modules or line or short(first.where)
+
+
+def _ops(ops: Sequence[str]) -> str:
+    common = Counter(op for op in ops if op != "getitem" or len(ops) == 1).most_common()
+    rest = sum(n for _, n in common[_MOST_OPS:])
+    named = [f"{n} {op}" if n > 1 else op for op, n in common[:_MOST_OPS]]
+    return ", ".join(named) + (f", {rest} more" if rest else "")
+
+
+def short(text: str) -> str:
+    """A text whose paths begin at the working directory, or at the installed package."""
+    text = text.replace(os.getcwd() + os.sep, "")
+    return re.sub(r"[^\s(]*/(?:site|dist)-packages/", "", text)
+
+
+def _grouped(pairs: Iterable[tuple[Any, str]]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def as_text(report: Report) -> str:
+    """A report for a terminal."""
+    tables = (f"{section.title}\n{print_table(section.columns, section.rows)}" for section in sections(report))
+    return "\n\n".join(("\n".join(summary(report)), *tables))
 
 
 def as_html(report: Report) -> str:
-    """HTML tables; everything that comes from the model is escaped."""
-    return "".join(_html(section) for section in sections(report))
+    """A report for a notebook; everything that comes from the model is escaped."""
+    lines = html.escape("\n".join(summary(report)))
+    return f"<pre>{lines}</pre>" + "".join(map(_html, sections(report)))
 
 
 def _html(section: Section) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in section.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in section.rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    below = f"<p><i>{_text(section.below)}</i></p>" if section.below else ""
-    return f"<p><b>{_text(section.title)}</b></p>{table}{below}"
+    def row(tag: str, texts: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
 
-
-def _text(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
-
-
-def _below(graph: GraphReport) -> str:
-    pieces = [item for item in graph.items if item.distinct is not None]
-    distinct = len({item.distinct for item in pieces})
-    parts = [f"{len(pieces)} pieces, {distinct} distinct ones compiled"]
-    if graph.refusal is not None:
-        parts.append(f"no step can use captured graphs: {graph.refusal}")
-    if graph.timeline is not None:
-        how = "without captured graphs" if graph.timeline.bucket is None else "from captured graphs"
-        gaps = 1e3 * graph.timeline.gap_seconds()
-        parts.append(f"a step {how}: {1e3 * graph.timeline.seconds:.3g} ms, {gaps:.2g} ms of it between calls")
-    if graph.entry_seconds is not None:
-        parts.append(f"{1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}")
-    return "; ".join(parts)
-
-
-def _item_cells(item: ItemReport) -> tuple[str, ...]:
-    common = Counter(item.ops).most_common()
-    counted = ", ".join(f"{n} {op}" if n > 1 else op for op, n in common[:_MOST_OPS])
-    if len(common) > _MOST_OPS:
-        counted += f", {sum(n for _, n in common[_MOST_OPS:])} more"
-    name = item.name if item.distinct is None else f"{item.name} (distinct {item.distinct})"
-    return (name, _nearer(item.where), counted, item.verdict, item.reason)
-
-
-def _nearer(text: str) -> str:
-    """Paths below the working directory, as seen from there."""
-    return text.replace(os.getcwd() + os.sep, "")
+    rows = "".join(row("td", cells) for cells in section.rows)
+    return f"<p><b>{html.escape(section.title)}</b></p><table>{row('th', section.columns)}{rows}</table>"

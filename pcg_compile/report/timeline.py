@@ -33,13 +33,14 @@ class Span:
     Attributes:
         lane: "host": from entering the call to its return, which on a CPU is all of its work and on a GPU its launch;
             "device": from when the stream was free and the host had begun the call, to the end of its work.
-        kind, name, where: what it is, and the line of the user's code.
+        kind, name, module, where: what it is, the path of its module, and the line of the user's code.
         start, seconds: since the step's begin.
     """
 
     lane: Literal["host", "device"]
     kind: Kind
     name: str
+    module: str
     where: str
     start: float
     seconds: float
@@ -59,11 +60,22 @@ class Timeline:
     spans: tuple[Span, ...]
     seconds: float
 
+    def lane(self) -> list[Span]:
+        """The device's spans; on a CPU the host's."""
+        return [span for span in self.spans if span.lane == "device"] or list(self.spans)
+
     def gap_seconds(self) -> float:
-        """Seconds in which nothing of the step ran: between the device's calls, or the host's where there is none."""
-        lane = "device" if any(span.lane == "device" for span in self.spans) else "host"
-        spans = [span for span in self.spans if span.lane == lane]
+        """Seconds in which nothing of the step ran: between the device's calls, or on a CPU the host's."""
+        spans = self.lane()
         return max((span.start + span.seconds for span in spans), default=0.0) - sum(span.seconds for span in spans)
+
+    def describe(self) -> str:
+        """One line: the step's size, its bucket and its time."""
+        size = "x".join(map(str, self.sizes)) or "fixed size"
+        bucket = "x".join(map(str, self.bucket or ()))
+        how = "without captured graphs" if self.bucket is None else f"in bucket {bucket}" if bucket else "captured"
+        share = self.gap_seconds() / self.seconds if self.seconds else 0.0
+        return f"a step of {size} {how}: {1e3 * self.seconds:.3g} ms, {share:.0%} of it between calls"
 
 
 def time_step(runtime: Any, args: Sequence[Any], step: StepState | None) -> Timeline:
@@ -136,7 +148,7 @@ def _run_on_host(calls: _Calls, device: torch.device) -> tuple[float, list[Span]
     _synchronize(device)
     seconds = clock() - begin
     spans = [
-        Span("host", what.kind, what.name, what.where, entered - begin, left - entered)
+        Span("host", what.kind, what.name, what.module, what.where, entered - begin, left - entered)
         for (what, _), (entered, left) in zip(calls, times, strict=True)
     ]
     return seconds, spans
@@ -161,7 +173,7 @@ def _run_on_device(calls: _Calls, device: torch.device) -> tuple[float, list[Spa
     for (what, _), host, event in zip(calls, entered, events[1:], strict=True):
         end = events[0].elapsed_time(event) / 1e3
         start = min(max(free, host), end)
-        spans.append(Span("device", what.kind, what.name, what.where, start, end - start))
+        spans.append(Span("device", what.kind, what.name, what.module, what.where, start, end - start))
         free = max(free, end)
     return seconds, spans
 

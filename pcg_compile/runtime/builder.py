@@ -10,6 +10,7 @@ by itself. Programs of other real sizes in the bucket share the body that was bu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ from .pieces import add_at_bucket, conformer
 from .program import Body, Confirm, Program
 
 __all__ = ["build_and_run"]
+
+_LOG = logging.getLogger("pcg_compile")
 
 
 def build_and_run(
@@ -71,7 +74,16 @@ def build_and_run(
         d.frame.clear()
     if not d.complete:
         d.drop_new_captures()
+    elif program.replays:
+        _log_captured(d, program)
     return program, outputs
+
+
+def _log_captured(d: Draft, program: Program) -> None:
+    bucket = d.bucket_name()
+    use, name = d.shared.counters.bucket(bucket), "the fixed size" if bucket == () else f"bucket {bucket}"
+    _LOG.info("captured %s: %d graphs, %.1f MiB, %.2f s", name, program.replays, use.bytes / 2**20, use.seconds)
+    _LOG.debug("%s", program)
 
 
 def _add_and_run(d: Draft, item: Item) -> None:

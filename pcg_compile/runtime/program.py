@@ -7,17 +7,19 @@ step loads, replays once and emits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sympy
 import torch
 from torch import fx
+from torch.profiler import record_function
 
 from ..counters import Counters
 from ..fx.plan import Item
 from ..step import DoesNotFit
+from ..torch_compat.profiling import profiler_records
 from .full_graph import FullGraph
 
 if TYPE_CHECKING:
@@ -240,9 +242,26 @@ class Program:
 
     def run_body(self) -> None:
         """Runs piece by piece what lies between inputs and outputs."""
-        for call in self.body.calls:
+        for call in self._calls_in_ranges() if profiler_records() else self.body.calls:
             call()
         self.counters.replays += self.body.replays
+
+    def _calls_in_ranges(self) -> Iterator[Call]:
+        """The body's calls, each to be called inside a range of ``torch.profiler``; NVTX has it under ``emit_nvtx``."""
+        for op in self.body.operations:
+            if isinstance(op, (Replay, RunPiece, RunSplitOp, PrepareMetadata)):
+                module = f" ({op.module})" if op.module else ""
+                with record_function(f"pcg {op.kind}: {op.name}{module}"):
+                    yield op.call
+            else:
+                yield op.call
+
+    def run_in_range(self, args: Sequence[Any]) -> Any:
+        """The same as :meth:`run`, in one range of ``torch.profiler``."""
+        full = ", full CUDA graph" if self.body.full_graph is not None and self.body.full_graph.wanted else ""
+        bucket = "its exact size" if self.bucket is None else f"bucket {'x'.join(map(str, self.bucket))}"
+        with record_function(f"pcg step: {'x'.join(map(str, self.sizes))} in {bucket}{full}"):
+            return self.run(args)
 
     def run(self, args: Sequence[Any]) -> Any:
         """One step; returns its outputs."""

@@ -15,6 +15,7 @@ from ..distributed.agreement import Agreement
 from ..errors import PCGError
 from ..fx.plan import PieceItem
 from ..fx.sizes import evaluate, expr_of
+from ..torch_compat.profiling import profiler_records
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding
 from .budget import respect_budget
@@ -89,7 +90,7 @@ class GraphRuntime(GraphState):
             # Ahead of the step: under strict, nothing of it may run.
             for reason, where in program.fallbacks:
                 counters.fall_back(reason, where)
-            result = program.run(args)
+            result = program.run_in_range(args) if profiler_records() else program.run(args)
             if self.shared.grew:
                 respect_budget(self, binding, program.bucket)
         self._count(sizes, program)
