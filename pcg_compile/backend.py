@@ -28,14 +28,14 @@ from .distributed.lowering import (
     lowered,
     release_at_exit,
 )
-from .errors import Hazard, OptionsError, SplitOpNotFound
+from .errors import OptionsError, SplitOpNotFound
 from .fx.assemble import make_plan
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
-from .fx.facts import Calls, DataDecide, NodeFacts, calls_of, trace_facts, update_facts
+from .fx.facts import DataDecide, calls_of, same_calls, trace_facts, update_facts
 from .fx.graph_inputs import attributes_as_inputs, strange_tensor
 from .fx.inplace_shapes import shape_by_views
-from .fx.padding_decisions import decide_padding, padding_hazards
+from .fx.padding_decisions import decide_padding
 from .fx.places import place_of, place_of_stack
 from .fx.plan import PieceItem, Plan
 from .fx.sizes import expr_of, sizes_of, symbol_values
@@ -196,7 +196,7 @@ def trace(graph: _Graph) -> tuple[fx.GraphModule, PassContext]:
     except DataDecide as error:
         reason = f"only the data tell what {error.node.name} gives: the graph runs eagerly"
         raise Uncaptured(source.forward, reason, str(place_of(error.node))) from None
-    context = PassContext(graph.options, graph.device, facts, _token_symint(graph.examples), source=source)
+    context = PassContext(graph.options, graph.device, facts, token_symint(graph.examples), source=source)
     context.continued, context.moved = graph.broken is not None, _moved_before(source, graph.owner)
     context.splits.update(dict.fromkeys(numbers, CHANGES))
     context.counted.update(numbers)
@@ -206,7 +206,7 @@ def trace(graph: _Graph) -> tuple[fx.GraphModule, PassContext]:
     return gm, context
 
 
-def _token_symint(example_inputs: Sequence[Any]) -> Any:
+def token_symint(example_inputs: Sequence[Any]) -> Any:
     return next((value for value in example_inputs if isinstance(value, torch.SymInt)), None)
 
 
@@ -231,7 +231,7 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassC
         before = calls_of(gm)
         gm = one_pass(gm, context)
         context.outcomes.append((one_pass.__name__, context.notes[notes:], context.hazards[hazards:]))
-        if rewrites and not _same_calls(before, calls_of(gm)):
+        if rewrites and not same_calls(before, calls_of(gm)):
             context.facts = update_facts(gm, context.facts, before)
     if name_tuple_elements(gm, context.facts):
         # Placeholders that passes added stand behind Dynamo's.
@@ -239,14 +239,6 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassC
         added = [node.meta["example_value"] for node in placeholders if "pcg_step_input" in node.meta]
         context.facts = trace_facts(gm, [*example_inputs, *added])
     return gm
-
-
-def _same_calls(one: Calls, other: Calls) -> bool:
-    """By identity: whatever is written to a node is another object, and sizes must not be compared."""
-    return len(one) == len(other) and all(
-        node is another and all(a is b for a, b in zip(mine, theirs, strict=True))
-        for (node, mine), (another, theirs) in zip(one.items(), other.items(), strict=True)
-    )
 
 
 # -- 3: split ---------------------------------------------------------------------------------------------------------
@@ -350,16 +342,6 @@ def _log_compiled(graph: _Graph, plan: Plan, context: PassContext) -> None:
     _LOG.info(text, figures.pieces, figures.compiled, figures.capturable, sizes, seconds)
     for note in context.notes:
         _LOG.debug("%s", note)
-
-
-def hazards_of(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], facts: dict[fx.Node, NodeFacts], options: Options
-) -> list[Hazard]:
-    """All findings of the passes and of the padding analysis, without compiling; ``gm`` may be rewritten."""
-    context = PassContext(options, capture_device(example_inputs), facts, _token_symint(example_inputs), collect=True)
-    plan = split(run_passes(gm, example_inputs, context), context, Counters(), only_graph=False)
-    decide_padding(plan, Counters())
-    return [*context.hazards, *padding_hazards(plan)]
 
 
 pcg.reset = partial(reset, None)  # type: ignore[attr-defined]

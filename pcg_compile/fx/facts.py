@@ -215,6 +215,14 @@ def calls_of(gm: fx.GraphModule) -> Calls:
     return {node: (node.target, node.args, node.kwargs) for node in gm.graph.nodes}
 
 
+def same_calls(one: Calls, other: Calls) -> bool:
+    """By identity: whatever is written to a node is another object, and sizes must not be compared."""
+    return len(one) == len(other) and all(
+        node is another and all(a is b for a, b in zip(mine, theirs, strict=True))
+        for (node, mine), (another, theirs) in zip(one.items(), other.items(), strict=True)
+    )
+
+
 def update_facts(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts], before: Calls) -> dict[fx.Node, NodeFacts]:
     """Facts of a graph that a pass has rewritten; a node that computes the same of the same values keeps its own.
 

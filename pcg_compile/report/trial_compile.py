@@ -8,15 +8,20 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from torch import fx
 
-from ..backend import compile_graph, hazards_of
+from ..backend import compile_graph, run_passes, split, token_symint
 from ..calls import graph_ran
+from ..counters import Counters
 from ..errors import Hazard
-from ..fx.facts import DataDecide, trace_facts
+from ..fx.facts import DataDecide, NodeFacts, trace_facts
+from ..fx.padding_decisions import decide_padding, padding_hazards
 from ..fx.places import place_of, place_of_stack
 from ..fx.submodules import copy_graph
 from ..options import Options
+from ..passes.context import PassContext
 from ..passes.hazard_rules import Finding, hazard_at
+from ..runtime.capture import capture_device
 from ..torch_compat.fake_tensors import fake_inputs
 
 __all__ = ["CheckBackend", "ReportBackend", "compile_apart", "hazards_of_breaks"]
@@ -103,6 +108,16 @@ def _waiting_node(gm: Any, error: str) -> list[Hazard]:
 def _blames_a_size(reason: str) -> bool:
     """Dynamo calls ``t[x.shape[0]] = 0`` dependent on data, in the op that reads ``t``, which waits for nothing."""
     return re.search(r"Operator `aten\.(?:select|slice)\b", reason) is not None
+
+
+def hazards_of(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], facts: dict[fx.Node, NodeFacts], options: Options
+) -> list[Hazard]:
+    """All findings of the passes and of the padding analysis, without compiling; ``gm`` may be rewritten."""
+    context = PassContext(options, capture_device(example_inputs), facts, token_symint(example_inputs), collect=True)
+    plan = split(run_passes(gm, example_inputs, context), context, Counters(), only_graph=False)
+    decide_padding(plan, Counters())
+    return [*context.hazards, *padding_hazards(plan)]
 
 
 def hazards_of_breaks(breaks: Sequence[tuple[str, Any]]) -> list[Hazard]:
