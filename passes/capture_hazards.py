@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
-from pcg_compile.errors import CaptureHazard, Hazard
+from pcg_compile.errors import CaptureHazard, Hazard, message
 from pcg_compile.fx.contexts import is_mode_switch
 from pcg_compile.fx.facts import NodeFacts, arguments_of, bodies_of, storage_of, tensors_in
 from pcg_compile.fx.places import Place, place_of
@@ -224,4 +224,4 @@ def _refusal(found: list[tuple[Hazard, Place]]) -> CaptureHazard:
     (first, place), others = found[0], found[1:]
     cure = "\n".join([first.cure, *(f"also {hazard.op} at {where}: {hazard.reason}" for hazard, where in others)])
     what = f"{first.op} cannot be captured: {first.reason}"
-    return CaptureHazard(what, str(place), "strict=True forbids to isolate it.", cure.replace("\n", "\n  "))
+    return CaptureHazard(message(what, str(place), "strict=True forbids to isolate it.", cure.replace("\n", "\n  ")))

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.nn.functional import pad as pad_tensor
 
-from pcg_compile.errors import BatchError, OptionsError
+from pcg_compile.errors import BatchError, OptionsError, message
 from pcg_compile.fx.splitting import op_names
 from pcg_compile.split_ops import SplitOp, add_split_op, registered_split_ops
 
@@ -59,9 +59,11 @@ def pad_tokens(indptr: torch.Tensor, bucket: int, tokens: int, page_size: int) -
     """
     if bucket != tokens and indptr.device.type == "cpu" and int(indptr[-1]) != tokens:
         raise BatchError(
-            f"a split op has {tokens} rows, and a cumulative sum of them that it gets ends at {int(indptr[-1])}",
-            why="The padding request begins behind the last row of the last request.",
-            cure='For an op that takes more rows than its requests have, write: options={"padding": "slice"}',
+            message(
+                f"a split op has {tokens} rows, and a cumulative sum of them that it gets ends at {int(indptr[-1])}",
+                why="The padding request begins behind the last row of the last request.",
+                cure='For an op that takes more rows than its requests have, write: options={"padding": "slice"}',
+            )
         )
     return pad_indptr(indptr, bucket, tokens, page_size)
 
@@ -174,9 +176,11 @@ def _check_options(op: SplitOp, arguments: dict[str, Any], context: PassContext)
     if op.paged and op.scratch_page is None:
         if context.options.padding == "request":
             raise OptionsError(
-                f'padding="request" needs a scratch page for {op.name}',
-                why="Page 0 of somebody's cache is somebody's: the padding request would write into it.",
-                cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0), a page you never give out',
+                message(
+                    f'padding="request" needs a scratch page for {op.name}',
+                    why="Page 0 of somebody's cache is somebody's: the padding request would write into it.",
+                    cure=f'Write: pcg.register_split_op("{op.name}", ..., scratch_page=0), a page you never give out',
+                )
             )
         raise Unproven("it declares no scratch page")
     given = [name for name in op.needs_none if arguments.get(name) is not None]

@@ -22,7 +22,7 @@ from torch import fx
 from pcg_compile.attention import ops as _ops
 from pcg_compile.attention.base import AttentionShape
 from pcg_compile.batch import current_step, require_step
-from pcg_compile.errors import BatchError
+from pcg_compile.errors import BatchError, message
 from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.places import place_of
 from pcg_compile.fx.sizes import expr_of
@@ -72,10 +72,12 @@ def _check_layers(calls: Sequence[fx.Node]) -> None:
         first = stored.setdefault(layer, (k, v, node))
         if first[:2] != (k, v):
             raise BatchError(
-                f"two calls of paged attention store other keys or values in layer {layer} of the cache",
-                where=f"{place_of(first[2])} and {place_of(node)}",
-                why="Later steps would read what the last one stored.",
-                cure="Give each a layer of its own: pcg.PagedAttention(layer=i, ...), and the cache as many.",
+                message(
+                    f"two calls of paged attention store other keys or values in layer {layer} of the cache",
+                    where=f"{place_of(first[2])} and {place_of(node)}",
+                    why="Later steps would read what the last one stored.",
+                    cure="Give each a layer of its own: pcg.PagedAttention(layer=i, ...), and the cache as many.",
+                )
             )
 
 
@@ -85,9 +87,11 @@ def _one_size(calls: Sequence[fx.Node], context: PassContext) -> Any:
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.values())[:2]
         raise BatchError(
-            f"attention layers of one model see different numbers of tokens: {one} and {other}",
-            where=f"{place_of(first)} and {place_of(second)}",
-            why="A step has one batch.",
+            message(
+                f"attention layers of one model see different numbers of tokens: {one} and {other}",
+                where=f"{place_of(first)} and {place_of(second)}",
+                why="A step has one batch.",
+            )
         )
     return next(iter(sizes.values()))[0]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from pcg_compile.errors import GraphBreakingScalarWrite
+from pcg_compile.errors import GraphBreakingScalarWrite, message
 from pcg_compile.fx.facts import NodeFacts, OpCall, OpCalls, bodies_of, storage_of
 from pcg_compile.fx.places import place_of
 
@@ -122,7 +122,7 @@ class _Writes:
         what, why, cure = assignment_of(node, place).refusal(tensor.device)
         cure += '   (or options={"scalar_writes": "rewrite"})'
         if not self.context.collect:
-            raise GraphBreakingScalarWrite(what, str(place), why, cure)
+            raise GraphBreakingScalarWrite(message(what, str(place), why, cure))
         self.context.hazards.append(hazard_at(place, Finding("scalar write", f"{what}. {why}", cure), "setitem"))
         self.context.splits[node] = what
 

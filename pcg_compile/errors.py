@@ -1,7 +1,7 @@
 """Every error that the package raises.
 
 A message has four parts: what happened, where (file:line of the user's code), why it matters, and the cure as code.
-:class:`PCGError` takes them as arguments; :func:`message` lays them out, so all errors read alike.
+:func:`message` lays them out, so all errors read alike.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ __all__ = [
 
 
 class PCGError(Exception):
-    """Base of all errors of this package; takes the parts of a message, see :func:`message`."""
+    """Base of all errors of this package. Their text is made by :func:`message`.
 
-    def __init__(
-        self, what: str = "", where: str | None = None, why: str | None = None, cure: str | None = None
-    ) -> None:
-        super().__init__(message(what, where, why, cure))
+    It has no constructor of its own: Dynamo cannot trace one, and an error that is raised in code that it traces must
+    reach the caller as it is.
+    """
 
 
 class OptionsError(PCGError, ValueError):

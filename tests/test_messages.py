@@ -13,7 +13,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile import cli
-from pcg_compile.errors import Hazard
+from pcg_compile.errors import BatchError, Hazard, message
 from pcg_compile.fx.places import name_of_input
 
 if sys.version_info >= (3, 11):
@@ -334,3 +334,19 @@ def test_an_unknown_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(["docter"])
     assert raised.value.code == 2 and "doctor" in capsys.readouterr().err
+
+
+def test_an_error_of_traced_code_reaches_the_caller_without_a_graph_break():
+    """Dynamo traces attention and LoRA layers, whose checks raise."""
+
+    def check(x, ok):
+        if not ok:
+            raise BatchError(message("the batch is wrong", cure="Make another."))
+        return x + 1
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(check, backend="pcg", fullgraph=True)
+    with pytest.raises(Exception, match="Observed exception"):
+        compiled(torch.ones(3), False)
+    assert not torch._dynamo.utils.counters["graph_break"]

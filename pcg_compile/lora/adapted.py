@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError, BatchError
+from ..errors import AdapterError, BatchError, message
 from ..step import current_step
 from ..torch_compat.modules import drop_forward_hook, with_forward_hook
 from .shards import own_tensors
@@ -102,8 +102,10 @@ def adapt(module: nn.Module, *, around: bool = False) -> None:
         module.__class__ = _adapted_class(_CopiedAsBase if around else _Adapted, cls)
     elif around and isinstance(module, _Adapted):
         raise AdapterError(
-            f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
-            cure="Give it its former class back first, or make the pool on a new model.",
+            message(
+                f"{type(module).__name__} got another class and a forward of its own since it had an adapter pool",
+                cure="Give it its former class back first, or make the pool on a new model.",
+            )
         )
     if around:
         own: Any = module
@@ -146,8 +148,10 @@ def _hook_of_a_copy(module: Any, args: Any, output: torch.Tensor) -> None:
         adapters = None if state is None else state.batch.adapters
         if isinstance(adapters, torch.Tensor) or any(adapters or ()):
             raise BatchError(
-                "the batch names adapters, and the model is a copy of the one that their pool was made on",
-                cure="Make a pool for the copy: AdapterPool(copy, ...)",
+                message(
+                    "the batch names adapters, and the model is a copy of the one that their pool was made on",
+                    cure="Make a pool for the copy: AdapterPool(copy, ...)",
+                )
             )
 
 
@@ -155,7 +159,9 @@ def _refuse_gradients() -> None:
     """Raises if the batch has adapters: their gradients would be wrong."""
     state = current_step()
     if state is not None and state.batch.adapters is not None:
-        raise BatchError("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+        raise BatchError(
+            message("the batch names adapters, and gradients are enabled", cure="Call it in torch.no_grad().")
+        )
 
 
 # -- layers whose forward was replaced by one that does more: adapters go inside of that ---------------------------
@@ -188,9 +194,11 @@ def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callab
     original: Any = cells[_REPLACED].cell_contents if _REPLACED in cells else None
     if not _is_of_class(original, module):
         raise AdapterError(
-            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
-            why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
-            cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
+            message(
+                f"the forward of {name} was replaced by {getattr(forward, '__qualname__', forward)!r}",
+                why="Adapters come before the ranks' results are summed up, and whether it does that is not known.",
+                cure="Split the model by parallelize_module(model, ...), or by from_pretrained(..., tp_plan='auto').",
+            )
         )
 
     def opened(module: nn.Module) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, message
 from .layers import LoRALayer, features_of
 from .peft_folder import Factors, read_adapter
 
@@ -94,27 +94,33 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
         name = _own_name(module, places)
         if name is None:
             raise AdapterError(
-                f"the adapter changes {module}, which the pool does not cover",
-                where=str(folder),
-                cure=f"Name it too: AdapterPool(..., target_modules=[..., {module.rsplit('.', 1)[-1]!r}])",
+                message(
+                    f"the adapter changes {module}, which the pool does not cover",
+                    where=str(folder),
+                    cure=f"Name it too: AdapterPool(..., target_modules=[..., {module.rsplit('.', 1)[-1]!r}])",
+                )
             )
         i, part = found[module] = places[name]
         changed = {(i, one) for one in (layers[i].parts if part is None else [part])}
         if changed & taken:
-            raise AdapterError(f"the adapter changes {name} twice", where=str(folder))
+            raise AdapterError(message(f"the adapter changes {name} twice", where=str(folder)))
         taken.update(changed)
         sizes = features_of(layers[i].module)
         expected = (sizes[0], sizes[1] if part is None else layers[i].parts[part])
         if (inputs, outputs) != expected:
             raise AdapterError(
-                f"the adapter's {module} is {inputs} -> {outputs}, the model's {expected[0]} -> {expected[1]}",
-                where=str(folder),
+                message(
+                    f"the adapter's {module} is {inputs} -> {outputs}, the model's {expected[0]} -> {expected[1]}",
+                    where=str(folder),
+                )
             )
         if rank > max_rank:
             raise AdapterError(
-                f"the adapter's {module} has rank {rank}, the pool max_rank={max_rank}",
-                where=str(folder),
-                cure=f"Make the pool with AdapterPool(..., max_rank={rank})",
+                message(
+                    f"the adapter's {module} has rank {rank}, the pool max_rank={max_rank}",
+                    where=str(folder),
+                    cure=f"Make the pool with AdapterPool(..., max_rank={rank})",
+                )
             )
 
     adapter = read_adapter(folder, check)
@@ -126,7 +132,9 @@ def read_fitting(folder: str | Path, layers: Sequence[LoRALayer], max_rank: int,
         dtype = layer.layout.dtype
         factors = Factors(read.a.to(dtype), read.b.to(dtype), read.scaling)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise AdapterError(f"the weights for {module} are too large for {dtype}, the layer's dtype", str(folder))
+            raise AdapterError(
+                message(f"the weights for {module} are too large for {dtype}, the layer's dtype", str(folder))
+            )
         if only is not None:
             changes[i][only] = factors
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, message
 from .adapted import FACTORS, adapt, has_forward_of_class, opened_forward, unadapt
 from .packed import MOST_SLICES, PackedFactors
 from .peft_folder import Factors
@@ -56,7 +56,7 @@ class LoRALayer:
         """Makes room for adapters, and has the layer add them."""
         weight = self.module.weight
         if hasattr(self.module, FACTORS):
-            raise AdapterError(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()")
+            raise AdapterError(message(f"{self.name} belongs to another adapter pool", cure="Close it: pool.close()"))
         self.share = share_of(self.name, weight, 1 if _is_conv1d(self.module) else 0)
         if self.share is WHOLE:
             refuse_plain_part(self.name, self.module, features_of(self.module))
@@ -64,9 +64,11 @@ class LoRALayer:
         self.dtype, dtype = dtype, dtype or weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(
-                f"{self.name} has weights of {dtype}",
-                why="What it computes in, and so what its adapters do, is not known.",
-                cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
+                message(
+                    f"{self.name} has weights of {dtype}",
+                    why="What it computes in, and so what its adapters do, is not known.",
+                    cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
+                )
             )
         self.attached = True
         try:
@@ -228,17 +230,21 @@ def find_layers(
         seen.add(id(module))
         if not is_linear(module):
             raise AdapterError(
-                f"target_modules names {name}, which is {_article(type(module).__name__)}",
-                why="Adapters are added to linear layers; embeddings, convolutions and norms are not supported.",
-                cure=f"Name linear layers, such as: target_modules={_candidates(model)[:3]}",
+                message(
+                    f"target_modules names {name}, which is {_article(type(module).__name__)}",
+                    why="Adapters are added to linear layers; embeddings, convolutions and norms are not supported.",
+                    cure=f"Name linear layers, such as: target_modules={_candidates(model)[:3]}",
+                )
             )
         if id(module) in products:
             if target_modules == "all-linear":
                 continue
             raise AdapterError(
-                f"target_modules names {name}, whose weight nn.MultiheadAttention reads without calling the layer",
-                why="An adapter on it would have no effect.",
-                cure="Leave it out of target_modules, and train the adapters without it.",
+                message(
+                    f"target_modules names {name}, whose weight nn.MultiheadAttention reads without calling the layer",
+                    why="An adapter on it would have no effect.",
+                    cure="Leave it out of target_modules, and train the adapters without it.",
+                )
             )
         parts = _parts(name, module, fused)
         layers.append(LoRALayer(name, module, parts, max_rank, bypassed=id(module) in bypassed))
@@ -264,10 +270,12 @@ def _check_targets(model: nn.Module, target_modules: Sequence[str] | str, fused:
             raise AdapterError(f"target_modules={targets!r} is no regular expression: {error}") from None
         if not found:
             shown = targets if isinstance(targets, str) else "".join(targets)
-            raise AdapterError(f"target_modules names {shown!r}, which no module of the model is called", why=why)
+            raise AdapterError(
+                message(f"target_modules names {shown!r}, which no module of the model is called", why=why)
+            )
     for name in fused:
         if not any(_matches(path, module, [name]) for path, module in modules):
-            raise AdapterError(f"fused names {name!r}, which no module of the model is called", why=why)
+            raise AdapterError(message(f"fused names {name!r}, which no module of the model is called", why=why))
 
 
 def _parts(name: str, module: nn.Module, fused: Mapping[str, Mapping[str, int] | Sequence[str]]) -> dict[str, int]:
@@ -277,10 +285,12 @@ def _parts(name: str, module: nn.Module, fused: Mapping[str, Mapping[str, int] |
     parts = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, outputs // max(1, len(given)))
     if sum(parts.values()) != outputs or len(parts) > MOST_SLICES:
         raise AdapterError(
-            f"the parts of {name}, {parts}, do not add up to its {outputs} outputs"
-            if len(parts) <= MOST_SLICES
-            else f"{name} has {len(parts)} parts; {MOST_SLICES} at most can be added to at once",
-            cure=f'Give their widths: fused={{"{own}": {{"q_proj": 2048, "k_proj": 512, "v_proj": 512}}}}',
+            message(
+                f"the parts of {name}, {parts}, do not add up to its {outputs} outputs"
+                if len(parts) <= MOST_SLICES
+                else f"{name} has {len(parts)} parts; {MOST_SLICES} at most can be added to at once",
+                cure=f'Give their widths: fused={{"{own}": {{"q_proj": 2048, "k_proj": 512, "v_proj": 512}}}}',
+            )
         )
     return parts
 

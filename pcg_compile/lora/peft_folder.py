@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import AdapterError, message
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _MOST_CONFIG = 1 << 20
@@ -101,7 +101,7 @@ def read_adapter(folder: str | Path, check: Callable[[str, int, int, int], None]
     modules = {module: Factors(tensors[a], tensors[b], scalings[module]) for module, (a, b) in pairs}
     for module, factors in modules.items():
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise AdapterError(f"the weights for {module} hold NaN or infinity", where=str(file))
+            raise AdapterError(message(f"the weights for {module} hold NaN or infinity", where=str(file)))
     return Adapter(path, MappingProxyType(modules))
 
 
@@ -110,29 +110,33 @@ def _file(folder: Path, name: str, most: int | None) -> Path:
     try:
         if not folder.is_dir():
             raise AdapterError(
-                f"{str(folder)!r} is no folder", cure="Pass a folder that PEFT's save_pretrained() wrote."
+                message(f"{str(folder)!r} is no folder", cure="Pass a folder that PEFT's save_pretrained() wrote.")
             )
         file = folder / name
         if not file.is_file():
             pickled = name == _WEIGHTS and (folder / _PICKLE).is_file()
             raise AdapterError(
-                f"{str(folder)!r} has no {name}",
-                why=f"{_PICKLE} is a pickle, which can run any code when it is read." if pickled else None,
-                cure="Save it again with PEFT: model.save_pretrained(folder, safe_serialization=True)",
+                message(
+                    f"{str(folder)!r} has no {name}",
+                    why=f"{_PICKLE} is a pickle, which can run any code when it is read." if pickled else None,
+                    cure="Save it again with PEFT: model.save_pretrained(folder, safe_serialization=True)",
+                )
             )
         size = file.stat().st_size
         inside = _is_inside(file, folder)
     except (OSError, ValueError, RuntimeError) as error:
-        raise AdapterError(f"{str(folder)!r} cannot be read", why=str(error)) from None
+        raise AdapterError(message(f"{str(folder)!r} cannot be read", why=str(error))) from None
     if not inside:
         raise AdapterError(
-            f"{name} is a link to a file outside of the folder",
-            where=str(file),
-            why="A folder from somebody else could have any file read.",
-            cure="Copy the file into the folder.",
+            message(
+                f"{name} is a link to a file outside of the folder",
+                where=str(file),
+                why="A folder from somebody else could have any file read.",
+                cure="Copy the file into the folder.",
+            )
         )
     if most is not None and size > most:
-        raise AdapterError(f"{name} has {size} bytes; at most {most} are read", where=str(file))
+        raise AdapterError(message(f"{name} has {size} bytes; at most {most} are read", where=str(file)))
     return file
 
 
@@ -148,16 +152,16 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = _parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{_CONFIG} is no JSON", where=str(file), why=str(error)) from None
+        raise AdapterError(message(f"{_CONFIG} is no JSON", where=str(file), why=str(error))) from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{_CONFIG} holds a {type(config).__name__}, not an object", where=str(file))
+        raise AdapterError(message(f"{_CONFIG} holds a {type(config).__name__}, not an object", where=str(file)))
     return config
 
 
 def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"peft_type is {_shown(kind)}; only LORA is computed here", where=str(folder))
+        raise AdapterError(message(f"peft_type is {_shown(kind)}; only LORA is computed here", where=str(folder)))
     for name in [*_PLAIN, *(config.keys() - _PLAIN.keys() - _HARMLESS)]:
         value = config.get(name)
         if name in _PLAIN:
@@ -168,10 +172,12 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
             supported = value is not True and not (isinstance(value, (dict, list)) and value)
         if not supported:
             raise AdapterError(
-                f"{_shown(name)[1:-1]}={_shown(value)} is not supported",
-                where=str(folder),
-                why="What the adapter adds would be computed otherwise than PEFT computes it.",
-                cure="Merge the adapter into a model of its own with PEFT: model.merge_and_unload()",
+                message(
+                    f"{_shown(name)[1:-1]}={_shown(value)} is not supported",
+                    where=str(folder),
+                    why="What the adapter adds would be computed otherwise than PEFT computes it.",
+                    cure="Merge the adapter into a model of its own with PEFT: model.merge_and_unload()",
+                )
             )
 
 
@@ -180,14 +186,16 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"), folder, "rank_pattern")
     if isinstance(declared, bool) or not isinstance(declared, int) or declared != rank:
         raise AdapterError(
-            f"the weights for {module} have rank {rank}, the configuration says {_shown(declared)}", str(folder)
+            message(
+                f"the weights for {module} have rank {rank}, the configuration says {_shown(declared)}", str(folder)
+            )
         )
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), folder, "alpha_pattern")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-        raise AdapterError(f"lora_alpha of {module} is {_shown(alpha)}, which is no number", where=str(folder))
+        raise AdapterError(message(f"lora_alpha of {module} is {_shown(alpha)}, which is no number", where=str(folder)))
     rooted = config.get("use_rslora", False)
     if not isinstance(rooted, bool):
-        raise AdapterError(f"use_rslora is {_shown(rooted)}, not true or false", where=str(folder))
+        raise AdapterError(message(f"use_rslora is {_shown(rooted)}, not true or false", where=str(folder)))
     return float(alpha) / (math.sqrt(rank) if rooted else rank)
 
 
@@ -196,11 +204,11 @@ def _by_pattern(patterns: Any, module: str, general: Any, folder: Path, field: s
     if patterns is None:
         return general
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{field} is {_shown(patterns)}, not an object", where=str(folder))
+        raise AdapterError(message(f"{field} is {_shown(patterns)}, not an object", where=str(folder)))
     for pattern, value in patterns.items():
         # A name, as PEFT writes it, its dots escaped or not; a general expression could take forever to match.
         if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", pattern, re.ASCII):
-            raise AdapterError(f"{field} has the pattern {_shown(pattern)}; names are read", str(folder))
+            raise AdapterError(message(f"{field} has the pattern {_shown(pattern)}; names are read", str(folder)))
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
             return value
     return general
@@ -213,19 +221,21 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple
         match = _KEY.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"tensor {_shown(name)} is no factor of a linear layer",
-                where=str(file),
-                why="Only lora_A and lora_B weights of linear layers are computed here.",
+                message(
+                    f"tensor {_shown(name)} is no factor of a linear layer",
+                    where=str(file),
+                    why="Only lora_A and lora_B weights of linear layers are computed here.",
+                )
             )
         found.setdefault(match["module"], {})[match["factor"]] = name
     if not found:
-        raise AdapterError(f"{_WEIGHTS} has no tensors", where=str(file))
+        raise AdapterError(message(f"{_WEIGHTS} has no tensors", where=str(file)))
     for module, names in found.items():
         if len(names) != 2:
-            raise AdapterError(f"{module} has lora_{next(iter(names))} alone", where=str(file))
+            raise AdapterError(message(f"{module} has lora_{next(iter(names))} alone", where=str(file)))
         a, b = shapes[names["A"]], shapes[names["B"]]
         if a[0] != b[1] or a[0] > _MOST_RANK:
-            raise AdapterError(f"the factors of {module}, {a} and {b}, do not fit each other", str(file))
+            raise AdapterError(message(f"the factors of {module}, {a} and {b}, do not fit each other", str(file)))
     return {module: (names["A"], names["B"]) for module, names in found.items()}
 
 
@@ -236,7 +246,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"{_WEIGHTS} cannot be read", where=str(file), why=str(error)) from None
+        raise AdapterError(message(f"{_WEIGHTS} cannot be read", where=str(file), why=str(error))) from None
 
 
 # -- what can be said of files before they are read ----------------------------------------------------------------
@@ -271,13 +281,13 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(size - 8, _MOST_HEADER):
                 raise AdapterError(
-                    f"{file.name} has {size} bytes, and says that its header alone has {length}", str(file)
+                    message(f"{file.name} has {size} bytes, and says that its header alone has {length}", str(file))
                 )
             header = _parse_json(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file.name} has no readable header", where=str(file), why=str(error)) from None
+        raise AdapterError(message(f"{file.name} has no readable header", where=str(file), why=str(error))) from None
     if not isinstance(header, dict):
-        raise AdapterError(f"the header of {file.name} is no object", where=str(file))
+        raise AdapterError(message(f"the header of {file.name} is no object", where=str(file)))
     header.pop("__metadata__", None)
     return {name: _shape(name, entry, size - 8 - length, file) for name, entry in header.items()}
 
@@ -289,13 +299,13 @@ def _shape(name: str, entry: Any, room: int, file: Path) -> tuple[int, ...]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(f"tensor {_shown(name)} has dtype {_shown(dtype)}, which no adapter has", str(file))
+        raise AdapterError(message(f"tensor {_shown(name)} has dtype {_shown(dtype)}, which no adapter has", str(file)))
     if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(n) and n > 0 for n in shape):
-        raise AdapterError(f"tensor {_shown(name)} has shape {_shown(shape)}; factors are matrices", str(file))
+        raise AdapterError(message(f"tensor {_shown(name)} has shape {_shown(shape)}; factors are matrices", str(file)))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise AdapterError(f"tensor {_shown(name)} lies outside of the file", where=str(file))
+        raise AdapterError(message(f"tensor {_shown(name)} lies outside of the file", where=str(file)))
     if offsets[1] - offsets[0] != shape[0] * shape[1] * _DTYPES[dtype]:
-        raise AdapterError(f"tensor {_shown(name)} has other bytes than its shape needs", where=str(file))
+        raise AdapterError(message(f"tensor {_shown(name)} has other bytes than its shape needs", where=str(file)))
     return tuple(shape)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError, BatchError
+from ..errors import AdapterError, BatchError, message
 from ..torch_compat.cuda import foreach_copy
 from .fit import Stored, read_fitting
 from .layers import LoRALayer, find_layers
@@ -120,7 +120,7 @@ class AdapterPool:
             self._usable()
             if self._running[self._slots.get(name, -1)]:
                 raise AdapterError(
-                    f"adapter {name!r} is in a running batch", cure="Load it under another name, or later."
+                    message(f"adapter {name!r} is in a running batch", cure="Load it under another name, or later.")
                 )
             self._stored[name] = stored
             slot = self._slots.get(name)
@@ -138,7 +138,7 @@ class AdapterPool:
         with self._lock:
             self._known(name)
             if self._running[self._slots.get(name, -1)]:
-                raise AdapterError(f"adapter {name!r} is in a running batch", cure="Unload it after the step.")
+                raise AdapterError(message(f"adapter {name!r} is in a running batch", cure="Unload it after the step."))
             del self._stored[name]
             self._pinned.discard(name)
             slot = self._slots.pop(name, None)
@@ -156,7 +156,7 @@ class AdapterPool:
             if name not in self._slots:
                 slot = self._take_slot(frozenset())
                 if slot is None:
-                    raise AdapterError(f"no slot for adapter {name!r}", why="All are pinned or in use.")
+                    raise AdapterError(message(f"no slot for adapter {name!r}", why="All are pinned or in use."))
                 self._put(name, slot)
             self._pinned.add(name)
 
@@ -178,7 +178,7 @@ class AdapterPool:
         """
         with self._lock:
             if any(self._running.values()):
-                raise AdapterError("a running batch uses the pool", cure="Close it after the step.")
+                raise AdapterError(message("a running batch uses the pool", cure="Close it after the step."))
             for layer in self._layers:
                 layer.detach()
             self._closed = True
@@ -209,23 +209,29 @@ class AdapterPool:
                 if name not in self._stored:
                     request = list(names).index(name)
                     raise BatchError(
-                        f"request {request} names the adapter {name!r}, which is not loaded",
-                        why=f"Loaded are: {', '.join(map(repr, self._stored)) or 'none'}.",
-                        cure=f"Load it first: pool.load({name!r}, folder)",
+                        message(
+                            f"request {request} names the adapter {name!r}, which is not loaded",
+                            why=f"Loaded are: {', '.join(map(repr, self._stored)) or 'none'}.",
+                            cure=f"Load it first: pool.load({name!r}, folder)",
+                        )
                     )
             if len(wanted) > self.max_adapters:
                 raise BatchError(
-                    f"the batch names {len(wanted)} adapters, and the pool has {self.max_adapters} slots",
-                    cure=f"Make it with AdapterPool(..., max_adapters={len(wanted)}), or split the batch.",
+                    message(
+                        f"the batch names {len(wanted)} adapters, and the pool has {self.max_adapters} slots",
+                        cure=f"Make it with AdapterPool(..., max_adapters={len(wanted)}), or split the batch.",
+                    )
                 )
             for name in wanted:
                 if name not in self._slots:
                     slot = self._take_slot(frozenset(wanted))
                     if slot is None:
                         raise BatchError(
-                            f"no slot for adapter {name!r}",
-                            why="All are pinned, or used by batches that are running.",
-                            cure="Unpin adapters, or make the pool with more slots.",
+                            message(
+                                f"no slot for adapter {name!r}",
+                                why="All are pinned, or used by batches that are running.",
+                                cure="Unpin adapters, or make the pool with more slots.",
+                            )
                         )
                     self._put(name, slot)
                 self._slots.move_to_end(name)
@@ -250,12 +256,14 @@ class AdapterPool:
 
     def _usable(self) -> None:
         if self._closed:
-            raise AdapterError("the adapter pool is closed", cure="Make another: AdapterPool(model, ...)")
+            raise AdapterError(message("the adapter pool is closed", cure="Make another: AdapterPool(model, ...)"))
         device = self._layers[0].factors.device
         if device != self.device:
             raise AdapterError(
-                f"the model is on {device}, and its adapter pool was made on {self.device}",
-                cure="Make the pool after model.to(...).",
+                message(
+                    f"the model is on {device}, and its adapter pool was made on {self.device}",
+                    cure="Make the pool after model.to(...).",
+                )
             )
         first = self._layers[0]
         if first.dtype is None and first.module.weight.dtype != first.layout.dtype:
@@ -266,7 +274,7 @@ class AdapterPool:
     def _known(self, name: str) -> None:
         if name not in self._stored:
             loaded = ", ".join(map(repr, self._stored)) or "none"
-            raise AdapterError(f"no adapter is named {name!r}", why=f"Loaded are: {loaded}.")
+            raise AdapterError(message(f"no adapter is named {name!r}", why=f"Loaded are: {loaded}."))
 
     def _take_slot(self, wanted: frozenset[str]) -> int | None:
         """A free slot, or the least recently used adapter's if it is not in use; None if there is neither."""

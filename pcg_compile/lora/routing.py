@@ -148,9 +148,11 @@ class Router:
         tokens = state.batch.num_tokens
         if rows < tokens:
             raise BatchError(
-                f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
-                why="Which row belongs to which request is then unknown.",
-                cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
+                message(
+                    f"a LoRA layer sees {rows} rows, and the batch of the step has {tokens} tokens",
+                    why="Which row belongs to which request is then unknown.",
+                    cure="Leave layers behind a selection of rows, such as lm_head, out of target_modules.",
+                )
             )
         if isinstance(slots, torch.Tensor):
             padded = torch.nn.functional.pad(slots, (0, rows - slots.shape[0]), value=-1)
@@ -336,5 +338,7 @@ def router_by_id(router_id: int) -> Router:
 
 def _there(router: Router | None) -> Router:
     if router is None:
-        raise BatchError("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")
+        raise BatchError(
+            message("the adapter pool of a LoRA layer is gone", cure="Keep the AdapterPool as long as the model.")
+        )
     return router

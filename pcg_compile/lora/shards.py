@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, message
 from ..torch_compat.subclasses import is_subclass
 from .peft_folder import Factors
 
@@ -132,9 +132,11 @@ def refuse_plain_part(name: str, module: nn.Module, sizes: tuple[int, int]) -> N
     if other or getattr(module, "_hf_tp_plan", None) is not None:
         shape = " x ".join(map(str, weight.shape))
         raise AdapterError(
-            f"the weight of {name}, {shape}, is a rank's part, and a plain tensor",
-            why="Which part of an adapter belongs to it is not known.",
-            cure="Split the model by parallelize_module(model, ...), or with transformers 5.18 or later.",
+            message(
+                f"the weight of {name}, {shape}, is a rank's part, and a plain tensor",
+                why="Which part of an adapter belongs to it is not known.",
+                cure="Split the model by parallelize_module(model, ...), or with transformers 5.18 or later.",
+            )
         )
 
 
@@ -150,7 +152,7 @@ def _indices(name: str, weight: Any, dim: int, what: str) -> torch.Tensor | None
     if _smallest(size, ranks) < 1:
         # DTensor gathers such a weight for the product.
         few = f"{name} has {size} {what}, too few for each rank to have a part of them"
-        raise AdapterError(few, cure="Leave it out of target_modules, or whole on each rank.")
+        raise AdapterError(message(few, cure="Leave it out of target_modules, or whole on each rank."))
     numbers = torch.arange(size).view((size, 1) if dim == 0 else (1, size))
     # Each rank splits its own copy, without communication.
     mine = distribute_tensor(numbers, weight.device_mesh, placements, src_data_rank=None).to_local().flatten().cpu()
@@ -169,7 +171,7 @@ def _smallest(size: int, ranks: Sequence[int]) -> int:
 
 def _refused_weight(name: str, what: str, why: str) -> AdapterError:
     cure = "Make the pool on a model with plain weights, or DTensors of them as parallelize_module makes them."
-    return AdapterError(f"the weight of {name} is a {what}", why=why, cure=cure)
+    return AdapterError(message(f"the weight of {name} is a {what}", why=why, cure=cure))
 
 
 def own_tensors(module: nn.Module, y: Any, x: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +190,7 @@ def own_tensors(module: nn.Module, y: Any, x: Any) -> tuple[torch.Tensor, torch.
         return y, x
     if kinds is None:
         what = f"the weight of {module.pcg_lora_name} was split over ranks after its adapter pool was made"
-        raise AdapterError(what, cure="Make the pool after parallelize_module(model, ...).")
+        raise AdapterError(message(what, cure="Make the pool after parallelize_module(model, ...)."))
     if not is_distributed(y) or not is_distributed(x) or not _fit(kinds, y, x):
         raise _other_placements(module, y, x)
     return y.to_local(), x.to_local()
@@ -211,10 +213,12 @@ def _fit(kinds: Sequence[str], y: Any, x: Any) -> bool:
 def _other_sizes(module: nn.Module, outputs: int, inputs: int) -> AdapterError:
     mine: tuple[int, int] = module.pcg_lora_sizes  # type: ignore[assignment]
     return AdapterError(
-        f"{module.pcg_lora_name} computed {inputs} -> {outputs}, and this rank's part of its weight is "
-        f"{mine[0]} -> {mine[1]}",
-        why="Weights that are gathered for the product, as FSDP does, have no part of an adapter of their own.",
-        cure="Split the model by parallelize_module(model, ...), or leave the layer out of target_modules.",
+        message(
+            f"{module.pcg_lora_name} computed {inputs} -> {outputs}, and this rank's part of its weight is "
+            f"{mine[0]} -> {mine[1]}",
+            why="Weights that are gathered for the product, as FSDP does, have no part of an adapter of their own.",
+            cure="Split the model by parallelize_module(model, ...), or leave the layer out of target_modules.",
+        )
     )
 
 
@@ -222,8 +226,10 @@ def _other_placements(module: nn.Module, y: Any, x: Any) -> AdapterError:
     of_y, of_x = (getattr(one, "placements", "a plain tensor") for one in (y, x))
     kinds: tuple[str, ...] = module.pcg_lora_kinds  # type: ignore[assignment]
     return AdapterError(
-        f"{module.pcg_lora_name} was given x {of_x} and gave y {of_y}; its weight lies over the ranks by {kinds}",
-        why="A rank adds its part of an adapter to its part of the product, for all tokens of the step.",
-        cure="Give the layer all tokens: ColwiseParallel(input_layouts=Shard(0)) gathers them ahead of it, and "
-        "RowwiseParallel(output_layouts=Shard(0)) splits them behind it.",
+        message(
+            f"{module.pcg_lora_name} was given x {of_x} and gave y {of_y}; its weight lies over the ranks by {kinds}",
+            why="A rank adds its part of an adapter to its part of the product, for all tokens of the step.",
+            cure="Give the layer all tokens: ColwiseParallel(input_layouts=Shard(0)) gathers them ahead of it, and "
+            "RowwiseParallel(output_layouts=Shard(0)) splits them behind it.",
+        )
     )
