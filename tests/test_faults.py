@@ -234,7 +234,8 @@ OTHER_FORM = [resized, quantized, restrided]
 
 @pytest.mark.parametrize(
     ("change", "guards"),
-    [*((c, "dynamo") for c in SAME_FORM + OTHER_FORM), *((c, "inputs") for c in SAME_FORM)],
+    # With guards="inputs", a module that was replaced is traced anew, so its weights may have another form.
+    [*((c, "dynamo") for c in SAME_FORM + OTHER_FORM), *((c, "inputs") for c in [*SAME_FORM, resized])],
 )
 def test_parameters_change_after_the_capture(change, guards):
     ours, theirs = pair()
@@ -250,14 +251,14 @@ def test_parameters_change_after_the_capture(change, guards):
     assert pcg.stats(compiled).replays > replays
 
 
-@pytest.mark.parametrize("change", [resized, restrided, narrowed])
+@pytest.mark.parametrize("change", [restrided, narrowed])
 def test_parameters_of_another_form_are_refused_where_no_guard_sees_them(change):
     ours, theirs = pair()
     compiled = pcg.piecewise(dynamic={"x": 0}, buckets=[4, 8, 16], compiler="eager", guards="inputs")(ours.forward)
     warm(compiled, theirs)
     change(ours)
     for n in (5, 6, 12):
-        with torch.no_grad(), pytest.raises(StaleAddress, match="weight_ is torch.float(.|\n)*_dynamo.reset") as caught:
+        with torch.no_grad(), pytest.raises(StaleAddress, match="weight is torch.float(.|\n)*_dynamo.reset") as caught:
             compiled(torch.randn(n, 4))
         assert len(str(caught.value).splitlines()) == 3
     torch._dynamo.reset()

@@ -64,7 +64,9 @@ def name_of_input(node: fx.Node) -> str:
     name = getattr(source, "name", None)
     found = _ROOT.fullmatch(str(name() if callable(name) else name)) if name is not None else None
     if found is None:
-        # Without a source: Dynamo names the input x l_x_.
+        # Without a source: Dynamo names the attribute first.weight of self l__self___first_weight, the input x l_x_.
+        if node.name.lower().startswith("l__self___"):
+            return node.name[len("l__self___") :]
         return node.name[2:-1] if node.name[:2] in ("l_", "L_") and node.name.endswith("_") else node.name
     rest = _MEMBER.sub(r".\1", found["rest"])
     # The module itself has many names: self, fn, that of a variable.

@@ -13,6 +13,7 @@ import torch
 
 from ..batch import StepState, current_step, require_step
 from ..errors import StaleAddress, message
+from ..fx.places import name_of_input
 from ..fx.plan import PieceItem, Plan, SplitOpItem
 from ..fx.sizes import evaluate
 from ..memory.buffers import FlatBuffers
@@ -134,9 +135,10 @@ class GraphState:
                 continue
             new, old = args[spec.position], spec.value
             if new.dtype != old.dtype or new.device != old.device or not looks_like(new, old, sizes):
+                name, before = name_of_input(spec.node), _form(old)
                 raise StaleAddress(
                     message(
-                        f"{spec.node.name} is {_form(new)} now, and was {_form(old)} when the model was compiled",
+                        f"{name} is {_form(new)} now, and was {before} when the model was compiled",
                         why='With guards="inputs" a parameter that changes its form does not compile the model again.',
                         cure='Call torch._dynamo.reset() after the change, or leave out guards="inputs".',
                     )
