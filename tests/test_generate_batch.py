@@ -88,6 +88,15 @@ def test_a_full_cache_preempts_and_loses_nothing(model):
     assert free_pages(model) == all_pages(model) == 7
 
 
+@pytest.mark.parametrize("pages", [9, 11, 14])
+def test_prompts_that_fit_the_cache_one_at_a_time_only(model, pages):
+    """The one that is preempted waits for a step of the others: admitted at once, it would be preempted again."""
+    prompts = [torch.randint(3, 60, (28,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
+    outputs = generate_batch(model, prompts, max_new_tokens=4, num_pages=pages, page_size=4)
+    assert tokens(outputs) == [greedily(model, prompt, 4) for prompt in prompts]
+    assert free_pages(model) == all_pages(model)
+
+
 def test_identical_prompts_share_their_pages(model):
     prompt = PROMPTS[2]
     computed = []

@@ -147,3 +147,24 @@ def test_a_layout_that_would_overlap_runs_exactly():
         x, y = torch.randn(n, 6), torch.randn(6, n)[:, :k].T
         got, want = compiled(x, y), forward(x, y)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda n: torch.randn(n + 1, 4).unfold(0, 2, 1), lambda n: torch.randn(n + 4).as_strided((n, 4), (1, 1))]
+)
+def test_rows_that_share_memory_run_exactly(rows):
+    """Padding would lie where the last real rows do."""
+    compiled = torch.compile(lambda x: x.tanh() * 2, backend="pcg", options={"compiler": "eager", "buckets": [8, 16]})
+    for n in (5, 12, 8, 3):
+        x = rows(n)
+        torch.testing.assert_close(compiled(x), x.tanh() * 2)
+    assert any("its rows share memory" in fallback.reason for fallback in pcg.stats(compiled).fallbacks)
+
+
+def test_windows_inside_a_row_are_replayed():
+    """Entries of one row that share memory have the same padding."""
+    compiled = torch.compile(lambda x: x.tanh() * 2, backend="pcg", options={"compiler": "eager", "buckets": [8, 16]})
+    for n in (5, 12, 8, 3):
+        x = torch.randn(n, 6).unfold(1, 3, 1)
+        torch.testing.assert_close(compiled(x), x.tanh() * 2)
+    assert pcg.stats(compiled).replays

@@ -76,8 +76,10 @@ class Layouts:
             else:
                 return None
         at = {**chosen, **values}
-        # A layout whose elements share memory in the step may do so in the static buffer.
-        if any(_overlaps(value, at) and not _overlaps(value, sizes) for value in inputs):
+        # A layout whose elements share memory in the step may do so in the static buffer, but not with padding.
+        if any(
+            _overlaps(value, at) and (not _overlaps(value, sizes) or _overlaps(value, at, True)) for value in inputs
+        ):
             return None
         return values
 
@@ -113,13 +115,18 @@ def _least(symbol: sympy.Symbol, value: torch.Tensor, sizes: Sizes, known: Sizes
         extent += max(shape[dim] - 1, 0) * int(evaluate(stride, known))
 
 
-def _overlaps(value: torch.Tensor, sizes: Sizes) -> bool:
-    """Whether two elements may lie in one place; expanded dimensions do not count."""
-    extent = 1
-    for stride, size in sorted(zip(strides_at(value, sizes), shape_at(value, sizes), strict=True)):
+def _overlaps(value: torch.Tensor, sizes: Sizes, rows: bool = False) -> bool:
+    """Whether two elements may lie in one place; expanded dimensions do not count.
+
+    With ``rows``, only whether two may that differ in their index along a dynamic dimension: a row and its padding.
+    """
+    extent, counts = 1, not rows
+    dims = zip(strides_at(value, sizes), shape_at(value, sizes), map(symbols_of, value.shape), strict=True)
+    for stride, size, dynamic in sorted(dims, key=lambda dim: dim[:2]):
         if stride == 0 or size <= 1:
             continue
-        if stride < extent:
+        counts = counts or bool(dynamic)
+        if counts and stride < extent:
             return True
         extent += (size - 1) * stride
     return False

@@ -116,7 +116,7 @@ class BucketChooser:
         values = {symbol: sympy.Integer(n) for symbol, n in chosen.items()}
         strides = self.layouts.at(sizes, chosen, self.allows)
         if strides is None:
-            return Choice(None, "the graph's guards allow no layout of an input at its bucket")
+            return Choice(None, "no layout of an input fits its bucket: guards allow none, or its rows share memory")
         chosen.update(strides)
         exact = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
         for one, other in self.equals:

@@ -91,13 +91,16 @@ class Scheduler:
         """Queues a request."""
         self.waiting.append(request)
 
-    def next_step(self) -> ScheduledStep | None:
+    def next_step(self, admit: bool = True) -> ScheduledStep | None:
         """The next step; None where nothing can run before results are read, or at all.
+
+        Args:
+            admit: whether waiting requests may start.
 
         Raises:
             NeedsResults: a page must be taken from a request whose last token is still on the device.
         """
-        if self.waiting and self._free_slots:
+        if admit and self.waiting and self._free_slots:
             self._admit()
         last = self._last
         if last is not None and self._room > 0 and bool((self.total[last.slots] < self.limit[last.slots]).all()):
@@ -121,8 +124,9 @@ class Scheduler:
         if not len(slots):
             return None
         if not self._give_pages(slots, lengths, todo):
-            # Somebody has lost its pages: what is left is another step.
-            return self.next_step()
+            # Somebody has lost its pages: a step of those left takes them first, or it would be admitted and lose them
+            # again.
+            return self.next_step(admit=False)
         cached, samples = self.cached[slots], np.flatnonzero(lengths == todo)
         sampled = slots[samples]
         copies, self._copies = [(source, target) for source, target, _ in self._copies], []
