@@ -251,3 +251,16 @@ def test_inductor_takes_floats_that_differ_between_models():
                 torch.testing.assert_close(compiled(x), model(x))
             stats = pcg.stats(compiled)
             assert stats.graphs <= 2 and stats.replays + sum(one.count for one in stats.fallbacks) >= 2, stats
+
+
+@pytest.mark.parametrize("guards", ["dynamo", "inputs"])
+@pytest.mark.parametrize(
+    "rows", [[(5, 5), (5, 1), (7, 1), (1, 1), (1, 7)], [(5, 1), (7, 1), (7, 7)], [(1, 1), (5, 1), (5, 5)]]
+)
+def test_an_argument_of_one_row_broadcasts(guards, rows):
+    """Also after calls where it had as many rows as the others."""
+    compiled = pcg.piecewise(buckets=[4, 8], compiler="eager", guards=guards)(lambda x, y: x * 2 + y)
+    with torch.no_grad():
+        for n, m in rows:
+            x, y = torch.randn(n, 8), torch.randn(m, 8)
+            torch.testing.assert_close(compiled(x, y), x * 2 + y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.fx.experimental._config
+from torch.utils._pytree import tree_leaves
 
 from .dynamo_wrappers import innermost_backend
 from .inductor import freezes_weights
@@ -189,7 +190,8 @@ def settings_of_trace(
     - Two calls that mark code for a profiler are left out, some 10 us a step.
     - Inductor's freezing is off: it would hold a second copy of the weights.
     - With ``dynamic=True`` a first trace has floats as constants, as it has them without.
-    - Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards.
+    - Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards. Others of
+      size 1 are fixed then: Dynamo makes a size dynamic that was another one before, and one that broadcasts is not.
     - Where the ``outermost`` function of a call computes nothing, Dynamo compiles that too. Else it would leave the
       function to Python for all later calls, whatever they do.
     - With ``free_tensors``, weights are attributes of the graph: the code that Dynamo writes does not fetch them.
@@ -212,10 +214,23 @@ def settings_of_trace(
         stack.callback(_forget_constants, frozenset(_TensorifyState.force_specializations))
         if for_all_sizes:
             stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+            for tensor, dims in _broadcast(trace.arguments, marks):
+                stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
+                torch._dynamo.mark_static(tensor, dims)
         for tensor, dims, surely in marks:
             stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
             (torch._dynamo.mark_dynamic if surely else torch._dynamo.maybe_mark_dynamic)(tensor, dims)
         return stack.pop_all().close
+
+
+def _broadcast(arguments: Mapping[str, Any], marks: Marks) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """The tensors among arguments that have unmarked dimensions of size 1, and those dimensions."""
+    marked = {id(tensor): dims for tensor, dims, _ in marks}
+    for leaf in tree_leaves(list(arguments.values())):
+        if isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter):
+            dims = [d for d, n in enumerate(leaf.shape) if n == 1 and d not in marked.get(id(leaf), ())]
+            if dims:
+                yield leaf, dims
 
 
 def _forget_constants(before: Set[str]) -> None:
