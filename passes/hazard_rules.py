@@ -131,7 +131,7 @@ def finding_of(call: OpCall, memory: Memory) -> Finding | None:
 
 
 def reads_host_scalars(call: OpCall) -> bool:
-    """Whether an op takes a host scalar tensor as a number, so that its kernels need no copy of it."""
+    """Whether an op takes a host scalar tensor as a number, so its kernels need no copy of it."""
     name, _, overload = call.op.name().partition(".")
     plain = name.removesuffix("_")
     if plain in ("aten::fill", "aten::masked_fill", "aten::lift_fresh"):

@@ -18,7 +18,7 @@ from .context import PassContext, StepInput
 
 
 class Rewriter:
-    """Adds nodes and step inputs to a graph; they carry fake values, so that facts can be made of them."""
+    """Adds nodes and step inputs to a graph; they carry fake values, so facts can be made of them."""
 
     def __init__(self, gm: fx.GraphModule, context: PassContext) -> None:
         self.gm, self.graph, self.context = gm, gm.graph, context

@@ -145,7 +145,7 @@ class _Writes:
 
     @contextmanager
     def _in_place_of(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go ahead of ``node`` and get its origin, so that messages and figures name the user's line."""
+        """New nodes go ahead of ``node`` and get its origin, so messages and figures name the user's line."""
         before = node.prev
         with self.gm.graph.inserting_before(node):
             yield

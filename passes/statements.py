@@ -85,7 +85,7 @@ def _index(index: Any) -> str:
 
 
 def _as_slice(index: str) -> str:
-    """``0`` as ``0:1``: one dimension is left, so that also a plain assignment would be a fill."""
+    """``0`` as ``0:1``: one dimension is left, so also a plain assignment would be a fill."""
     try:
         number = int(index)
     except ValueError:

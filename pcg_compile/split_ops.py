@@ -29,16 +29,16 @@ class SplitOp:
         metadata: which of its arguments hold the batch's metadata, by role.
         scratch_page: a page that the owner of its cache never gives out, or None.
         page_size: tokens a page; 1 for an op without pages.
-        any_strides: True where the op takes tensors of any strides, so that a slice need not be copied.
+        any_strides: True where the op takes tensors of any strides, so a slice need not be copied.
         function: the Python implementation, called directly where known, without the dispatcher.
         bind: ``fn(*args, **kwargs) -> Callable[[], None]``, called once when a program is built.
         bucket_args: positions of int arguments that are the bucket's even in slice mode (metadata preparation).
-        late: True where the sizes of its results follow from the padding, so that nothing static can hold them.
+        late: True where the sizes of its results follow from the padding, so nothing static can hold them.
         own_metadata: True where the op takes its metadata from the step, which pads it.
         optional_step: True where no running step means that there is nothing to prepare.
         bind_full_graph: like ``bind``, for metadata that a full CUDA graph reads; the callable returns
             what the captured graph bakes in, or raises ``DoesNotFit``.
-        recordable: True where a recording of the whole step may hold the op (``cudagraph_mode="full"``): it reads
+        recordable: True where a full CUDA graph may hold the op (``cudagraph_mode="full"``): it reads
             whatever changes from step to step from its tensor arguments, on the device.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
@@ -247,7 +247,7 @@ def split_op(
     one that returns tensors takes it as ``fake``, and without it its results are taken to be shaped like
     its first tensor argument. ``metadata`` is passed on to :func:`register_split_op`.
 
-    What the decorator returns calls the op, as ``torch.ops.library.op`` does, so that a model that calls it by its
+    What the decorator returns calls the op, as ``torch.ops.library.op`` does, so a model that calls it by its
     Python name is split there. A program calls the function itself, without the dispatcher. Defining an op again, as a
     notebook's cell does that is run twice, replaces it.
 

@@ -34,7 +34,7 @@ class Fallback:
 class BucketStats:
     """Use of one bucket: steps, real and padding tokens, seconds and bytes that capturing it took.
 
-    Bytes are what the device's reserved memory grew by. Buckets share memory, so that one which is captured behind a
+    Bytes are what the device's reserved memory grew by. Buckets share memory, so one which is captured behind a
     larger one often adds none; the sum is what all of them hold.
     """
 

@@ -1,4 +1,4 @@
-"""Recording ahead of time."""
+"""Captures ahead of time."""
 
 from __future__ import annotations
 

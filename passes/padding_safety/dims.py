@@ -145,7 +145,7 @@ def _alike(one: Dim, other: Dim) -> bool:
 
 
 def _merged(dim: Dim) -> Dim:
-    """Neighbouring static factors as one, so that equal dimensions compare equal."""
+    """Neighbouring static factors as one, so equal dimensions compare equal."""
     result: list[Any] = []
     for factor in dim:
         if factor == 1:

@@ -111,7 +111,7 @@ def rule_for(op: Any) -> Rule | None:
     """The rule of an op: its own, or the one of all pointwise or of all random ops."""
     name = op.name() if isinstance(op, torch._ops.OpOverload) else str(op)
     packet = name.split(".")[0]
-    # Functional form has a copying twin of every view.
+    # Functional form has a copying form of every view.
     rule = _RULES.get(name) or _RULES.get(packet) or _RULES.get(packet.removesuffix("_copy"))
     tags = getattr(op, "tags", ())
     if rule is None and torch.Tag.pointwise in tags:
@@ -202,6 +202,6 @@ def random(call: Call) -> list[Dims]:
         # In inference no dropout is left.
         drops = any(name in str(call.op) for name in ("dropout", "bernoulli")) or call.arguments.get("dropout_p")
         cure = "; if this is dropout, the model is in training mode: call model.eval()" if drops else ""
-        raise Mixing(f"it draws random numbers for padding too, so that the real rows get others{cure}")
+        raise Mixing(f"it draws random numbers for padding too, so the real rows get others{cure}")
     numbers_are_static(call)
     return [dims_of(shape) for shape in call.shapes]

@@ -147,7 +147,7 @@ class PagedKVCache(StepMetadata):
         free = set(self._free)
         for page in pages:
             if page in free or not 0 < page < self.num_pages:
-                raise BatchError(f"page {page} is not in use, so that it cannot be freed")
+                raise BatchError(f"page {page} is not in use, so it cannot be freed")
             free.add(page)
         self._free.extend(pages)
 

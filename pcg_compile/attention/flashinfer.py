@@ -4,7 +4,7 @@ Any version from 0.6.13 on is used through ``BatchPrefillWithPagedKVCacheWrapper
 planner and the kernel are called directly, as the wrapper calls them: its own ``plan()`` copies from pageable memory at
 every step, and loops over requests in Python.
 
-A plan holds the batch, so that no CUDA graph holds the attention: it runs between captured pieces.
+A plan holds the batch, so no CUDA graph holds the attention: it runs between captured pieces.
 
 FA2, not FA3: it splits long KV sequences over thread blocks, which decode requests in a mixed batch need.
 """

@@ -2,7 +2,7 @@
 
 Requests are grouped by the powers of two that their lengths lie below, and each group is computed at once, padded
 to its longest request; there is no loop over tokens. ``scaled_dot_product_attention`` computes a group where it can:
-there is no soft cap, no sink, no fp8 cache. The padding request is a group of its own, so that the real
+there is no soft cap, no sink, no fp8 cache. The padding request is a group of its own, so the real
 rows are the same numbers with and without it.
 """
 

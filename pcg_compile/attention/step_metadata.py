@@ -195,7 +195,7 @@ class StepMetadata(ABC):
         # A batch of padding has none.
         area, begin, tokens = self._area(capacity), 6 * capacity, len(tables.positions)
         words = begin + layout.words
-        # A little more is copied than there is, so that steps of about one size share their views, which cost as much
+        # A little more is copied than there is, so steps of about one size share their views, which cost as much
         # as the copy.
         rounded = -(-words // _ROUND) * _ROUND
         static = rounded <= area.numel()

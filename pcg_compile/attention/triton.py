@@ -90,7 +90,7 @@ class TritonAttention(AttentionImpl):
     """One attention shape over one cache.
 
     The kernels exist for three kinds of batches, which differ in the sizes of blocks alone: each is right for every
-    batch, so that the kind is chosen by what is likely to be fast.
+    batch, so the kind is chosen by what is likely to be fast.
     """
 
     capturable = plan_lasts = True

@@ -31,7 +31,7 @@ from .triton_schedule import HEADER, ITEM
 
 __all__ = ["attend"]
 
-# Finite, so that differences of two of them are not NaN; masked scores are -inf.
+# Finite, so differences of two of them are not NaN; masked scores are -inf.
 _LOWEST = tl.constexpr(-1.0e30)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)

@@ -57,7 +57,7 @@ class Agreement:
         """Ends the comparison, ahead of the step's first collective; nothing where none was started.
 
         Args:
-            building: whether all ranks build the step's program, so that they may talk through the store as well.
+            building: whether all ranks build the step's program, so they may talk through the store as well.
 
         Raises:
             BatchError: ranks were called with other sizes; the message has every rank's.
@@ -71,14 +71,14 @@ class Agreement:
             raise PCGError(
                 message(
                     f"ranks run different graphs ({_listed({rank: value[0] for rank, value in found.items()})})",
-                    why="They compiled at different calls, so that they would wait in different collectives.",
+                    why="They compiled at different calls, so they would wait in different collectives.",
                     cure="Give all ranks the same calls in the same order, from the first one on.",
                 )
             )
         raise BatchError(
             message(
                 f"ranks were called with different sizes ({_listed(sizes)})",
-                why="They run the same collectives, so that all need the same batch.",
+                why="They run the same collectives, so all need the same batch.",
                 cure="Send each step's batch to all ranks: torch.distributed.broadcast_object_list([batch])",
             )
         )
@@ -196,7 +196,7 @@ class _Channel:
         self._maxima = None
 
 
-#: Graphs of the same ranks share a channel, so that ranks that run different graphs hear of it. It outlives them: when
+#: Graphs of the same ranks share a channel, so ranks that run different graphs hear of it. It outlives them: when
 #: the last one is collected, differs from rank to rank.
 _CHANNELS: dict[tuple[tuple[int, ...], ...], _Channel] = {}
 

@@ -41,7 +41,7 @@ def make_plan(
     """A plan from segments. Pieces are built, not compiled.
 
     Args:
-        counted: nodes that no captured graph can hold, so that each step counts them as fallbacks.
+        counted: nodes that no captured graph can hold, so each step counts them as fallbacks.
     """
     regions = autocast_regions(gm)
     backed = set(symbol_values)

@@ -1,9 +1,9 @@
 """Which memory a fake tensor stands for.
 
-Note [twins]. Making a fake tensor with symbolic sizes takes a millisecond or two, nearly all of it arithmetic on its
-sizes. A *twin* takes the sizes of another one, and so its storage; the memory that it stands for is written down beside
-it. :func:`storage_of` knows of that; torch does not, so whoever hands twins to torch sees to it with
-:func:`told_apart` or :func:`note_memory`.
+Note [look-alikes]. Making a fake tensor with symbolic sizes takes a millisecond or two, nearly all of it arithmetic on
+its sizes. A *look-alike* takes the sizes of another one, and so its storage. The memory that it stands for is written
+down beside it: :func:`storage_of` reads it, torch does not. Call :func:`told_apart` or :func:`note_memory` before
+look-alikes reach torch.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class SplitOpItem:
     writes: tuple[fx.Node, ...]
     autocast: Autocast
     module: str = ""
-    #: True where no captured graph can hold it, so that each step counts it as a fallback.
+    #: True where no captured graph can hold it, so each step counts it as a fallback.
     counted: bool = False
     #: Of an op in request mode that is given its metadata: what must hold of a step. Where it does not, it gets slices.
     request: Request | None = None
@@ -165,7 +165,7 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     #: The capture device: nothing on another one is static.
     device: torch.device
-    #: Symbols that are a dimension of some input, so that padding can change them. A stride is none.
+    #: Symbols that are a dimension of some input, so padding can change them. A stride is none.
     dims: frozenset[sympy.Symbol]
     #: Strides and offsets of inputs that are symbols of their own.
     layouts: Layouts

@@ -172,7 +172,7 @@ def _plain_name(node: fx.Node) -> str:
 
 
 def name_tuple_elements(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts]) -> bool:
-    """Gives every element of a tuple-valued node a node of its own, so that only tensors cross boundaries.
+    """Gives every element of a tuple-valued node a node of its own, so only tensors cross boundaries.
 
     Returns whether the graph changed.
     """

@@ -16,7 +16,7 @@ from .peft_folder import Factors, read_adapter
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter on the host, in one piece of memory for each dtype, so that bringing it to a device is one copy.
+    """An adapter on the host, in one piece of memory for each dtype, so bringing it to a device is one copy.
 
     Attributes:
         layers: by layer, its factors by part; views of ``flat``. flat: 1-D, pinned where it goes to a GPU: matrices of

@@ -50,7 +50,7 @@ def overlap(one: Range, other: Range) -> bool:
     if one.start >= other.end or other.start >= one.end:
         return False
     try:
-        # numpy compares addresses alone and reads nothing, so that they may be a GPU's.
+        # numpy compares addresses alone and reads nothing, so they may be a GPU's.
         return bool(np.shares_memory(np.asarray(one), np.asarray(other), max_work=_MOST_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

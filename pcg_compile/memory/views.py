@@ -73,7 +73,7 @@ def has_layout(tensor: torch.Tensor, shape: Sequence[int], strides: Sequence[int
 def copier(views: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sizes) -> Callable[[], list[torch.Tensor]]:
     """A function that copies results out of static memory.
 
-    ``views`` are (view of the real rows, fake value) of results that share one storage in eager, so that the
+    ``views`` are (view of the real rows, fake value) of results that share one storage in eager, so the
     copies share one as well; each has eager's shape and strides.
     """
     if len(views) == 1:

@@ -32,7 +32,7 @@ class CapturedGraph:
 
 
 class Engine(ABC):
-    """Captures pieces. ``capture`` also runs the piece once, so that the step in which it happens goes on."""
+    """Captures pieces. ``capture`` also runs the piece once, so the step in which it happens goes on."""
 
     @abstractmethod
     def capture(
@@ -102,7 +102,7 @@ class StaticReplay(Engine):
 class _Pool:
     """A memory pool, the captured graphs that live in it, and the bytes that it has taken for them.
 
-    The graphs share its memory, so that it comes back with the last of them and not before.
+    The graphs share its memory, so it comes back with the last of them and not before.
     """
 
     handle: Any

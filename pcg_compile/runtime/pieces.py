@@ -148,7 +148,7 @@ def _capture(d: Draft, item: PieceItem, key: Key) -> CapturedGraph | None:
     piece, warm = item.piece, item.compiled.warm
     inputs = [d.static[node] for node in piece.inputs]
     function, conform = _at_bucket(d, item, inputs), conformer(d, piece)
-    # What comes from the step is written at the step's slots, so that writing twice is writing once.
+    # What comes from the step is written at the step's slots, so writing twice is writing once.
     step_inputs = {s.node for s in d.plan.inputs if s.kind == "step"}
     captured = d.shared.capture(
         lambda: conform(function()),

@@ -68,7 +68,7 @@ def unowned_alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> bool:
-    """Ends a capture that failed, so that it leaves no trace; whether its pool can be used again (2.11).
+    """Ends a capture that failed, so it leaves no trace; whether its pool can be used again (2.11).
 
     Where CUDA gave the capture up as invalid, ``capture_end`` raises before it has told torch's allocator and random
     number generator: the allocator would refuse the pool from then on, and every later random number would raise.

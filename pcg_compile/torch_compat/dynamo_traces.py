@@ -89,7 +89,7 @@ class Trace:
         wrapper: what ``torch.compile`` made of the backend.
         code: the code that is traced. arguments: its local variables, which the trace is shown; may be replaced.
         first: whether the code was never compiled before.
-        limit: the name of the limit on compilations that the code has reached, so that it will run eagerly; or "".
+        limit: the name of the limit on compilations that the code has reached, so it will run eagerly; or "".
         why: the guard that failed, where Dynamo knows.
         context: the object behind the compiled callable. at_end: what is called when the running call of it ends.
     """

@@ -105,7 +105,7 @@ def empty_fake(like: FakeTensor, *, whole: bool = False, inside: torch.Tensor | 
 
 
 def holds_data(tensor: FakeTensor) -> bool:
-    """Whether a fake tensor knows its values, so that ops on it compute with them (2.11 to 2.13)."""
+    """Whether a fake tensor knows its values, so ops on it compute with them (2.11 to 2.13)."""
     return tensor.constant is not None or tensor.real_tensor is not None
 
 
@@ -127,7 +127,7 @@ def python_dispatcher() -> AbstractContextManager[Any]:
 
 @contextmanager
 def isolated_tracing(fake_mode: FakeTensorMode) -> Iterator[None]:
-    """A tracing context of our own, so that compiling a piece leaves Dynamo's alone (2.11 to 2.13)."""
+    """A tracing context of our own, so compiling a piece leaves Dynamo's alone (2.11 to 2.13)."""
     with _tracing(TracingContext(fake_mode)):
         yield
 

@@ -18,7 +18,7 @@ from .sampler import SamplingState, make_sampler
 
 __all__ = ["ROWS", "Engine", "attending_through_pcg", "routers_of"]
 
-#: Rows that steps with prompts sample, at the least: few numbers, so that few combinations with tokens are captured.
+#: Rows that steps with prompts sample, at the least: few numbers, so few combinations with tokens are captured.
 ROWS = (16, 64, 256, 1024)
 #: Steps under way, at the most, whose results have host memory.
 _RESULTS = 4

@@ -119,7 +119,7 @@ def accelerate(model: Any, **defaults: Any) -> Any:
     """Gives a model of transformers a ``generate_batch`` that runs on captured graphs; returns the model.
 
     ``defaults`` are keyword arguments of :func:`generate_batch` for every call. The model keeps its own attention
-    outside of it, so that it trains as before.
+    outside of it, so it trains as before.
     """
     if not hasattr(model, "generation_config") or not hasattr(model, "set_attn_implementation"):
         raise OptionsError(

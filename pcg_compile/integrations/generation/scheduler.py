@@ -16,7 +16,7 @@ __all__ = ["NeedsResults", "ScheduledStep", "Scheduler"]
 
 #: Waiting requests that a step passes over because another one is computing their prefix.
 _LOOK_AHEAD = 64
-#: Tokens that a decoding request gets pages for ahead, so that its steps can advance on the device.
+#: Tokens that a decoding request gets pages for ahead, so its steps can advance on the device.
 _AHEAD = 32
 _FREE = np.iinfo(np.int64).max
 

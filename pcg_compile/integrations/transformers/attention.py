@@ -51,7 +51,7 @@ def attention(
         options = {**kwargs, "sliding_window": sliding_window, "softcap": softcap}
         return attention_mask.trial.attend(module, query, key, value, attention_mask, scaling, options), None
     heads, kv_heads, head_dim = of_query[1], of_key[1], of_query[3]
-    # The transposes first: they undo those of the model, so that Inductor need not ask whether there are two tokens.
+    # The transposes first: they undo those of the model, so Inductor need not ask whether there are two tokens.
     q, k, v = query.transpose(1, 2)[0], key.transpose(1, 2)[0], value.transpose(1, 2)[0]
     v_head_dim = of_value[3]
     if of_key != of_value or of_key[3] != head_dim or not q.dtype == k.dtype == v.dtype:
@@ -103,7 +103,7 @@ def _why_not_paged(
     if key[3] != query[3]:
         return f"{name} has queries of {query[3]} and keys of {key[3]} elements a head; they must agree"
     if getattr(module, "layer_idx", None) is None:
-        return f"{name} has no layer_idx, so that its place in the cache is unknown"
+        return f"{name} has no layer_idx, so its place in the cache is unknown"
     return None
 
 

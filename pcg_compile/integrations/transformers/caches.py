@@ -76,7 +76,7 @@ def _by_config(config: Any) -> tuple[int, int, int, int]:
     """Layers, key heads, elements of a key's and of a value's, as far as a config tells."""
     heads = _field(config, "num_attention_heads")
     if heads is None:
-        raise OptionsError(f"{type(config).__name__} has no num_attention_heads, so that there is nothing to cache")
+        raise OptionsError(f"{type(config).__name__} has no num_attention_heads, so there is nothing to cache")
     kv_heads = _field(config, "num_key_value_heads") or heads
     # With latent attention, config.head_dim is its rotary part.
     latent = _field(config, "qk_head_dim")

@@ -99,7 +99,7 @@ class NoPadding:
         return 0
 
 
-#: The mask of every step. One object, so that graphs have nothing to guard.
+#: The mask of every step. One object, so graphs have nothing to guard.
 STEP_MASK = StepMask()
 
 

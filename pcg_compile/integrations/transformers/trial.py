@@ -251,7 +251,7 @@ def _by_numbers(runs: _Runs, name: str) -> str | None:
         runs.run(far, late)
         if _differ(packed, far, _LOOKED_AT, _LOOKED_AT):
             return (
-                f"the positional embedding of {name} follows the longest request of a step, so that a request would "
+                f"the positional embedding of {name} follows the longest request of a step, so a request would "
                 "get other numbers in other company."
             )
     return None
