@@ -25,15 +25,28 @@ class NoFastCall(Exception):
     """Why calls of a function all go through Dynamo."""
 
 
-def _values(name: str, value: Any, found: dict[str, Any]) -> Any:
-    """Adds the values in nested containers to ``found``, by Dynamo's names; returns a key of the containers."""
+def _values(name: str, value: Any, found: dict[str, Any], containers: list[Any]) -> Any:
+    """Adds the values in nested containers to ``found``, by Dynamo's names; returns a key of the containers.
+
+    Those that can be written to are added to ``containers``.
+    """
     kind = type(value)
     if kind is dict:
-        return (dict, *((key, _values(f"{name}[{key!r}]", one, found)) for key, one in value.items()))
+        containers.append(value)
+        named = [(key, f"{name}[{key!r}]", one) for key, one in value.items()]
+        # 1 and True are equal.
+        return (dict, *((type(key).__name__, key, _values(path, one, found, containers)) for key, path, one in named))
     if kind is list or kind is tuple:
-        return (kind, *[_values(f"{name}[{i}]", one, found) for i, one in enumerate(value)])
+        if kind is list:
+            containers.append(value)
+        return (kind, *[_values(f"{name}[{i}]", one, found, containers) for i, one in enumerate(value)])
     found[name] = value
     return None
+
+
+def _repeats(values: Sequence[Any]) -> bool:
+    """Whether one object is there twice."""
+    return len(values) > 1 and len(set(map(id, values))) < len(values)
 
 
 def named_constant(value: Any) -> str:
@@ -122,7 +135,7 @@ class ArgumentForm:
         tensors: (place, dtype, device, whether it requires gradients, is a parameter, comes from inference mode);
             sizes, strides: of each tensor, None where they may differ, or Dynamo has not looked.
         symbols: the dynamic sizes; sources: where each comes from: (place, dimension), or (place, -1) for an int.
-        derived: sizes and strides that follow from these: (place, dimension, whether it is a stride, product).
+        derived: what follows from these: (place, dimension, whether it is a stride, product); dimension -1 for an int.
         conditions: on the symbols.
     """
 
@@ -167,7 +180,10 @@ class ArgumentForm:
         if names and isinstance(given[names[0]], torch.nn.Module):
             names = names[1:]
         values: dict[str, Any] = {}
-        form = cls(names, [_values(f"L[{name!r}]", given[name], values) for name in names])
+        containers: list[Any] = []
+        form = cls(names, [_values(f"L[{name!r}]", given[name], values, containers) for name in names])
+        if _repeats(containers):
+            raise NoFastCall("one container is passed as several arguments")
         if names and type(given[names[0]]) is tuple and isinstance((*given[names[0]], None)[0], torch.nn.Module):
             # A method with *args alone has its module among them.
             del values[f"L[{names[0]!r}][0]"]
@@ -180,6 +196,7 @@ class ArgumentForm:
                 form.sources.append(source)
 
         fakes: list[tuple[int, Any]] = []
+        equal: list[tuple[int, Any]] = []
         for i, (name, value) in enumerate(values.items()):
             fake = seen.get(name)
             if isinstance(value, torch.Tensor):
@@ -191,9 +208,11 @@ class ArgumentForm:
                 fakes.append((i, fake))
                 for d, size in enumerate(fake.shape if fake is not None else ()):
                     place(expr_of(size), (i, d))
-            elif isinstance(fake, torch.SymInt) and type(value) is int:
+            elif isinstance(fake, torch.SymInt) and type(value) is int and isinstance(expr_of(fake), sympy.Symbol):
                 place(expr_of(fake), (i, -1))
                 form.integers.append(i)
+                if (i, -1) not in form.sources:
+                    equal.append((i, expr_of(fake)))
             elif fake is not None and type(value) is float:
                 form.floats.append(i)
             elif type(value) in _CONSTANTS or named_constant(value):
@@ -201,7 +220,7 @@ class ArgumentForm:
             else:
                 raise NoFastCall(f"{_shown(name)} is a {type(value).__name__}, of which Dynamo may check more")
         every = list(values.values())
-        if len({id(every[i]) for i, *_ in form.tensors}) < len(form.tensors):
+        if _repeats([every[i] for i, *_ in form.tensors]):
             raise NoFastCall("one tensor is passed as several arguments")
         for i, fake in fakes:
             for numbers, into in (("shape", form.sizes), ("stride", form.strides)):
@@ -213,10 +232,11 @@ class ArgumentForm:
                 for d, expr in enumerate(exprs):
                     if isinstance(expr, sympy.Basic) and (numbers == "stride" or (i, d) not in form.sources):
                         form.derived.append((i, d, numbers == "stride", Product.of(expr, symbols)))
+        form.derived += [(i, -1, False, Product.of(expr, symbols)) for i, expr in equal]
         form.symbols = tuple(symbols)
-        # Sizes that Dynamo found to be numbers are compared as such.
+        # Sizes and ints that Dynamo found to be numbers are compared as such.
         found = [one.args for one in conditions if isinstance(one, sympy.Eq) and one.args[1].is_Integer]
-        fixed = {symbol: number for symbol, number in found if symbol not in symbols}
+        fixed = {symbol: number for symbol, number in found if symbol.is_Symbol and symbol not in symbols}
         form.conditions = [one for one in (c.xreplace(fixed) for c in conditions) if one != sympy.true]
         for condition in form.conditions:
             if not condition.free_symbols <= symbols.keys():
@@ -228,7 +248,9 @@ class ArgumentForm:
         """Whether the values of a call's parameters have this form."""
         if not self.flat:
             found: dict[str, Any] = {}
-            if [_values(name, one, found) for name, one in zip(self.parameters, values, strict=True)] != self.structure:
+            held: list[Any] = []
+            named = zip(self.parameters, values, strict=True)
+            if [_values(name, one, found, held) for name, one in named] != self.structure or _repeats(held):
                 return False
             values = list(found.values())
         for i, constant in self.constants:
@@ -243,11 +265,12 @@ class ArgumentForm:
                 return False
         if self.check is not None:
             tensors = [values[i] for i in self.places]
-            if not self.check(*tensors) or (len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors)):
+            if not self.check(*tensors) or _repeats(tensors):
                 return False
         sizes = tuple([values[i].shape[d] if d >= 0 else values[i] for i, d in self.sources])
         for i, d, stride, product in self.derived:
-            if (values[i].stride(d) if stride else values[i].shape[d]) != product.at(sizes):
+            given = values[i] if d < 0 else values[i].stride(d) if stride else values[i].shape[d]
+            if given != product.at(sizes):
                 return False
         return sizes in self.known or self._holds_at(sizes)
 

@@ -143,7 +143,7 @@ def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Optio
 
     subclasses = has_subclasses(inputs) and not torch.is_grad_enabled() and strange_tensor(lifted, inputs) is None
     function = lowered(lifted, inputs, compile_it) if subclasses else compile_it(lifted, inputs)
-    return partial(_with_weights, function, weights_now) if weights else function
+    return partial(_with_weights, function, weights_now) if weights_now is not None else function
 
 
 def _with_weights(function: Callable[..., Any], weights: Callable[[], Sequence[torch.Tensor]], *args: Any) -> Any:

@@ -130,8 +130,10 @@ def graph_handed(runtime: Any = None, fake_mode: FakeTensorMode | None = None, l
         runtime.traced = call.graph
 
 
-def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]] | None:
     """What gives the tensors that are attributes of the graph that is being compiled, at each call of it.
+
+    None where there are none, and nobody has to know which modules the graph runs for.
 
     Raises:
         NoFastCall: the running call asked for attributes, and they lie in none of its modules.
@@ -139,7 +141,7 @@ def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[to
     call = running_call()
     if call is None or not call.watch.free_tensors:
         fixed = tuple(tensors)
-        return lambda: fixed
+        return (lambda: fixed) if fixed else None
     try:
         call.places = weights = Weights(tensors, call.module, call.watch.modules)
     except NoFastCall:

@@ -8,7 +8,6 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar, overload
 
 import torch
@@ -94,9 +93,12 @@ class CompiledFunction:
         """Begins without any graph, with code of its own that Dynamo has not seen."""
         self.fast = ()
         self.own = _with_own_code(self.function)
-        extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if self.guards == "inputs" else {}
+        # A function that is not one module's may be called on another one, whose attributes only Dynamo can compare.
+        filtered = self.guards == "inputs" and self.bound is not None
+        extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if filtered else {}
         self.compiled = torch.compile(self.own, backend=self.backend, fullgraph=self.options.strict, **extra)
         self.watch.modules = modules_of(self.function)
+        self.references = _references(self.function)
         # Under a signature that hides its code, weights could not be told from what code computes.
         self.watch.free_tensors = self.guards == "inputs" and self.own is not self.function
 
@@ -109,6 +111,8 @@ class CompiledFunction:
         elif module is None and args and isinstance(args[0], torch.nn.Module):
             # The module that a method is called on; a plain function's first argument may be one just as well.
             module, rest = args[0], args[1:]
+        if any(_looked_up(look) is not module for look, module in self.references):
+            self._start_over("a module that it refers to has been replaced")
         for fast in self.fast:
             weights = fast.weights_of(module, rest, kwargs)
             if weights is not None:
@@ -134,8 +138,11 @@ class CompiledFunction:
             if running.traces:
                 self._learn(running)
             return result
-        except Exception:
-            if running.without_attributes:
+        except Exception as error:
+            if isinstance(error, WeightsChanged) and not running.graphs:
+                # Dynamo's guards let the module pass, whose weights lie elsewhere; nothing has run.
+                self._start_over(error)
+            elif running.without_attributes:
                 self.watch.free_tensors = False
             # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
             elif running.shown is None or running.traces > 1 or running.graphs:
@@ -151,10 +158,13 @@ class CompiledFunction:
         """Starts over where graphs are of modules that have been replaced: Dynamo would not notice."""
         try:
             for fast in self.fast:
-                fast.weights.of(module)
+                fast.weights.follow(module)
         except WeightsChanged as change:
-            _LOG.warning("%s is traced again: %s", self.function.__qualname__, change)
-            self._start()
+            self._start_over(change)
+
+    def _start_over(self, why: object) -> None:
+        _LOG.warning("%s is traced again: %s", self.function.__qualname__, why)
+        self._start()
 
     def _learn(self, running: Call) -> None:
         """Has later calls like one that was traced do without Dynamo."""
@@ -182,10 +192,10 @@ def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: s
             the first dimension of every tensor argument, but for a single row beside tensors of more.
         guards: "dynamo" has Dynamo evaluate all of its guards at each call. With "inputs" a call like one that was
             traced needs no Dynamo: compared are arguments, grad mode, autocast and the like, training flags, and
-            whether the modules' children, parameters and buffers are the same objects. It no longer sees: other
-            attributes of modules that changed (flags, lists, hooks, the class), attributes of tensors, globals,
-            closure variables that are no modules, patched functions, and configuration of torch. Parameter addresses
-            are checked either way.
+            whether the modules' children, parameters and buffers are the same objects; the first call on another
+            module evaluates all guards. It no longer sees: other attributes of modules that changed later (numbers,
+            flags, lists, hooks, the class), attributes of tensors, globals and closure variables that are no modules,
+            patched functions, and configuration of torch. Parameter addresses are checked either way.
         options: see :class:`pcg_compile.options.Options`.
 
     Raises:
@@ -272,18 +282,25 @@ def _with_own_code(function: Any) -> Any:
 
 def modules_of(function: Any) -> tuple[torch.nn.Module, ...]:
     """The modules that a function refers to, other than by its arguments."""
-    plain, on = getattr(function, "__func__", function), getattr(function, "__self__", None)
+    return tuple({id(module): module for _, module in _references(function)}.values())
+
+
+def _references(function: Any) -> list[tuple[Callable[[], Any], torch.nn.Module]]:
+    """The modules in a function's globals and closure, and what looks each of them up again."""
+    plain = getattr(function, "__func__", function)
     code = getattr(plain, "__code__", None)
     if code is None:
-        return ()
-    values = [plain.__globals__.get(name) for name in code.co_names]
-    for cell in plain.__closure__ or ():
-        with suppress(ValueError):  # an empty cell
-            values.append(cell.cell_contents)
-    if on is not None and not isinstance(on, torch.nn.Module):
-        values += list(getattr(on, "__dict__", {}).values())
-    modules = {id(value): value for value in values if isinstance(value, torch.nn.Module)}
-    return tuple(modules.values())
+        return []
+    found = [functools.partial(plain.__globals__.get, name) for name in code.co_names]
+    found += [functools.partial(getattr, cell, "cell_contents", None) for cell in plain.__closure__ or ()]
+    return [(look, value) for look in found if isinstance(value := _looked_up(look), torch.nn.Module)]
+
+
+def _looked_up(look: Callable[[], Any]) -> Any:
+    try:
+        return look()
+    except ValueError:  # an empty cell
+        return None
 
 
 def _why_generator(function: Any) -> tuple[str, str] | None:

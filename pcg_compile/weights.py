@@ -24,8 +24,10 @@ class Weights:
     """Where the tensors lie that a graph has as attributes: in the module that is called, and in fixed ones.
 
     Of each module the tensors are looked up once. Later calls compare, without a loop in Python, the entries of all
-    dicts of children and of all dicts that hold these tensors with what they were. Another tensor in an entry is used
-    from then on; other children raise :class:`WeightsChanged`.
+    dicts of children, parameters and buffers with what they were. Another tensor in an entry is used from then on;
+    other children, an entry that is there no more or was None, and ``requires_grad`` that differs where gradients are
+    on, raise :class:`WeightsChanged`.
+    Only modules that the graph has run for are known: whether it is right for another one is for Dynamo to say.
 
     Args:
         tensors: the graph's attributes. module: the module that was called, or None. others: modules that the
@@ -72,7 +74,18 @@ class Weights:
     def known(self, module: torch.nn.Module | None) -> list[torch.Tensor] | None:
         """The tensors of the graph in a module if nothing has changed since they were looked up, else None."""
         snapshot = self._of.get(module if module is not None else self)
-        return snapshot.tensors if snapshot is not None and snapshot.holds() and snapshot.same_flags() else None
+        if snapshot is None or not snapshot.holds() or not snapshot.same_flags() or not snapshot.same_gradients():
+            return None
+        return snapshot.tensors
+
+    def follow(self, module: torch.nn.Module | None) -> None:
+        """Looks the tensors up again, of a module that is known, where they have changed.
+
+        Raises:
+            WeightsChanged: see :meth:`of`.
+        """
+        if self._of.get(module if module is not None else self) is not None:
+            self.of(module)
 
     def of(self, module: torch.nn.Module | None) -> list[torch.Tensor]:
         """The tensors of the graph in a module; the list is kept.
@@ -82,9 +95,13 @@ class Weights:
         """
         key = module if module is not None else self
         snapshot = self._of.get(key)
+        if snapshot is not None and not snapshot.same_gradients():
+            raise WeightsChanged("requires_grad of a weight has changed")
         if snapshot is None or not snapshot.holds():
             if snapshot is not None and not snapshot.same_children():
                 raise WeightsChanged("a module has been replaced")
+            if snapshot is not None and not snapshot.same_names():
+                raise WeightsChanged("a module has other parameters or buffers")
             snapshot = self._of[key] = _Snapshot(dict(self._modules(module)), self)
         return snapshot.tensors
 
@@ -96,7 +113,9 @@ class _Snapshot:
         self.children = [one._modules for one in modules.values() if one._modules]
         self.old_children = [dict(entries) for entries in self.children]
         self.tensors: list[torch.Tensor] = []
-        dicts: dict[int, dict[str, Any]] = {}
+        # Also those without a tensor of the graph: an entry that was None is a branch of the code.
+        tables = [table for one in modules.values() for table in (one._parameters, one._buffers) if table]
+        dicts: dict[int, dict[str, Any]] = {id(table): table for table in tables}
         alone: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         for several in weights.places:
             entries = []
@@ -109,23 +128,28 @@ class _Snapshot:
                 raise WeightsChanged("weights that were one tensor are several now")
             self.tensors.append(tensor)
             for kind, holder, name in entries:
-                # Comparing tensors of one element gives an answer, and one that says nothing of their identity.
-                if kind == "attribute" or tensor.numel() < 2:
+                if kind == "attribute":
                     alone.append((holder, name, tensor))
-                else:
-                    dicts[id(holder)] = holder
         self.dicts = list(dicts.values())
         self.old_dicts = [dict(entries) for entries in self.dicts]
-        # Other entries beside them may be of one element too.
+        # Comparing tensors of one element gives an answer, and one that says nothing of their identity.
         for holder in self.dicts:
             alone += [(holder, n, t) for n, t in holder.items() if isinstance(t, torch.Tensor) and t.numel() < 2]
         self.alone = [(holder, name) for holder, name, _ in alone]
         self.old_alone = [tensor for *_, tensor in alone]
+        self.trained = [tensor.requires_grad for tensor in self.tensors]
         self.flags = [vars(one) for one in modules.values()]
         self.traced_flags = [weights.training.get(path) for path in modules]
 
     def same_children(self) -> bool:
         return self.children == self.old_children
+
+    def same_names(self) -> bool:
+        """Whether the same entries are there, and the same ones None."""
+        now, old = (
+            [[(n, t is None) for n, t in one.items()] for one in tables] for tables in (self.dicts, self.old_dicts)
+        )
+        return now == old
 
     def holds(self) -> bool:
         """Whether all entries are the objects that they were."""
@@ -136,6 +160,10 @@ class _Snapshot:
         except (RuntimeError, TypeError, ValueError):
             return False  # tensors that are not the same object do not compare
         return not self.alone or all(map(is_, [holder.get(name) for holder, name in self.alone], self.old_alone))
+
+    def same_gradients(self) -> bool:
+        """Whether weights still require gradients, or do not, as far as it matters now."""
+        return not torch.is_grad_enabled() or [tensor.requires_grad for tensor in self.tensors] == self.trained
 
     def same_flags(self) -> bool:
         return list(map(_training, self.flags)) == self.traced_flags

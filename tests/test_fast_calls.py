@@ -231,6 +231,33 @@ def test_instances_of_a_decorated_class_have_their_own_weights():
 WEIGHT = torch.ones(6)
 
 
+def test_a_buffer_or_parameter_that_was_none_is_noticed():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(6))
+            self.register_buffer("shift", None)
+
+        def forward(self, x):
+            x = x if self.scale is None else x * self.scale
+            return x if self.shift is None else x + self.shift
+
+    model = Optional()
+    run = compiled(model)
+    tensors = {"scale": model.scale, "shift": torch.randn(6)}
+    for name, value in (
+        ("scale", model.scale),
+        ("shift", torch.randn(6)),
+        ("scale", None),
+        ("shift", None),
+        *tensors.items(),
+    ):
+        setattr(model, name, value)
+        for n in (3, 5, 3):
+            matches(run, model, torch.randn(n, 6))
+        assert goes_without_dynamo(run, torch.randn(2, 6))
+
+
 def test_modules_in_a_closure_are_followed():
     model = Model().eval()
     run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda x: model(x) + 1)
@@ -317,6 +344,124 @@ def test_one_tensor_for_two_arguments_is_not_two():
     for same in (False, True, False):
         x, y = torch.full((3, 4), 2.0), torch.full((3, 4), 2.0)
         assert run(x, x if same else y).eq(9 if same else 6).all()
+
+
+FUNCTIONS = {
+    "a branch on whether the size is even": lambda x, n: x * 2 if x.shape[0] % 2 == 0 else x * 3,
+    "a branch on whether an int is the size": lambda x, n: x * 2 if x.shape[0] == n else x * 3,
+    "a branch on an int": lambda x, n: x * 2 + n if n == 7 else x * n,
+    "a branch on a sum": lambda x, n: x * 2 if x.shape[0] + n == 8 else x * 3,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_trace_found_of_sizes_and_ints_is_compared(name):
+    function = FUNCTIONS[name]
+    run = pcg.piecewise(**OPTIONS)(function)
+    numbers = [(4, 4), (5, 5), (3, 3), (3, 7), (6, 7), (6, 2), (5, 3), (2, 5), (7, 1), (1, 7), (4, 4)]
+    for n, number in [*((n, 9) for n in (4, 3, 2, 5)), *numbers]:
+        x = torch.randn(n, 6)
+        torch.testing.assert_close(run(x, number), function(x, number))
+
+
+def test_one_list_for_two_arguments_is_not_two():
+    def function(x, a, b):
+        a.append(1)
+        b.append(2)
+        return x * len(a)
+
+    run = pcg.piecewise(**OPTIONS)(function)
+    x, both = torch.randn(3, 6), []
+    assert run(x, both, both).equal(x * 2)
+    for _ in range(2):
+        a, b = [], []
+        assert run(x, a, b).equal(x) and (a, b) == ([1], [2])
+
+
+class Configured(nn.Module):
+    def __init__(self, layers=2, factor=1, activation=nn.ReLU):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(layers))
+        self.activation, self.factor = activation(), factor
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.activation(layer(x)) * self.factor
+        return x
+
+
+class Tied(Configured):
+    def __init__(self):
+        super().__init__()
+        self.layers[1] = self.layers[0]
+
+
+OTHERS = {
+    "more layers": lambda: Configured(3),
+    "fewer layers": lambda: Configured(1),
+    "a factor": lambda: Configured(factor=3),
+    "a child": lambda: Configured(activation=nn.Sigmoid),
+    "tied weights": Tied,
+}
+
+
+@pytest.mark.parametrize("way", ["method", "argument", "keyword"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_modules_that_differ_in_more_than_weights_have_graphs_of_their_own(name, way):
+    if way == "method":
+        decorated = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(Configured.forward)
+        run = lambda model, x: decorated(model, x)
+    else:
+        decorated = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda model, x: model(x))
+        run = lambda model, x: decorated(model, x) if way == "argument" else decorated(model=model, x=x)
+    models = [Configured(), OTHERS[name](), Configured()]
+    for n in (3, 5, 3):
+        for model in models:
+            x = torch.randn(n, 6)
+            torch.testing.assert_close(run(model, x), model(x))
+
+
+def test_an_object_that_is_no_module_is_compared():
+    class Runner:
+        def __init__(self, factor):
+            self.factor, self.model = factor, nn.Linear(6, 6)
+
+        def plain(self, x):
+            return self.model(x) * self.factor
+
+        step = pcg.piecewise(**OPTIONS)(plain)
+
+    runners = [Runner(2), Runner(3)]
+    runs = [runner.step for runner in runners] + [pcg.piecewise(**OPTIONS)(runners[0].plain)]
+    for _ in range(3):
+        for runner, run in zip((*runners, runners[0]), runs, strict=True):
+            x = torch.randn(3, 6)
+            torch.testing.assert_close(run(x), runner.plain(x))
+        runners[0].factor, runners[0].model = runners[0].factor + 5, nn.Linear(6, 6)
+
+
+def test_a_module_in_a_closure_that_is_replaced_is_noticed():
+    model = nn.Linear(6, 6)
+    run = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(lambda x: model(x) + 1)
+    for _ in range(3):
+        for n in (3, 5):
+            x = torch.randn(n, 6)
+            torch.testing.assert_close(run(x), model(x) + 1)
+        assert goes_without_dynamo(run, torch.randn(2, 6))
+        model = nn.Linear(6, 6)
+
+
+def test_weights_that_require_gradients_later_are_noticed():
+    model = Model().eval().requires_grad_(False)
+    run = compiled(model)
+    x = torch.randn(3, 6)
+    with torch.enable_grad():
+        for trained in (False, True, False):
+            model.requires_grad_(trained)
+            assert run(x).requires_grad is trained and run(x).requires_grad is trained
+        model.requires_grad_(True)
+        run(x).sum().backward()
+    assert model.layers[1].weight.grad is not None
 
 
 def test_a_reset_of_dynamo_traces_again():
