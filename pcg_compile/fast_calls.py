@@ -4,10 +4,9 @@ Note [Fast calls]
 Dynamo's code for a function, called as a plain function, does what a call behind ``torch.compile`` does, except that
 nobody evaluates guards and looks the code up. A :class:`FastCall` holds such code and what it may be used for: the
 :class:`ArgumentForm` of the traced call, the :class:`GlobalState` of torch, and the :class:`Weights` of the modules. A
-call that differs in any of these takes the way through Dynamo, which decides, and so does the first call on another
-module: its weights are known once Dynamo's guards have let a graph run for it. So the form may be stricter than Dynamo's
-guards on arguments, and is never looser. Not compared: what ``guards="inputs"`` does not see, and Python attributes of
-tensors.
+call that differs in any of these takes the way through Dynamo, which decides. So does the first call on another module:
+its weights are known once Dynamo's guards have let a graph run for it. The form may be stricter than Dynamo's guards on
+arguments, and is never looser. Not compared: what ``guards="inputs"`` does not see, and Python attributes of tensors.
 """
 
 from __future__ import annotations
