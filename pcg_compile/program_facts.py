@@ -10,8 +10,10 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ __all__ = ["check_sources", "compare", "device_data", "different", "model_data",
 _TORCH, _OWN = (os.path.dirname(str(file)) + os.sep for file in (torch.__file__, __file__))
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+#: What torch.compile leaves at a module.
+_OF_TORCH = frozenset({"_is_torch_compile"})
+#: How many objects and containers deep attributes are compared.
+_DEEPEST = 5
 
 
 def versions() -> dict[str, str]:
@@ -113,41 +120,99 @@ def _plain_globals(module: str | None, names: Iterable[str]) -> dict[str, str]:
 
 
 def model_data(roots: Sequence[torch.nn.Module], function: Any) -> dict[str, Any]:
-    """Of modules: class, plain attributes, and the form of parameters and buffers; of a function: its plain closure.
+    """Of modules: class, attributes, hooks, and the form of parameters and buffers; of a function: its plain closure.
 
     Attributes are constants of the program: a model with another epsilon or window is another model.
     """
     found: dict[str, Any] = {}
+    classes: dict[type, list[str]] = {}
     for i, root in enumerate(roots):
         for path, one in root.named_modules():
             name = ".".join(filter(None, (f"[{i}]" if i else "", path))) or "the model"
-            found[name] = [type(one).__qualname__, *_attributes(vars(one))]
+            kind = type(one)
+            if kind not in classes:
+                classes[kind] = _class_data(kind)
+            # A forward is traced without the hooks of its own module, but with those of the modules inside.
+            hooks = [*one._forward_pre_hooks.values(), *one._forward_hooks.values()] if path else []
+            shown = [f"hook {_described(hook)}" for hook in hooks]
+            found[name] = [kind.__qualname__, *_attributes(vars(one)), *classes[kind], *shown]
             for key, value in (*one._parameters.items(), *one._buffers.items()):
-                form = None if value is None else [list(value.shape), str(value.dtype), value.device.type]
-                found[f"{name}.{key}".removeprefix("the model.")] = form
-    plain = getattr(function, "__func__", function)
-    for key, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):
-        value = cell.cell_contents
+                found[f"{name}.{key}".removeprefix("the model.")] = None if value is None else _form(value)
+    for key, value in _closure(getattr(function, "__func__", function)):
         if isinstance(value, _PLAIN):
             found[f"{key} in the function's closure"] = repr(value)
     return found
 
 
-def _attributes(values: Mapping[str, Any], inside: bool = False) -> list[str]:
+def _form(tensor: torch.Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype), tensor.device.type]
+
+
+def _closure(function: Any) -> list[tuple[str, Any]]:
     found = []
-    for name, value in values.items():
-        if isinstance(value, _PLAIN) or (
-            isinstance(value, (list, tuple)) and all(isinstance(entry, _PLAIN) for entry in value)
-        ):
-            found.append(f"{name}={value!r}")
-        elif isinstance(value, (torch.Tensor, torch.nn.Module, dict)) or name.startswith("_"):
-            continue
-        elif hasattr(value, "__qualname__"):
-            found.append(f"{name}={value.__qualname__}")
-        elif hasattr(value, "__dict__") and not inside:
-            # A configuration, as models of transformers have.
-            found += [f"{name}.{entry}" for entry in _attributes(vars(value), inside=True)]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty cell
+            found.append((name, cell.cell_contents))
     return found
+
+
+def _class_data(kind: type) -> list[str]:
+    """Plain attributes of a class, but for those of torch, and its functions that have a closure."""
+    found = []
+    for cls in kind.__mro__:
+        if cls is object or cls.__module__.partition(".")[0] == "torch":
+            continue
+        for name, value in vars(cls).items():
+            plain = not name.startswith("__") and (isinstance(value, _PLAIN) or type(value) in _CONTAINERS)
+            if plain or (isinstance(value, FunctionType) and value.__closure__):
+                found.append(f"{cls.__qualname__}.{name}={_described(value)}")
+    return found
+
+
+def _attributes(values: Mapping[str, Any]) -> list[str]:
+    return sorted(
+        f"{name}={_described(value)}"
+        for name, value in values.items()
+        if name not in _OF_TORCH
+        and (isinstance(value, _PLAIN) or not (name.startswith("_") or isinstance(value, torch.nn.Module)))
+    )
+
+
+def _described(value: Any, depth: int = 0) -> str:
+    """A value as text, the same in every process: numbers and strings, also inside others; of objects the class.
+
+    Args:
+        depth: how many objects it lies in.
+    """
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"tensor{_form(value)}"
+    if isinstance(value, MethodType):
+        return _described(value.__func__, depth)
+    if isinstance(value, FunctionType):
+        code = value.__code__
+        constants = [one for one in code.co_consts if isinstance(one, _PLAIN)]
+        text = f"{code.co_code.hex()} {code.co_names} {constants}"
+        inside = [f"{name}={one!r}" for name, one in _closure(value) if isinstance(one, _PLAIN)]
+        return f"{value.__qualname__}({', '.join([_hash(text)[:8], *inside])})"
+    if hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    name = type(value).__qualname__
+    if depth >= _DEEPEST or isinstance(value, torch.nn.Module):
+        return name
+    if isinstance(value, partial):
+        return f"{name}{_described((value.func, value.args, value.keywords), depth + 1)}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = [_described(one, depth + 1) for one in value]
+        entries = sorted(entries) if isinstance(value, (set, frozenset)) else entries
+    elif isinstance(value, Mapping):
+        entries = [f"{_described(key, depth + 1)}: {_described(one, depth + 1)}" for key, one in value.items()]
+    else:
+        # A configuration, as models of transformers have.
+        own = getattr(value, "__dict__", {}).items()
+        entries = [f"{n}={_described(v, depth + 1)}" for n, v in own if isinstance(v, _PLAIN) or not n.startswith("_")]
+    return f"{name}({', '.join(entries)})"
 
 
 def different(what: str, saved: Any, here: Any, path: Any) -> ProgramError:

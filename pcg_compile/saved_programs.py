@@ -42,7 +42,18 @@ __all__ = ["load", "save"]
 
 _FORMAT = 1
 #: What reading a file raises that is no program, or not all of one.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError)
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError,
+    RecursionError,
+)  # fmt: skip
+#: What a file must have.
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("versions", "device", "options", "model", "form", "globals"), dict),
+    **dict.fromkeys(("sources", "graph", "inputs", "symbols", "conditions", "layouts", "state"), list),
+    **dict.fromkeys(("way", "guards", "name"), str),
+    "dynamic": (dict, bool, type(None)),
+    "weights": (list, type(None)),
+}
 _TRUST = "A program holds code: load only files that you trust."
 
 
@@ -264,19 +275,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes
             if content["versions"]["Python"] != platform.python_version():
                 # Its code could not even be read; the caller compares versions first.
                 return content, (lambda: None).__code__, b""
-            return content, marshal.loads(file.read("code")), file.read("inductor")
+            for name, kinds in _CONTENT.items():
+                if not isinstance(content[name], kinds):
+                    raise ValueError(f"{name} is a {type(content[name]).__name__}")
+            code = marshal.loads(file.read("code"))
+            if not isinstance(code, CodeType):
+                raise ValueError("its code is none")
+            return content, code, file.read("inductor")
     except FileNotFoundError:
         raise
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        ValueError,
-        EOFError,
-        TypeError,
-        OSError,
-        NotImplementedError,
-    ) as error:
+    except _DAMAGE as error:
         raise ProgramError(
             message(
                 f"{os.fspath(path)} is no saved program, or is damaged ({type(error).__name__}: {error})",

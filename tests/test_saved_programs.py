@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,12 +170,17 @@ def test_what_load_returns_is_what_was_compiled(way, tmp_path):
         assert isinstance(run, type(torch.compile(model)))
 
 
-def test_other_weights_of_the_same_form_are_used(tmp_path):
-    saved_plain(tmp_path / "program")
+@pytest.mark.parametrize("way", WAYS)
+def test_other_weights_of_the_same_form_are_used(way, tmp_path):
+    saved_plain(tmp_path / "program", way)
     other = Plain().eval()
     with torch._dynamo.config.patch(disable=True):
         x = torch.randn(3, 6)
         torch.testing.assert_close(pcg.load(other, tmp_path / "program")(x), other(x))
+
+
+def test_a_file_holds_no_weights(tmp_path):
+    saved_plain(tmp_path / "program")
     sizes = [info.file_size for info in zipfile.ZipFile(tmp_path / "program").infolist()]
     large = Plain(512).eval()
     run = compiled("inputs", large, {"x": 0})
@@ -253,6 +259,77 @@ def test_another_model_is_refused(what, tmp_path):
     saved_plain(tmp_path / "program")
     with pytest.raises(ProgramError, match=what):
         pcg.load(MODELS[what](), tmp_path / "program")
+
+
+class Detailed(Plain):
+    limit = 1
+
+    def __init__(self, **attributes):
+        super().__init__()
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        x = super().forward(x) * self.limit
+        if hasattr(self, "function"):
+            x = self.function(x)
+        if hasattr(self, "settings"):
+            x = x * self.settings["scale"]
+        if hasattr(self, "nested"):
+            x = x * self.nested[0][0]
+        if hasattr(self, "config"):
+            x = x * self.config.inner.size
+        return x + self.more if hasattr(self, "more") else x
+
+
+def _times(factor):
+    return lambda x: x * factor
+
+
+def _config(size):
+    return SimpleNamespace(inner=SimpleNamespace(size=size))
+
+
+DETAILS = {
+    "function": (lambda: _times(2), lambda: _times(3)),
+    "settings": (lambda: {"scale": 2}, lambda: {"scale": 3}),
+    "nested": (lambda: [[2], {"a"}], lambda: [[3], {"a"}]),
+    "config": (lambda: _config(2), lambda: _config(3)),
+    "more": (lambda: torch.ones(6), lambda: torch.ones(1, 6)),
+}
+
+
+@pytest.mark.parametrize("name", DETAILS)
+@pytest.mark.parametrize("way", ["inputs", "torch.compile"])
+def test_details_of_a_model_are_compared(name, way, tmp_path):
+    saved, other = DETAILS[name]
+    saved_plain(tmp_path / "program", way, Detailed(**{name: saved()}).eval())
+    for different in (Detailed(**{name: other()}), Detailed()):
+        with pytest.raises(ProgramError, match=f"{name}="):
+            pcg.load(different.eval(), tmp_path / "program")
+    same = Detailed(**{name: saved()}).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(pcg.load(same, tmp_path / "program")(x), same(x))
+
+
+def test_hooks_inside_and_class_attributes_are_compared(tmp_path, monkeypatch):
+    saved_plain(tmp_path / "program", model=Detailed().eval())
+    hooked = Detailed().eval()
+    hooked.linear.register_forward_hook(lambda module, args, result: result * 2)
+    with pytest.raises(ProgramError, match="hook .*lambda"):
+        pcg.load(hooked, tmp_path / "program")
+    monkeypatch.setattr(Detailed, "limit", 2)
+    with pytest.raises(ProgramError, match="Detailed.limit=2"):
+        pcg.load(Detailed().eval(), tmp_path / "program")
+
+
+@pytest.mark.parametrize("name", ["way", "options", "model", "graph", "inputs", "form", "weights", "globals"])
+def test_a_file_without_a_part_is_refused(name, tmp_path):
+    path = tmp_path / "program"
+    model = saved_plain(path)
+    for change in (lambda content: content.update({name: 17}), lambda content: content.pop(name)):
+        _rewrite(path, change)
+        with pytest.raises(ProgramError, match="damaged"):
+            pcg.load(model, path)
 
 
 def test_other_options_are_refused(tmp_path):
