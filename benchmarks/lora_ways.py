@@ -23,13 +23,13 @@ __all__ = [
     "Ours",
     "Theirs",
     "Way",
+    "bare_copy",
     "history_of",
     "load_peft",
     "make_llama",
     "make_mix",
     "save_adapter",
     "targets_of",
-    "twin",
 ]
 
 #: Layers with adapters, in PEFT and in the pool.
@@ -58,7 +58,7 @@ def make_llama(shape: Shape, device: torch.device) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def twin(model: Any) -> Any:
+def bare_copy(model: Any) -> Any:
     """Another model with the same parameters in memory, and a config of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 

@@ -14,7 +14,19 @@ import torch
 import pcg_compile as pcg
 
 from .common import Results, one_line, synchronize
-from .lora_ways import TARGETS, Mix, Ours, Theirs, Way, history_of, load_peft, make_llama, make_mix, save_adapter, twin
+from .lora_ways import (
+    TARGETS,
+    Mix,
+    Ours,
+    Theirs,
+    Way,
+    bare_copy,
+    history_of,
+    load_peft,
+    make_llama,
+    make_mix,
+    save_adapter,
+)
 from .models import PAGE_SIZE, Shape
 from .variants import bucket_of
 
@@ -46,7 +58,7 @@ class World:
 
         device = self.args.device
         self.plain = make_llama(self.shape, device)
-        self.pooled, self.bare = twin(self.plain), twin(self.plain)
+        self.pooled, self.bare = bare_copy(self.plain), bare_copy(self.plain)
         self.pool = pcg.lora.AdapterPool(self.pooled, SLOTS, MAX_RANK, TARGETS)
         # A decode's history is 512 tokens at most; a prompt's last page is its own.
         pages = [33 * n if kind == "decode" else -(-n // PAGE_SIZE) + 2 * SLOTS for kind, n in self.traffic]
@@ -149,7 +161,7 @@ class World:
         try:
             synchronize(self.args.device)
             started = time.perf_counter()
-            model = load_peft(twin(self.bare), folders)
+            model = load_peft(bare_copy(self.bare), folders)
             synchronize(self.args.device)
         except Exception as error:
             reason = "needs peft" if isinstance(error, ImportError) else one_line(error)

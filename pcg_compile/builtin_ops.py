@@ -8,8 +8,6 @@ from .attention.ops import bind_attend, bind_prepare_batch, bind_prepare_full_gr
 from .lora.ops import bind_prepare_lora, bind_prepare_one_lora
 from .split_ops import SplitOp, add_split_op
 
-__all__: list[str] = []
-
 #: Attention in torch-level and aten forms. Aten kernels take tensors of any strides.
 _ATTENTION = (
     "aten::scaled_dot_product_attention",

@@ -54,7 +54,7 @@ class _Backend:
         return compiled.bound if compiled is not None else None
 
     def reset(self) -> None:
-        """Reached by ``torch._dynamo.reset()``."""
+        """Reached by ``torch.compiler.reset()``."""
         compiled = self._compiled()
         if compiled is not None:
             compiled.fast = ()

@@ -263,7 +263,7 @@ def expect(compiled: Any = None, /, **increase: int) -> Any:
 
 
 def reset(compiled: Any = None) -> None:
-    """Drops captured graphs and zeroes the figures; registered ops stay. Also reached by ``torch._dynamo.reset()``.
+    """Drops captured graphs and zeroes the figures; registered ops stay. Also reached by ``torch.compiler.reset()``.
 
     Models that share a graph keep their own.
     """

@@ -229,7 +229,7 @@ class _Definition:
             message(
                 f"split op {self.described.name!r} was defined again with other arguments or roles",
                 why="The model was compiled with the definition before.",
-                cure="Have it compiled again: torch._dynamo.reset()",
+                cure="Have it compiled again: torch.compiler.reset()",
             )
         )
 

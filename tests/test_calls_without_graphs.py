@@ -363,3 +363,16 @@ def test_strict_refuses_a_step_before_it_writes(kind):
         with pytest.raises(Exception, match="strict"):
             run(x, x.view(rows, 4) if kind == "overlapping arguments" else y)
     assert x.eq(0).all()
+
+
+def test_a_graph_of_split_ops_alone_is_counted():
+    """Nothing of it is replayed."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    compiled = pcg.piecewise(buckets=[4], compiler="eager")(lambda q: attend(q, q, q))
+    with torch.no_grad():
+        for n in (3, 2, 3):
+            q = torch.randn(n, 2, 5, 4)
+            torch.testing.assert_close(compiled(q), attend(q, q, q))
+    stats = pcg.stats(compiled)
+    (fallback,) = stats.fallbacks
+    assert "split ops only" in fallback.reason and fallback.count == stats.steps == 3

@@ -165,7 +165,7 @@ def test_a_hazard_under_vmap_does_not_stop_the_pass():
     torch.testing.assert_close(traced(function, x, i).result, function(x, i))
 
 
-# Tensors on two devices, as fake ones: a machine without a GPU judges them too.
+# Tensors on two devices, as fake ones: a machine without a GPU checks them too.
 
 
 def _facts(gm, devices, device):

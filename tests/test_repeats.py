@@ -111,7 +111,7 @@ def facts_of(function: Callable[..., Any], *args: torch.Tensor) -> tuple[Facts, 
     return copied, traced
 
 
-def twins(facts: Facts) -> int:
+def look_alikes(facts: Facts) -> int:
     return sum(hasattr(tensor, "_pcg_storage") for fact in facts.values() for tensor in tensors_in(fact.value))
 
 
@@ -119,8 +119,8 @@ def twins(facts: Facts) -> int:
 def test_layers(name: str) -> None:
     copied, traced = facts_of(layered(BLOCKS[name]), torch.randn(5, 4), *W)
     compare(copied, traced)
-    assert twins(copied) > 0 or name in ("numbers", "selected", "cast", "mapped")
-    assert twins(traced) == 0
+    assert look_alikes(copied) > 0 or name in ("numbers", "selected", "cast", "mapped")
+    assert look_alikes(traced) == 0
 
 
 def test_values_of_several_layers_meet() -> None:
@@ -130,7 +130,7 @@ def test_values_of_several_layers_meet() -> None:
 
     copied, traced = facts_of(run, torch.randn(4, 4), *W)
     compare(copied, traced)
-    assert twins(copied) > 0
+    assert look_alikes(copied) > 0
 
 
 def test_a_view_beside_a_look_alike_of_its_storage() -> None:
@@ -144,7 +144,7 @@ def test_a_view_beside_a_look_alike_of_its_storage() -> None:
 
     copied, traced = facts_of(run, torch.randn(5, 4), *W)
     compare(copied, traced)
-    assert twins(copied) == 0
+    assert look_alikes(copied) == 0
 
 
 def test_look_alikes_are_told_apart_for_torch() -> None:

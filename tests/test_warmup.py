@@ -1,4 +1,4 @@
-"""Recording ahead of time has no effects and covers every bucket."""
+"""Capturing ahead of time has no effects and covers every bucket."""
 
 from __future__ import annotations
 

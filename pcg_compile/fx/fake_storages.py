@@ -49,7 +49,7 @@ def look_alike_of(tensor: FakeTensor, storage: Storage) -> torch.Tensor:
 
 
 def note_memory(inputs: Iterable[torch.Tensor], made: Callable[[], Iterable[torch.Tensor]]) -> bool:
-    """Notes the memory of the tensors that torch made of ``inputs``, twins among them.
+    """Notes the memory of the tensors that torch made of ``inputs``, look-alikes among them.
 
     False where it is unknown: a tensor lies in a storage that stands for the memory of several inputs.
     """
@@ -76,7 +76,7 @@ def note_memory(inputs: Iterable[torch.Tensor], made: Callable[[], Iterable[torc
 
 
 def told_apart(values: Sequence[Any]) -> list[Any]:
-    """The same values with twins replaced by tensors that share memory with each other as the twins stand for it."""
+    """The same values, look-alikes replaced by tensors that share memory where what they stand for does."""
     if not any(hasattr(value, _NOTE) for value in values):
         return list(values)
     plain = [value for value in values if isinstance(value, torch.Tensor)]

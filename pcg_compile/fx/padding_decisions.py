@@ -26,7 +26,7 @@ __all__ = ["decide_padding", "padding_hazards"]
 
 
 def decide_padding(plan: Plan, counters: Counters) -> None:
-    """Judges each distinct piece, and refuses what may depend on padding or on a number that changes.
+    """Checks each distinct piece, and refuses what may depend on padding or on a number that changes.
 
     Raises:
         UnsafePadding: under ``strict``, a piece was refused.

@@ -158,7 +158,7 @@ class _Copy:
         return NodeFacts(value, ops, frozenset(self._memory(one).identity for one in traced.writes))
 
     def all(self, value: Any) -> Any:
-        """A nested value with this call's tensors, or twins in memory of its own."""
+        """A nested value with this call's tensors, or look-alikes in memory of its own."""
         if isinstance(value, torch.Tensor):
             return self._one(value)
         return None if value is None else tree_map_only(torch.Tensor, self._one, value)

@@ -45,12 +45,12 @@ def dump(directory: str | Path) -> Iterator[Path]:
             import depyf
 
             stack.enter_context(depyf.prepare_debug(str(root / "depyf")))
-        except Exception as error:
+        except Exception as error:  # depyf reads private parts of torch and may fail in any way; the page says so
             problems.append(f"depyf could not start: {type(error).__name__}: {error}")
         yield root
         try:
             stack.close()
-        except Exception as error:
+        except Exception as error:  # as above
             problems.append(f"depyf could not decompile: {type(error).__name__}: {error}")
     graphs = [r for r in runtimes() if id(r) not in before or r.shared.counters.all_steps != used[id(r)]]
     for index, runtime in enumerate(graphs):

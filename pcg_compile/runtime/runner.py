@@ -13,7 +13,7 @@ from ..batch import StepState
 from ..calls import graph_ran
 from ..distributed.agreement import Agreement
 from ..errors import PCGError
-from ..fx.plan import PieceItem
+from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, expr_of
 from ..torch_compat.profiling import profiler_records
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
@@ -193,7 +193,10 @@ class GraphRuntime(GraphState):
             return None, self.plan.refusal
         if not any(isinstance(s, PieceItem) and s.refusal is None and s.is_piece for s in self.plan.items):
             reasons = [s for s in self.plan.items if isinstance(s, PieceItem) and s.is_piece and s.refusal]
-            return None, f"no piece can be captured: {reasons[0].refusal} (at {reasons[0].where})" if reasons else ""
+            if reasons:
+                return None, f"no piece can be captured: {reasons[0].refusal} (at {reasons[0].where})"
+            calls = [s.name for s in self.plan.items if isinstance(s, SplitOpItem)]
+            return None, f"nothing to capture: the graph runs split ops only ({', '.join(calls)})" if calls else ""
         choice = self.shared.chooser.choose(sizes, self.bucketed)
         if choice.sizes is None:
             return None, choice.reason

@@ -140,7 +140,7 @@ class GraphState:
                     message(
                         f"{name} is {_form(new)} now, and was {before} when the model was compiled",
                         why='With guards="inputs" a parameter that changes its form does not compile the model again.',
-                        cure='Call torch._dynamo.reset() after the change, or leave out guards="inputs".',
+                        cure='Call torch.compiler.reset() after the change, or leave out guards="inputs".',
                     )
                 )
 
