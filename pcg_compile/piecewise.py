@@ -20,6 +20,7 @@ from .errors import OptionsError, message
 from .fast_calls import FastCall
 from .options import Options
 from .registry import RUNNING_CALL, RunningCall, reset_backend
+from .torch_compat.dynamo_graphs import trace_failed
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
@@ -129,6 +130,7 @@ class CompiledFunction:
     ) -> Any:
         self._follow_weights(module)
         running = self.watch.begin(module, show_rows, module)
+        untraceable: Exception | None = None
         try:
             if self.generator:
                 running.counted = True
@@ -144,15 +146,30 @@ class CompiledFunction:
                 self._start_over(error)
             elif running.without_attributes:
                 self.watch.free_tensors = False
-            # Shown more rows than there are, a trace may fail where the call is right: nothing of it has run.
-            elif running.shown is None or running.traces > 1 or running.graphs:
+            elif running.traces > 1 or running.graphs:
                 raise
-            else:
+            # Nothing of the call has run. Shown more rows than there are, a trace may fail where the call is right.
+            elif running.shown is not None:
                 show_rows = False
+            elif trace_failed(error):
+                untraceable = error
+            else:
+                raise
             running.forget()
         finally:
             self.watch.end(running)
+        if untraceable is not None:
+            return self._eagerly(untraceable, args, kwargs)
         return self._through_dynamo(module, args, kwargs, show_rows)
+
+    def _eagerly(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call that Dynamo cannot trace, counted. Wrong arguments then raise what they raise in eager."""
+        code = getattr(self.function, "__code__", None)
+        place = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+        why = next((line for line in str(error).splitlines() if "got " in line), str(error).partition("\n")[0])
+        reason = f"Dynamo cannot trace this call, which runs eagerly: {why.rpartition('got ')[2].strip()}"
+        self.watch.fall_back(reason, place, cause=error)
+        return self.function(*args, **kwargs)
 
     def _follow_weights(self, module: torch.nn.Module | None) -> None:
         """Starts over where graphs are of modules that have been replaced: Dynamo would not notice."""

@@ -26,6 +26,7 @@ __all__ = [
     "is_asked_for",
     "is_static_input",
     "keep_traced_function",
+    "trace_failed",
     "traced_function",
 ]
 
@@ -41,6 +42,7 @@ TRACE_AGAIN = exceptions("torch._dynamo.exc", _READ, "TensorifyScalarRestartAnal
 _REFUSALS = exceptions(
     "torch._dynamo.exc", _READ, "Unsupported UserError FailOnRecompileLimitHit UncapturedHigherOrderOpError"
 )
+_FAILURES = exceptions("torch._dynamo.exc", _READ, "TorchRuntimeError InternalTorchDynamoError")
 
 
 def is_static_input(node: fx.Node) -> bool:
@@ -75,6 +77,11 @@ def dynamo_refused(error: BaseException | None) -> bool:
     """Whether an error of a call with ``fullgraph=True`` is that Dynamo makes no single graph of it (2.11 to 2.13)."""
     unseen = isinstance(error, RuntimeError) and "fullgraph=True found no compiled frames" in str(error)
     return unseen or isinstance(error, _REFUSALS)
+
+
+def trace_failed(error: BaseException) -> bool:
+    """Whether an error of a call is one of Dynamo's trace of it: an op that fails on fake tensors (2.11 to 2.13)."""
+    return isinstance(error, _FAILURES)
 
 
 @contextmanager
