@@ -155,3 +155,23 @@ def test_a_sentence_encoder_is_captured():
             torch.testing.assert_close(compiled(**given), model(**given), rtol=1e-5, atol=1e-5)
     stats = pcg.stats(compiled)
     assert stats.capturable == stats.pieces == 2 * stats.graphs and not stats.fallbacks
+
+
+TUPLES = {
+    "chunk": lambda x, mask: [x.sum(-1) * part for part in mask.chunk(1, 0)],
+    "unbind": lambda x, mask: mask.unbind(1)[0] * x[:, 0, 0],
+    "broadcast_tensors": lambda x, mask: torch.broadcast_tensors(mask.unsqueeze(-1), x),
+    "meshgrid": lambda x, mask: torch.meshgrid(mask[:, 0], mask[0], indexing="ij"),
+    "max with indices": lambda x, mask: mask.max(1),
+    "split in place": lambda x, mask: [x.sum(-1), *(part.add_(1) for part in (mask * 1).split(1, 1))],
+}
+
+
+@pytest.mark.parametrize("name", TUPLES)
+def test_masks_in_ops_of_several_results(name):
+    function = TUPLES[name]
+    compiled = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [4, 8]})
+    with torch.no_grad():
+        for n, m in ((3, 5), (4, 6), (2, 7), (3, 5)):
+            x, mask = torch.randn(n, m, 2), (torch.rand(n, m) > 0.3).float()
+            torch.testing.assert_close(compiled(x, mask.clone()), function(x, mask.clone()))

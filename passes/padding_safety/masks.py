@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from pcg_compile.fx.facts import storage_of
+from pcg_compile.fx.node_facts import tensors_in
 from pcg_compile.fx.plan import Plan
 from pcg_compile.fx.sizes import is_scalar, symbols_of
 
@@ -203,9 +204,10 @@ def _only_masks(plan: Plan, mask: fx.Node) -> bool:
         if is_scalar(fact.value):
             continue
         packets = {packet_of(call.op) for call in fact.ops} - {"device"}
-        written = {storage_of(plan.value(n)) for n in same} & fact.writes
+        written = {storage_of(t) for n in same for t in tensors_in(plan.value(n))} & fact.writes
         indexed = reads if "embedding" in packets else [n for n in reads if not node.args or n is not node.args[0]]
-        if written or (packets & _LOOKUPS and any(plan.value(n).dtype is not torch.bool for n in indexed)):
+        numbers = any(t.dtype is not torch.bool for n in indexed for t in tensors_in(plan.value(n)))
+        if written or (packets & _LOOKUPS and numbers):
             return False
         if any(n in same for n in reads):
             if packets <= _SHAPES:
