@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from pcg_compile.fx.facts import storage_of
 from pcg_compile.fx.request_conditions import Request
@@ -52,7 +53,7 @@ def prove_request(
 
 def _tensors(value: Any, context: PassContext) -> Iterator[torch.Tensor]:
     nodes: list[fx.Node] = []
-    fx.node.map_arg(value, nodes.append)
+    map_arg(value, nodes.append)
     yield from (v for v in (context.facts[n].value for n in nodes) if isinstance(v, torch.Tensor))
 
 
@@ -133,7 +134,7 @@ def _rest(others: dict[str, Any], tokens: sympy.Symbol, indptr: Any, context: Pa
     count = indptr - 1 if isinstance(indptr, int) else None
     for name, value in others.items():
         nodes: list[fx.Node] = []
-        fx.node.map_arg(value, nodes.append)
+        map_arg(value, nodes.append)
         numbers = [context.facts[n].value for n in nodes] or [value]
         for number in numbers:
             if isinstance(number, SymType) and not symbols_of(number) <= {tokens}:

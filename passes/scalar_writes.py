@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from pcg_compile.errors import GraphBreakingScalarWrite, message
 from pcg_compile.fx.facts import NodeFacts, OpCall, OpCalls, bodies_of, storage_of
@@ -130,7 +131,7 @@ class _Writes:
         place, graph = place_of(node), self.gm.graph
         target, index, value = node.args
         statement, parts = assignment_of(node, place), list[fx.Node]()
-        fx.node.map_arg(index, parts.append)
+        map_arg(index, parts.append)
         with self._in_place_of(node):
             # Reading t[n] of a dynamic size n would fix the size.
             if view and not parts:

@@ -116,7 +116,7 @@ class Product:
             NoFastCall: it is none.
         """
         coefficient, rest = sympy.sympify(expr).as_coeff_Mul()
-        factors = [] if rest == 1 else list(sympy.Mul.make_args(rest))
+        factors: list[Any] = [] if rest == 1 else list(sympy.Mul.make_args(rest))
         if not coefficient.is_Integer or not all(factor in places for factor in factors):
             raise NoFastCall(f"an argument has a size or stride {expr}, which is no product of sizes")
         return cls(int(coefficient), tuple(places[factor] for factor in factors))

@@ -304,7 +304,7 @@ def bind(graph: _Graph, plan: Plan) -> Shared:
         assumed=tuple(assumed),
         reaches=tuple(reach for safety in checked for reach in safety.reaches),
         layouts=plan.layouts,
-        rows=[n for n in dict.fromkeys(sizes) if isinstance(n, sympy.Basic) and not isinstance(n, sympy.Symbol)],
+        rows=[n for n in dict.fromkeys(sizes) if isinstance(n, sympy.Expr) and not isinstance(n, sympy.Symbol)],
     )
     agreement = agreement_of(plan.facts)
     if agreement is not None:

@@ -112,7 +112,7 @@ class _Ops(TorchDispatchMode):
     """Sees every op that is dispatched, whatever called it."""
 
     def __init__(self, guard: _Guard) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.guard = guard
 
     def __torch_dispatch__(

@@ -121,7 +121,8 @@ def positions_of(qo: Ints, kv: Ints) -> Ints:
     tokens = int(ends[-1]) if len(ends) else 0
     if tokens == len(qo):
         return kv - 1
-    return np.arange(tokens) + (kv - ends).repeat(qo)
+    starts: Ints = (kv - ends).repeat(qo)
+    return np.arange(tokens) + starts
 
 
 def spans_of(groups: Any, qo: Ints, kv: Ints) -> Ints:
@@ -157,7 +158,7 @@ def spans_of(groups: Any, qo: Ints, kv: Ints) -> Ints:
                 cure="Give each block of tokens a number of its own.",
             )
         )
-    lengths = np.diff([*firsts, tokens])
+    lengths = np.diff(firsts, append=tokens)
     first = positions[firsts]
     return np.stack([first.repeat(lengths), (first + lengths - 1).repeat(lengths)], 1).astype(np.int32)
 

@@ -7,26 +7,51 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_args
 
 from .errors import OptionsError, message
 
-__all__ = ["Options"]
+__all__ = ["Options", "OptionsDict"]
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "capture": ("lazy", "first_call"),
-    "padding": ("auto", "request", "slice"),
-    "scalar_writes": ("reject", "rewrite"),
-    "outputs": ("copy", "view"),
-    "cudagraph_mode": ("auto", "piecewise", "full"),
-    "attention_backend": ("auto", "triton", "flashinfer", "reference"),
+_Capture = Literal["lazy", "first_call"]
+_Padding = Literal["auto", "request", "slice"]
+_ScalarWrites = Literal["reject", "rewrite"]
+_Outputs = Literal["copy", "view"]
+_CudagraphMode = Literal["auto", "piecewise", "full"]
+_AttentionBackend = Literal["auto", "triton", "flashinfer", "reference"]
+_Compiler = Literal["inductor", "eager"]
+
+_CHOICES: Mapping[str, Any] = {
+    "capture": _Capture,
+    "padding": _Padding,
+    "scalar_writes": _ScalarWrites,
+    "outputs": _Outputs,
+    "cudagraph_mode": _CudagraphMode,
+    "attention_backend": _AttentionBackend,
 }
-_COMPILERS = ("inductor", "eager")
 
 #: Former names of options and values: what an error points to.
 _RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "attention": ("cudagraph_mode", {"auto": "auto", "eager": "piecewise", "captured": "full"}),
 }
+
+
+class OptionsDict(TypedDict, total=False):
+    """Types of the fields of :class:`Options` as keywords, for ``@pcg.piecewise`` and ``pcg.load``, and as a dict."""
+
+    buckets: Iterable[int] | None
+    split_ops: Iterable[str]
+    max_tokens: int
+    capture: _Capture
+    compiler: _Compiler | Callable[..., Any]
+    padding: _Padding
+    max_padding: float | None
+    scalar_writes: _ScalarWrites
+    outputs: _Outputs
+    cudagraph_mode: _CudagraphMode
+    attention_backend: _AttentionBackend
+    memory_budget: int | None
+    strict: bool
 
 
 @dataclass(frozen=True)
@@ -44,33 +69,32 @@ class Options:
     #: Largest default bucket; bounds the product of the dynamic sizes that one tensor carries.
     max_tokens: int = 8192
     #: "lazy": a bucket is captured when first met; "first_call": all at the first call.
-    capture: Literal["lazy", "first_call"] = "lazy"
+    capture: _Capture = "lazy"
     #: What a piece is compiled with: "inductor", "eager", or ``fn(gm, example_inputs) -> callable``.
-    compiler: str | Callable[..., Any] = "inductor"
+    compiler: _Compiler | Callable[..., Any] = "inductor"
     #: "request": a padding request; "slice": the op gets the real rows only; "auto": by what the op declares.
-    padding: Literal["auto", "request", "slice"] = "auto"
+    padding: _Padding = "auto"
     #: Largest bucket over tokens ratio, for steps of more than 256 tokens; None: 1.25 with the default table.
     max_padding: float | None = None
     #: "reject" or "rewrite" (to a device fill) host scalar writes such as ``t[0] = 0``.
-    scalar_writes: Literal["reject", "rewrite"] = "reject"
+    scalar_writes: _ScalarWrites = "reject"
     #: "copy": outputs stay the caller's; "view": overwritten by the next step.
-    outputs: Literal["copy", "view"] = "copy"
+    outputs: _Outputs = "copy"
     #: Split ops between captured pieces ("piecewise"), one CUDA graph of a step ("full"), or as measured ("auto").
-    cudagraph_mode: Literal["auto", "piecewise", "full"] = "auto"
+    cudagraph_mode: _CudagraphMode = "auto"
     #: What computes paged attention: pcg's Triton kernels, FlashInfer, plain PyTorch, or the best one here ("auto").
-    attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = "auto"
+    attention_backend: _AttentionBackend = "auto"
     #: Bytes that captured graphs may hold; None: no limit.
     memory_budget: int | None = None
     #: True turns every fallback into an error.
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
-                raise _bad(name, getattr(self, name), " or ".join(map(repr, allowed)))
-        if (isinstance(self.compiler, str) and self.compiler not in _COMPILERS) or not (
-            isinstance(self.compiler, str) or callable(self.compiler)
-        ):
+        for name, choice in _CHOICES.items():
+            value, allowed = getattr(self, name), get_args(choice)
+            if not isinstance(value, str) or value not in allowed:
+                raise _bad(name, value, " or ".join(map(repr, allowed)))
+        if self.compiler not in get_args(_Compiler) and not callable(self.compiler):
             raise _bad("compiler", self.compiler, "'inductor', 'eager' or a callable (gm, example_inputs)")
         if self.buckets is not None:
             object.__setattr__(self, "buckets", _buckets(self.buckets))

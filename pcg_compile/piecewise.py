@@ -8,7 +8,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,7 @@ from .backend import compile_graph
 from .calls import Call, Watch
 from .errors import OptionsError, message
 from .fast_calls import FastCall
-from .options import Options
+from .options import Options, OptionsDict
 from .registry import RUNNING_CALL, RunningCall, reset_backend
 from .torch_compat.dynamo_graphs import trace_failed
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
@@ -26,6 +26,9 @@ from .torch_compat.dynamo_wrappers import inline_when_traced
 from .torch_compat.guards import inputs_only
 from .torch_compat.modules import completed_call
 from .weights import WeightsChanged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["CompiledFunction", "decorate", "modules_of", "piecewise"]
 
@@ -96,8 +99,8 @@ class CompiledFunction:
         self.own = _with_own_code(self.function)
         # A function that is not one module's may be called on another one, whose attributes only Dynamo can compare.
         filtered = self.guards == "inputs" and self.bound is not None
-        extra: dict[str, Any] = {"options": {"guard_filter_fn": inputs_only}} if filtered else {}
-        self.compiled = torch.compile(self.own, backend=self.backend, fullgraph=self.options.strict, **extra)
+        extra: Any = {"options": {"guard_filter_fn": inputs_only}} if filtered else {}
+        self.compiled: Any = torch.compile(self.own, backend=self.backend, fullgraph=self.options.strict, **extra)
         self.watch.modules = modules_of(self.function)
         self.references = _references(self.function)
         # Under a signature that hides its code, weights could not be told from what code computes.
@@ -199,7 +202,9 @@ class CompiledFunction:
 @overload
 def piecewise(function: _F) -> _F: ...
 @overload
-def piecewise(*, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Callable[[_F], _F]: ...
+def piecewise(
+    *, dynamic: Dynamic | None = None, guards: Literal["dynamo", "inputs"] = "dynamo", **options: Unpack[OptionsDict]
+) -> Callable[[_F], _F]: ...
 def piecewise(function: Any = None, *, dynamic: Dynamic | None = None, guards: str = "dynamo", **options: Any) -> Any:
     """Compiles a model's forward, or a plain function, with pieces captured for each bucket.
 

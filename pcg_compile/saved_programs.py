@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +29,7 @@ from .errors import OptionsError, ProgramError, message
 from .fast_calls import TracedGraph
 from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
 from .loaded_programs import ModuleCalls, SavedProgram
-from .options import Options
+from .options import Options, OptionsDict
 from .piecewise import CompiledFunction, decorate, modules_of
 from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, versions
 from .registry import graphs_of
@@ -37,6 +37,9 @@ from .torch_compat.dynamo_calls import globals_of_code, name_of_source
 from .torch_compat.dynamo_wrappers import wrapper_of
 from .torch_compat.restored_traces import source_of_symbol, symbol_of
 from .weights import WeightsChanged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["load", "save"]
 
@@ -204,7 +207,7 @@ def _form_data(form: ArgumentForm) -> dict[str, Any]:
     return {name: encode(value) for name, value in found.items() if name != "derived"} | {"derived": derived}
 
 
-def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
+def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict]) -> Any:
     """Reads a program that :func:`save` wrote, for the same model: no Dynamo, no Inductor, captured graphs made anew.
 
     Returns what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, with the same options. Calls that
@@ -258,7 +261,8 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
         if dynamic is not None:
             dynamic = {name: tuple(dims) if isinstance(dims, list) else dims for name, dims in dynamic.items()}
         wrapper = decorate(function, dynamic, content["guards"], saved)
-        decorated = wrapper.__pcg_function__
+        made: CompiledFunction = wrapper.__pcg_function__
+        decorated = made
     backend = decorated.backend
     program = _program(content, code, decorated.own, module, others, path)
     program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend))
@@ -306,12 +310,11 @@ def _check_options(saved: Options, wanted: Mapping[str, Any], path: Any) -> None
 def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.Module | None]:
     """What was compiled of a model."""
     module = model if isinstance(model, torch.nn.Module) else None
-    function = getattr(model, content["name"]) if module is not None else model
+    function: Any = getattr(model, content["name"]) if module is not None else model
     if not callable(function):
         raise ProgramError(f"{model!r} is neither a module nor a function: pass what was compiled")
-    if module is None and isinstance(getattr(function, "__self__", None), torch.nn.Module):
-        module = function.__self__
-    return function, module
+    owner = getattr(function, "__self__", None)
+    return function, module if module is not None or not isinstance(owner, torch.nn.Module) else owner
 
 
 def _program(

@@ -60,7 +60,8 @@ class StepState:
         """``fn()``, called once a step for a key."""
         if key not in self._memo:
             self._memo[key] = fn()
-        return self._memo[key]
+        result: T = self._memo[key]
+        return result
 
     def on_exit(self, fn: Callable[[], None]) -> None:
         """Calls ``fn`` when the step is left, however that happens."""

@@ -170,4 +170,4 @@ class _Snapshot:
 
 
 def _entries(module: torch.nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    return [("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))]  # type: ignore[list-item]
+    return [("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -19,6 +20,7 @@ import torch
 
 import pcg_compile as pcg
 import pcg_compile.passes
+from pcg_compile.options import Options, OptionsDict
 from pcg_compile.torch_compat import probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,3 +241,36 @@ def test_make_targets_expand(target, installs):
     assert "1 of 3: making" in run.stdout and "2 of 3: installing" in run.stdout and installs in run.stdout
     # pip's own progress is the progress of the longest phase.
     assert "pip" in run.stdout and " -q" not in run.stdout.partition("2 of 3")[2]
+
+
+@IN_A_CHECKOUT
+def test_options_are_typed(tmp_path):
+    """A misspelt option, or a value of another type, is an error of a type checker."""
+    pytest.importorskip("mypy")
+    lines = {
+        "pcg.piecewise(buckets=[4], strict=True)": True,
+        "pcg.piecewise(dynamic={'x': 0}, guards='inputs', compiler=lambda gm, inputs: gm)": True,
+        "options: OptionsDict = {'max_padding': None, 'compiler': 'eager'}": True,
+        "pcg.load(None, 'model.pcg', cudagraph_mode='full')": True,
+        "pcg.piecewise(bucket=[4])": False,
+        "pcg.piecewise(max_tokens='8')": False,
+        "pcg.piecewise(guards='input')": False,
+        "pcg.load(None, 'model.pcg', stric=True)": False,
+        "wrong: OptionsDict = {'capture': 'eager'}": False,
+    }
+    imports = ["import pcg_compile as pcg", "from pcg_compile.options import OptionsDict"]
+    (tmp_path / "snippet.py").write_text("\n".join([*imports, *lines]) + "\n")
+    files = [PACKAGE / f"{name}.py" for name in ("__init__", "piecewise", "saved_programs", "options")]
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip", f"--cache-dir={tmp_path}"]
+        + [tmp_path / "snippet.py", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    found = {int(number) for number in re.findall(r"snippet\.py:(\d+): error:", run.stdout)}
+    assert found == {i for i, right in enumerate(lines.values(), len(imports) + 1) if not right}, run.stdout
+
+
+def test_options_and_their_types_agree():
+    assert list(OptionsDict.__annotations__) == [field.name for field in dataclasses.fields(Options)]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from pcg_compile.attention.ops import store_kv
@@ -323,7 +324,7 @@ def _named(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
     def known(n: fx.Node) -> Any:
         return values[n]
 
-    named = arguments_of(node.target, fx.node.map_arg(node.args, known), fx.node.map_arg(node.kwargs, known))
+    named = arguments_of(node.target, map_arg(node.args, known), map_arg(node.kwargs, known))
     return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in named.items() if v is not None}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from pcg_compile.fx.facts import storage_of
 from pcg_compile.fx.node_facts import tensors_in
@@ -154,7 +155,7 @@ def _computed(node: fx.Node, value: float) -> float | None:
     scalar = torch.tensor(value, dtype=given.meta["val"].dtype, device="cpu")
     kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format")}
     try:
-        return float(node.target(*fx.node.map_arg(node.args, lambda n: scalar), **kwargs))  # type: ignore[operator]
+        return float(node.target(*map_arg(node.args, lambda n: scalar), **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError, NotImplementedError):
         # No kernel for such a value on the host.
         return None

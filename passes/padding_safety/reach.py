@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.sizes import evaluate, size_at, symbols_of
@@ -77,7 +78,7 @@ class Reach:
 def _value(node: fx.Node, sizes: Mapping[sympy.Symbol, int], known: dict[fx.Node, Any]) -> Any:
     if node not in known:
         if _holds_tensors(node):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _value(n, sizes, known))
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: _value(n, sizes, known))
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
             known[node] = evaluate(node.meta["val"], sizes)

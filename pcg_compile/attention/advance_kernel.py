@@ -19,9 +19,7 @@ _COMPILED: dict[Hashable, Any] = {}
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "stride"])
-def _advance(  # type: ignore[no-untyped-def]
-    tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _advance(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < requests
     positions = tl.load(tokens + stride + i, mask=inside, other=0) + steps

@@ -111,8 +111,10 @@ class PagedAttention(nn.Module):
         check_qkv(q, k, v, int(heads), int(kv_heads), int(head_dim), int(head_dim if v_dim == "None" else v_dim))
         shape = f"{numbers},{q.dtype},{self._more}"
         if self.sinks is None and self.alibi_slopes is None:
-            return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape)
-        return torch.ops.pcg.paged_attention(q, k, v, self.layer, shape, self.sinks, self.alibi_slopes)
+            result: torch.Tensor = torch.ops.pcg.paged_attention(q, k, v, self.layer, shape)
+        else:
+            result = torch.ops.pcg.paged_attention(q, k, v, self.layer, shape, self.sinks, self.alibi_slopes)
+        return result
 
     @property
     def _shape(self) -> AttentionShape:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
+from torch.fx.node import has_side_effect
 
 from ..batch import require_step
 from ..errors import BatchError, message
@@ -214,4 +215,4 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"pcg::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("pcg::paged_attention", _no_gradients, lib=_LIBRARY)
 _LIBRARY.impl("store_kv", store_kv, "CompositeImplicitAutograd")
-torch.fx.node.has_side_effect(torch.ops.pcg.prepare_batch.default)
+has_side_effect(torch.ops.pcg.prepare_batch.default)

@@ -174,10 +174,10 @@ class RaggedAttention:
         group = num_heads // num_kv_heads
         self.num_heads, self.num_kv_heads, self.tiling, self.device = num_heads, num_kv_heads, tiling, device
         self.block_q = max(1, tiling.block_m // group)
-        self.block_m = max(16, triton.next_power_of_2(self.block_q * group))
+        self.block_m: int = max(16, triton.next_power_of_2(self.block_q * group))
         self.budget = max(1, _processors(device) * tiling.programs // num_kv_heads)
         self.slots = 2 * self.budget
-        self.v_pad = max(16, triton.next_power_of_2(v_head_dim))
+        self.v_pad: int = max(16, triton.next_power_of_2(v_head_dim))
         self._scale = scale / softcap if softcap else scale
         self._softcap = softcap or 0.0
         self._mask = {

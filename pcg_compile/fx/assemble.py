@@ -8,6 +8,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ..options import Options
 from ..split_ops import SplitOp
@@ -279,5 +280,5 @@ def _assign_slots(plan: Plan) -> None:
 
 def _nodes_of(value: Any) -> list[fx.Node]:
     nodes: list[fx.Node] = []
-    fx.node.map_arg(value, nodes.append)
+    map_arg(value, nodes.append)
     return nodes

@@ -38,7 +38,7 @@ def isolate_numbers(gm: fx.GraphModule, floats: Mapping[str, float]) -> list[fx.
     readers: list[fx.Node] = []
     for node in gm.graph.nodes:
         if node.op == "call_method" and node.target == "item" and getattr(node.args[0], "name", "") in floats:
-            numbers[node] = floats[node.args[0].name]  # type: ignore[union-attr]
+            numbers[node] = floats[node.args[0].name]
         elif any(source in numbers for source in node.all_input_nodes):
             if node.op == "output":
                 return None

@@ -44,9 +44,10 @@ def import_name(name: str) -> Any:
 
 
 def _name(value: Any) -> str:
-    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
-        name = f"torch.ops.{value}" if not isinstance(value, torch._ops.HigherOrderOperator) else ""
-        name = name or f"torch.ops.higher_order.{value.name()}"
+    if isinstance(value, torch._ops.HigherOrderOperator):
+        name = f"torch.ops.higher_order.{value.name()}"
+    elif isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = f"torch.ops.{value}"
     elif isinstance(value, type) or not callable(value):
         name = f"{value.__module__}.{value.__qualname__}"
     else:

@@ -78,7 +78,9 @@ def symbol_values(inputs: Sequence[Any]) -> dict[sympy.Symbol, Any]:
 
 def _free(value: Any) -> set[sympy.Symbol]:
     expr = expr_of(value)
-    return expr.free_symbols if isinstance(expr, sympy.Basic) else set()
+    symbols: Any = expr.free_symbols if isinstance(expr, sympy.Basic) else set()
+    result: set[sympy.Symbol] = symbols
+    return result
 
 
 def is_scalar(value: Any) -> bool:
@@ -107,7 +109,7 @@ def _number(expr: Any, sizes: Mapping[sympy.Symbol, int], kind: Callable[[Any], 
     if isinstance(expr, sympy.Symbol):
         return kind(sizes[expr])
     if isinstance(expr, sympy.Basic):
-        values = {s: sizes[s] for s in expr.free_symbols}
+        values = {s: sizes[s] for s in _free(expr)}
         if all(isinstance(value, int) for value in values.values()):
             return kind(expr.xreplace({s: sympy.Integer(value) for s, value in values.items()}))
         # Python's arithmetic on floats, not sympy's.

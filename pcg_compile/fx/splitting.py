@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ..errors import SplitOpNotFound, message
 from ..split_ops import SplitOp, registered_split_ops
@@ -194,12 +195,16 @@ def name_tuple_elements(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts]) 
                 elements.insert(0, element)
         replacement = elements if isinstance(value, list) else tuple(elements)
         for user in others:
-            user.args = fx.node.map_arg(user.args, lambda n, old=node, new=replacement: new if n is old else n)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, old=node, new=replacement: new if n is old else n)
+            user.args = _with_elements(user.args, node, replacement)
+            user.kwargs = _with_elements(user.kwargs, node, replacement)
         changed = True
     if changed:
         gm.recompile()
     return changed
+
+
+def _with_elements(arguments: Any, node: fx.Node, elements: Any) -> Any:
+    return map_arg(arguments, lambda one: elements if one is node else one)
 
 
 def _is_getitem(node: fx.Node) -> bool:

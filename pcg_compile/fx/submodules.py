@@ -315,8 +315,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     for node, copied in copies.items():
         # What Dynamo knows an input by, for messages.
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        source = getattr(node, "_dynamo_source", None)
+        if source is not None:
+            copied._dynamo_source = source
     copy = fx.GraphModule(gm, graph)
     keep_traced_function(copy, gm)
     return copy

@@ -54,8 +54,12 @@ class PCGLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained, batch_size=1 << 30, **kwargs)
         self.max_batch_tokens = int(max_batch_tokens)
         compiler = "inductor" if self.device.type == "cuda" else "eager"
-        self.options = {"compiler": compiler, "max_tokens": self.max_batch_tokens, **(options or {})}
-        self._generation = {"max_batch_tokens": self.max_batch_tokens, "num_pages": num_pages, "options": self.options}
+        self.options: dict[str, Any] = {"compiler": compiler, "max_tokens": self.max_batch_tokens, **(options or {})}
+        self._generation: dict[str, Any] = {
+            "max_batch_tokens": self.max_batch_tokens,
+            "num_pages": num_pages,
+            "options": self.options,
+        }
         self._cache: PagedKVCache | None = None
         model = self.model
         keeps_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
@@ -63,7 +67,9 @@ class PCGLM(HFLM):  # type: ignore[misc]
         def forward(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             """Logits ``[rows, vocabulary]`` of packed requests."""
             keep = {"logits_to_keep": rows} if keeps_rows else {}
-            logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
+            logits: torch.Tensor = model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep
+            ).logits[0]
             return logits if keeps_rows else logits[rows]
 
         self.forward = piecewise(dynamic={"ids": 0, "positions": 0, "rows": 0}, **self.options)(forward)

@@ -77,10 +77,11 @@ def _adapted_class(base: type, cls: type[nn.Module]) -> type[nn.Module]:
             return _added(self, cls.forward(self, *args, **kwargs), args, kwargs)
 
         members["forward"] = forward
-    if hasattr(cls, "__deepcopy__"):
+    own: Any = getattr(cls, "__deepcopy__", None)
+    if own is not None:
         # Of a parametrized layer, for one: it copies what it finds.
         def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-            copy = cls.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+            copy = own(self, memo)
             unadapt(copy)
             copy.register_forward_hook(_hook_of_a_copy)
             return copy

@@ -61,11 +61,12 @@ class LoRALayer:
         if self.share is WHOLE:
             refuse_plain_part(self.name, self.module, features_of(self.module))
         self.rows = self.share.rows_of(self.parts)
-        self.dtype, dtype = dtype, dtype or weight.dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
+        self.dtype = dtype
+        computed: torch.dtype = dtype or weight.dtype
+        if not computed.is_floating_point or computed.itemsize < 2:
             raise AdapterError(
                 message(
-                    f"{self.name} has weights of {dtype}",
+                    f"{self.name} has weights of {computed}",
                     why="What it computes in, and so what its adapters do, is not known.",
                     cure="Say it: AdapterPool(model, ..., dtype=torch.bfloat16)",
                 )
@@ -73,7 +74,7 @@ class LoRALayer:
         self.attached = True
         try:
             self._change_class()
-            self._make_factors(adapters, router.id, dtype, weight.device)
+            self._make_factors(adapters, router.id, computed, weight.device)
         except BaseException:
             self.detach()
             raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.fx.node import has_side_effect
 
 from ..step import current_step
 from .packed import decode
@@ -210,4 +211,4 @@ for _schema, _function, _fake in _OPS:
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pcg::{_name}", _fake or (lambda *args: None), lib=_LIBRARY)
 for _op in (torch.ops.pcg.prepare_lora.default, torch.ops.pcg.prepare_one_lora.default):
-    torch.fx.node.has_side_effect(_op)
+    has_side_effect(_op)

@@ -25,6 +25,7 @@ class SlotSource(Protocol):
 
     def slots_of(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each request's adapter, -1 for the base model; adapters that are not resident become so."""
+        ...
 
     def begin_step(self, slots: Sequence[int]) -> None:
         """Called when a step begins to use slots, which must not change until :meth:`end_step`."""

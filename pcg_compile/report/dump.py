@@ -178,7 +178,8 @@ def _highlighter() -> Any:
         # The graph of a large model has many thousand lines: it is linked, and opened by hand.
         if len(text) > _LONGEST_SHOWN:
             return "<p>Too long to be shown here.</p>"
-        return highlight(text, PythonLexer() if name.endswith(".py") else TextLexer(), formatter)
+        shown: str = highlight(text, PythonLexer() if name.endswith(".py") else TextLexer(), formatter)
+        return shown
 
     return code, lambda **values: template.render(style=formatter.get_style_defs(".highlight"), **values)
 

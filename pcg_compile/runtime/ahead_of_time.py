@@ -205,8 +205,8 @@ def _capture_bucket(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_effects(graph, args))
         step = graph.step()
+        tokens = graph.tokens(tuple(bucket[s] for s in graph.plan.symbols)) if step is not None else 0
         if step is not None:
-            tokens = graph.tokens(tuple(bucket[s] for s in graph.plan.symbols))
             step = stack.enter_context(scratch_step(tokens, step.cache))
         binding = graph.binding(args, step)
         program, _ = build_and_run(binding, real, bucket, args, step)

@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..fx.plan import Item, PieceItem, SplitOpItem
@@ -100,8 +101,8 @@ def add_split_op(d: Draft, item: SplitOpItem) -> None:
             done[node] = d.static[node] if static else _real(d, node, node in item.writes, item, around)
         return done[node]
 
-    arguments = fx.node.map_arg(item.node.args, resolve)
-    keywords = fx.node.map_arg(item.node.kwargs, resolve)
+    arguments = map_arg(item.node.args, resolve)
+    keywords = map_arg(item.node.kwargs, resolve)
     if request and "pcg_maxima" in item.node.meta:
         arguments, keywords = _raise_maxima(d, item, arguments, keywords)
     call = _bound(d, item, arguments, keywords)
@@ -277,9 +278,9 @@ def _learn_nothing(value: Any) -> None:
     pass
 
 
-def _layout_of(tensor: torch.Tensor) -> list[tuple[Callable[[torch.Tensor], int], Any]]:
+def _layout_of(tensor: torch.Tensor) -> list[tuple[Callable[[Any], Any], Any]]:
     """Every number of a tensor's layout, and how to read it from a tensor like it."""
-    numbers: list[tuple[Callable[[torch.Tensor], int], Any]] = []
+    numbers: list[tuple[Callable[[Any], Any], Any]] = []
     for i, size in enumerate(tensor.shape):
         numbers.append((partial(torch.Tensor.size, dim=i), size))
     if tensor.layout == torch.strided:

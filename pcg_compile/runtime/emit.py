@@ -123,7 +123,7 @@ def _view_of_argument(d: Draft, fake: torch.Tensor, base: InputSpec) -> Make:
     frame = d.frame
 
     def view() -> torch.Tensor:
-        argument = frame.args[base.position]
+        argument: torch.Tensor = frame.args[base.position]
         # Strides of the argument may be numbers of their own, and data may tell where a slice ends.
         shape, strides, distance = layout or evaluate(numbers, {**_strides(base.value, argument), **frame.sizes})
         if argument.dtype == fake.dtype:

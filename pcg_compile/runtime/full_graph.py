@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
@@ -148,8 +149,8 @@ class FullGraph:
 
     def _run_split_op(self, item: SplitOpItem, env: dict[fx.Node, torch.Tensor]) -> None:
         resolve = lambda node: env[node] if node in env else self._number(node)
-        args = fx.node.map_arg(item.node.args, resolve)
-        kwargs = fx.node.map_arg(item.node.kwargs, resolve)
+        args = map_arg(item.node.args, resolve)
+        kwargs = map_arg(item.node.kwargs, resolve)
         if item.op.bind is not None:
             item.op.bind(*args, **kwargs)()
             return

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .fake_tensors import fake_mode_of
 from .probe import attributes, exceptions, private
@@ -32,6 +32,7 @@ __all__ = [
 
 _READ = "2.11 to 2.13"
 attributes("torch._dynamo.config", _READ, "assume_static_by_default")
+attributes("torch.utils._sympy.symbol", _READ, "SymT symbol_is_type")
 attributes("torch._dynamo.pgo", _READ, "get_code_state auto_dynamic")
 _breaks = private("torch._dynamo.utils.graph_break_reasons", _READ)
 _pgo = private("torch._dynamo.pgo", _READ)
@@ -110,7 +111,7 @@ def changing_floats(gm: fx.GraphModule, code: CodeType | None) -> dict[fx.Node, 
         if not isinstance(symbol, sympy.Symbol) or env is None or not symbol_is_type(symbol, SymT.FLOAT):
             continue
         source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-        if _has_changed(source() if callable(source) else str(source), code):
+        if _has_changed(str(source() if callable(source) else source), code):
             found[node] = float(env.backed_var_to_val[symbol])
         elif not _TensorifyState.should_specialize(symbol.name):
             fresh.append(symbol.name)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._inductor.config
-import torch.fx.experimental._config
 from torch.utils._pytree import tree_leaves
 
 from .dynamo_wrappers import innermost_backend
@@ -35,10 +34,12 @@ attributes(
     "torch._dynamo.config", _READ, "specialize_float assume_static_by_default allow_empty_graphs install_free_tensors"
 )
 attributes("torch.fx.experimental._config", _READ, "backed_size_oblivious")
+_config = private("torch.fx.experimental._config", _READ)
 _register_hook = private("torch._dynamo.register_hook_for_recompile_user_context", _READ)
 _hooks = private("torch._dynamo.utils.get_hook_for_recompile_user_context", _READ)
 _register_bytecode_hook = private("torch._dynamo.convert_frame.register_bytecode_hook", _READ)
 _compile_callbacks = private("torch._dynamo.callback_handler", _READ)
+_on_compile_end = private("torch._dynamo.on_compile_end", _READ)
 _exceeds_recompile_limit = private("torch._dynamo.cache_size.exceeds_recompile_limit", _READ)
 _TensorifyState = private("torch._dynamo.symbolic_convert.TensorifyState", _READ)
 _compile = private("torch._dynamo.convert_frame._compile", _READ)
@@ -152,7 +153,7 @@ def _before_trace() -> str:
         call(trace)
     # torch._dynamo.reset() drops callbacks.
     if _after_trace not in _compile_callbacks.end_callbacks:
-        torch._dynamo.on_compile_end(_after_trace)
+        _on_compile_end(_after_trace)
     return ""
 
 
@@ -213,7 +214,7 @@ def settings_of_trace(
         # What is forced to be a constant of this trace may change until the next one.
         stack.callback(_forget_constants, frozenset(_TensorifyState.force_specializations))
         if for_all_sizes:
-            stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+            stack.enter_context(_config.patch(backed_size_oblivious=True))
             for tensor, dims in _broadcast(trace.arguments, marks):
                 stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
                 torch._dynamo.mark_static(tensor, dims)

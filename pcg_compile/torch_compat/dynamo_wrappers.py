@@ -62,10 +62,11 @@ def wrapper_of(compiled: Any) -> object | None:
     return None
 
 
-def innermost_backend(seen: Any) -> Any:
+def innermost_backend(seen: Any) -> object | None:
     for _ in range(16):
         if seen is None or isinstance(seen, _Wrapper):
-            return seen
+            found: object | None = seen
+            return found
         seen = getattr(seen, "_torchdynamo_orig_backend", None) or getattr(seen, "_torchdynamo_orig_callable", None)
     return None
 

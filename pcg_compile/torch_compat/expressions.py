@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -22,7 +23,10 @@ attributes("torch.utils._sympy.reference", _READ, "PythonReferenceAnalysis")
 attributes("torch.fx.experimental.symbolic_shapes.ShapeEnv", _READ, "create_symintnode create_symfloatnode")
 
 
-class _NodeAnalysis(PythonReferenceAnalysis):
+_Analysis: Any = PythonReferenceAnalysis
+
+
+class _NodeAnalysis(_Analysis):  # type: ignore[misc]
     """Torch's, with what it leaves to sympy's own functions or to Python protocols that a proxy does not have."""
 
     # Rounding to whole numbers asks a value's own methods, which a proxy has not.
@@ -54,12 +58,12 @@ def _call_node(function: Callable[..., Any], *args: Any) -> Any:
     return proxies[0].tracer.create_proxy("call_function", function, args, {}) if proxies else function(*args)
 
 
-def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> Any:
+def expression_nodes(graph: fx.Graph, expr: Any, symbols: Mapping[sympy.Symbol, fx.Node]) -> Any:
     """A node at the end of ``graph`` that computes ``expr`` from its symbols' nodes, or a number (2.11 to 2.13).
 
     An expression that no nodes are known for is one call, which no compiler can look into.
     """
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
     before = set(graph.nodes)
     try:
@@ -72,7 +76,7 @@ def expression_nodes(graph: fx.Graph, expr: sympy.Expr, symbols: Mapping[sympy.S
     return result.node if isinstance(result, fx.Proxy) else result
 
 
-def evaluate_expression(expr: sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> Any:
+def evaluate_expression(expr: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
     """An expression at values of its symbols, floats among them, by Python's arithmetic (2.11 to 2.13)."""
     try:
         return sympy_interp(_NodeAnalysis, dict(values), expr)
@@ -91,12 +95,12 @@ def number_of_symbol(symbol: sympy.Symbol, like: Any) -> Any:
 class _Expression:
     """An expression of sizes as a function of them."""
 
-    def __init__(self, expr: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> None:
+    def __init__(self, expr: Any, symbols: tuple[sympy.Symbol, ...]) -> None:
         self.expr, self.symbols = expr, symbols
         self.__name__ = self.__qualname__ = "expression"
 
     def __call__(self, *sizes: int | float) -> Any:
-        value = self.expr.xreplace({s: sympy.sympify(n) for s, n in zip(self.symbols, sizes, strict=True)})
+        value: Any = self.expr.xreplace({s: sympy.sympify(n) for s, n in zip(self.symbols, sizes, strict=True)})
         if isinstance(value, sympy.logic.boolalg.BooleanAtom):
             return bool(value)
         return int(value) if value.is_integer and not value.is_Float else float(value)

@@ -66,9 +66,10 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
     ]
     if taken:
         env.guards[:] = [guard for guard in env.guards if all(guard is not one for one in taken)]
+        axioms: dict[Any, Any] = env.axioms
         for guard in taken:
             for implied, _ in env.get_implications(env.simplify(guard.expr)):
-                env.axioms.pop(implied, None)
+                axioms.pop(implied, None)
         env._update_version_counter()
     return [guard.expr for guard in taken]
 
@@ -86,7 +87,7 @@ def guards_apart(fake_mode: FakeTensorMode) -> Iterator[list[Any]]:
         yield found
         return
     count, replacements = len(env.guards), dict(env.replacements)
-    tables = (env.axioms, env.var_to_range, env.var_to_range_sloc)
+    tables: list[Any] = [env.axioms, env.var_to_range, env.var_to_range_sloc]
     before, divisible = [dict(table) for table in tables], set(env.divisible)
     try:
         yield found

@@ -53,11 +53,10 @@ class GroupMaximum:
     def __init__(self, ranks: Sequence[int]) -> None:
         default = _get_default_group()
         options = getattr(default._get_backend(default._device_types[0]), "options", None)
-        group = dist.new_group(
+        group: Any = dist.new_group(
             list(ranks), getattr(options, "_timeout", None), backend="gloo", use_local_synchronization=True
         )
-        assert group is not None
-        self._backend = group._get_backend(torch.device("cpu"))
+        self._backend: Any = group._get_backend(torch.device("cpu"))
         self._largest = dist.AllreduceOptions()
         self._largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         with torch.inference_mode(False):

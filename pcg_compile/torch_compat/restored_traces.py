@@ -10,7 +10,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.fx.experimental._config
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -23,6 +22,7 @@ _READ = "2.11 to 2.13"
 attributes(
     "torch.fx.experimental.symbolic_shapes.ShapeEnv", _READ, "create_symbol create_symboolnode source_to_var", ShapeEnv
 )
+_config = private("torch.fx.experimental._config", _READ)
 _ConstantSource = private("torch._dynamo.source.ConstantSource", _READ)
 _qualified_name = private("torch.fx.node._get_qualified_name", _READ)
 _functions = private("torch.utils._sympy.functions", _READ)
@@ -74,9 +74,10 @@ class RestoredTrace:
     def number(self, expr: Any) -> Any:
         """An expression of sizes as an int or SymInt."""
         env: Any = self.mode.shape_env
-        if not isinstance(expr, sympy.Basic) or expr.is_Integer:
+        if not isinstance(expr, sympy.Expr) or expr.is_Integer:
             return int(expr)
-        return env.create_symintnode(expr, hint=int(expr.xreplace(dict(env.backed_var_to_val))))
+        hint: Any = expr.xreplace(dict(env.backed_var_to_val))
+        return env.create_symintnode(expr, hint=int(hint))
 
     def tensor(self, shape: Sequence[Any], strides: Sequence[Any], offset: Any, **kind: Any) -> torch.Tensor:
         """A fake tensor."""
@@ -95,7 +96,7 @@ class RestoredTrace:
             layouts: conditions that are known, and are no guards; see ``layouts_apart``.
         """
         env: Any = self.mode.shape_env
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True), isolated_tracing(self.mode):
+        with _config.patch(backed_size_oblivious=True), isolated_tracing(self.mode):
             for condition in conditions:
                 bool(env.create_symboolnode(condition))
             count = len(env.guards)
@@ -110,6 +111,6 @@ class RestoredTrace:
         """Gives an input of the graph what Dynamo notes of one."""
         node.meta["example_value"] = value
         if source:
-            node._dynamo_source = _ConstantSource(source)  # type: ignore[attr-defined]
+            node._dynamo_source = _ConstantSource(source)
         if static:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -291,7 +291,7 @@ def _engine(
 
 def _most_pages(cache: Any) -> int:
     """Pages that a cache like this one may have."""
-    page = sum(t[0].numel() * t.element_size() for t in (*cache.k, *cache.v))
+    page: int = sum(t[0].numel() * t.element_size() for t in (*cache.k, *cache.v))
     if cache.device.type == "cpu":
         return max(2, _CPU_BYTES // page)
     return max(2, int(_SHARE * torch.cuda.mem_get_info(cache.device)[0]) // page)

@@ -82,4 +82,5 @@ class Request:
         """Log probabilities of the new tokens."""
         if self.rows is None:
             return self.kept_logprobs
-        return self.rows[1][len(self.prompt) : self.rows[2][0]].tolist()
+        new: list[float] = self.rows[1][len(self.prompt) : self.rows[2][0]].tolist()
+        return new

@@ -73,7 +73,7 @@ class Arguments:
             kwargs["use_cache"] = False
         return (), kwargs
 
-    @torch.compiler.disable(reason=_OUTSIDE)
+    @torch.compiler.disable(reason=_OUTSIDE)  # type: ignore[untyped-decorator]
     def _complete(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with those that only the step knows; looks at values, and so runs outside of graphs.
 

@@ -65,7 +65,7 @@ class Trial:
     compare: bool = False
     calls: list[Call] = field(default_factory=list)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self,
         module: torch.nn.Module,
@@ -297,7 +297,7 @@ class _Runs:
         #: Where the model's own positions begin.
         self.offset = 0
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, trial: Trial, positions: torch.Tensor | None, other: bool = False) -> torch.Tensor:
         """The model's first result, ``[1, tokens, ...]``; ``positions`` None: as a model alone is called.
 
