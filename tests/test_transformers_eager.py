@@ -101,10 +101,30 @@ def test_use_cache_is_off(name):
     assert config.use_cache
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="pcg")
     assert not model.config.use_cache
-    other = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa")
+    other = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").eval()
     assert other.config.use_cache
     other.set_attn_implementation("pcg")
+    integration.cache_for(other, num_pages=2)
     assert not other.config.use_cache
+
+
+def test_a_model_that_is_set_to_pcg_is_prepared_by_cache_for():
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa").eval()
+    ids = torch.randint(1, 60, (1, 5))
+    expected = model(ids).logits
+    model.set_attn_implementation("pcg")
+    cache = integration.cache_for(CONFIGS["llama"](), num_pages=4)
+    with step(Batch([5], page_table=[[1]]), cache), pytest.raises(BatchError, match=r"cache_for\(model, \.\.\.\)"):
+        model(ids)
+    cache = integration.cache_for(model, num_pages=4)
+    with step(Batch([5], page_table=[[1]]), cache):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_transformers_is_patched():
+    for owner in (transformers.PreTrainedModel, transformers.PreTrainedConfig):
+        theirs = [value for value in vars(owner).values() if hasattr(value, "__module__")]
+        assert not [value for value in theirs if str(value.__module__).startswith("pcg_compile")]
 
 
 def test_cache_for_reads_a_config_and_a_model():

@@ -133,7 +133,7 @@ def routers_of(model: Any) -> list[Any]:
 @contextmanager
 def attending_through_pcg(model: Any) -> Iterator[None]:
     """The model attends through pcg and is in eval mode inside; afterwards everything is as it was."""
-    from ..transformers.known import outermost
+    from ..transformers.early import served_model
     from ..transformers.trial import prove
 
     config = model.config.get_text_config()
@@ -144,7 +144,7 @@ def attending_through_pcg(model: Any) -> Iterator[None]:
             model.set_attn_implementation("pcg")
         model.eval()
         # Ahead of the first trace: a model is tried outside of graphs.
-        prove(outermost(model))
+        prove(served_model(model))
         yield
     finally:
         if before != "pcg":

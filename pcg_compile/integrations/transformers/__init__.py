@@ -11,50 +11,25 @@ of which the rule is read and no tensor made, and from the paged cache, which ta
 model that packed requests would get wrong numbers from is refused with an ``OptionsError`` that says why: when it is
 made, where its structure tells, else by ``cache_for`` or in its first step, where it is tried with a few tokens.
 
-transformers has no hook for a model that is made with an implementation, so its check of the implementation's name is
-wrapped.
+Importing registers the functions for attention and masks with transformers, and a hook with torch.nn that sees models
+as they are made. A model that ``set_attn_implementation`` was called on is prepared by ``cache_for``.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import PreTrainedModel
 
 from ..generation import accelerate, generate_batch
 from .attention import attention
 from .caches import cache_for
-from .early import prepare
+from .early import prepare_while_made
 from .known import NAME
 from .masks import read_mask
 
 __all__ = ["NAME", "accelerate", "attention", "cache_for", "generate_batch"]
 
-
-def _prepare_after(check: Any) -> Any:
-    """Wraps the method that every model passes the name of its attention through, when made and when it is set."""
-
-    @functools.wraps(check)
-    def checked(self: PreTrainedModel, requested: str | None, *args: Any, **kwargs: Any) -> str:
-        name = check(self, requested, *args, **kwargs)
-        # A model around the text part makes the masks of both.
-        if name == NAME or self.config.get_text_config()._attn_implementation == NAME:
-            prepare(self)
-        return name
-
-    checked.__pcg__ = True  # type: ignore[attr-defined]
-    return checked
-
-
-def _register() -> None:
-    transformers.AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, read_mask)
-    check = PreTrainedModel.get_correct_attn_implementation
-    if not getattr(check, "__pcg__", False):
-        PreTrainedModel.get_correct_attn_implementation = _prepare_after(check)
-
-
-_register()
+transformers.AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, read_mask)
+register_module_module_registration_hook(prepare_while_made)

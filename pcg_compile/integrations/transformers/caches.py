@@ -8,7 +8,8 @@ import torch
 
 from ...attention import PagedKVCache
 from ...errors import OptionsError, message
-from .known import known_of, outermost
+from .early import served_model
+from .known import known_of
 from .trial import prove
 
 __all__ = ["cache_for"]
@@ -64,7 +65,7 @@ def cache_for(
 
 
 def _layers_of(model: torch.nn.Module) -> dict[int, tuple[int, int, int]]:
-    served = outermost(model)
+    served = served_model(model)
     if served is None or any(parameter.is_meta for parameter in served.parameters()):
         return {}
     prove(served)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
-from collections.abc import Iterator
+import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers.modeling_utils import PreTrainedModel
 from ...errors import OptionsError
 from .arguments import Arguments
 from .known import NAME, Known, known_of
-from .trial import refusal, refused
+from .trial import refused
 
-__all__ = ["prepare"]
+__all__ = ["prepare_while_made", "served_model"]
 
 #: Types of layers, as configs name them, in which a token sees others through causal attention alone, or not at all.
 _LAYER_TYPES = frozenset(
@@ -26,18 +25,54 @@ _LAYER_TYPES = frozenset(
 #: Rotary embeddings whose frequencies follow from the longest position of a call, whoever's it is.
 _ROPE_BY_CALL = frozenset({"dynamic", "longrope"})
 
-#: Whether a copy on the meta device is being made in this thread, and the config of the last.
+#: Whether a copy on the meta device is being made in this thread or task.
 _COPYING: ContextVar[bool] = ContextVar("pcg_copying", default=False)
-_COPIED: ContextVar[weakref.ref[Any] | None] = ContextVar("pcg_copied", default=None)
+
+
+def prepare_while_made(module: torch.nn.Module, name: str, submodule: Any) -> None:
+    """Prepares a model when its first submodule is registered: ahead of its layers, which look their attention up.
+
+    A hook of :func:`torch.nn.modules.module.register_module_module_registration_hook`.
+
+    Raises:
+        OptionsError: packed requests would get other numbers than each alone, as far as its class and config tell.
+    """
+    if not isinstance(module, PreTrainedModel) or _COPYING.get():
+        return
+    if _is_to_use_pcg(module) and next(module.children(), None) is None:
+        prepare(module)
+        reason = _by_copy(module)
+        if reason is not None:
+            raise OptionsError(refused(type(module).__name__, reason))
+
+
+def served_model(module: torch.nn.Module) -> Any:
+    """The outermost model with ``attn_implementation="pcg"`` in a module (PEFT's, a compiled one), or None.
+
+    One that ``set_attn_implementation`` was called on is prepared here.
+
+    Raises:
+        OptionsError: see :func:`prepare_while_made`.
+    """
+    models = [one for one in module.modules() if isinstance(one, PreTrainedModel) and _is_to_use_pcg(one)]
+    for model in models:
+        if known_of(model) is None:
+            prepare(model)
+    return next((model for model in models if known_of(model) is not None), None)
+
+
+def _is_to_use_pcg(model: PreTrainedModel) -> bool:
+    # A model around the text part makes the masks of both.
+    return NAME in (model.config._attn_implementation, model.config.get_text_config()._attn_implementation)
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Prepares a model that is being made with, or set to, ``attn_implementation="pcg"``, itself or its text part.
+    """Gives a model with ``attn_implementation="pcg"``, itself or its text part, the hook that completes its calls.
 
     Raises:
         OptionsError: packed requests would get other numbers than each alone.
     """
-    reason = _by_config(model) or _by_copy(model)
+    reason = _by_config(model)
     if reason is not None:
         raise OptionsError(refused(type(model).__name__, reason))
     model.config.use_cache = False
@@ -75,44 +110,30 @@ def _by_config(model: PreTrainedModel) -> str | None:
 
 
 def _by_copy(model: PreTrainedModel) -> str | None:
-    """What a copy on the meta device shows: whether it can be made at all, and how its layers attend."""
-    last = _COPIED.get()
-    if _COPYING.get() or (last is not None and any(config is model.config for config in _configs(last()))):
+    """Reason why a model whose module holds classes of attention by name cannot be made, or None."""
+    if not any(_are_attention_classes(value) for value in vars(sys.modules[type(model).__module__]).values()):
         return None
-    kind, token = type(model), _COPYING.set(True)
-    try:
-        copied = _copy(kind, model.config, NAME)
-        if isinstance(copied, Exception):
-            if not isinstance(_copy(kind, model.config, "eager"), Exception):
-                return (
-                    f"{kind.__name__} chooses its attention by itself, and does not know this one: "
-                    f"{type(copied).__name__}: {copied}"
-                )
-        else:
-            reason, _ = refusal(copied, structure=True)
-            if reason is not None:
-                return reason
-    finally:
-        _COPYING.reset(token)
-    _COPIED.set(weakref.ref(model.config))
-    return None
+    error = _error_of_copy(model, NAME)
+    if error is None or _error_of_copy(model, "eager") is not None:
+        return None
+    name = type(model).__name__
+    return f"{name} chooses its attention by itself, and does not know this one: {type(error).__name__}: {error}"
 
 
-def _copy(kind: Any, config: Any, implementation: str) -> Any:
-    """A model of a config without memory, or the error."""
-    config = copy.deepcopy(config)
+def _are_attention_classes(value: Any) -> bool:
+    return isinstance(value, dict) and "eager" in value and NAME not in value and isinstance(value["eager"], type)
+
+
+def _error_of_copy(model: PreTrainedModel, implementation: str) -> Exception | None:
+    """What a constructor raises, called for the meta device, where tensors have no memory."""
+    config = copy.deepcopy(model.config)
     config._attn_implementation = implementation
+    token = _COPYING.set(True)
     try:
         with torch.device("meta"):
-            return kind(config).eval()
+            type(model)(config)
     except Exception as error:  # Whatever a constructor raises: that the same without "pcg" does not is the verdict.
         return error
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    """A config and those inside of it."""
-    if config is None:
-        return
-    yield config
-    for name in getattr(config, "sub_configs", None) or ():
-        yield from _configs(getattr(config, name, None))
+    finally:
+        _COPYING.reset(token)
+    return None

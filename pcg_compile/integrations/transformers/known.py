@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAME", "Known", "known_of", "outermost"]
+__all__ = ["NAME", "Known", "known_of"]
 
 #: What to pass as ``attn_implementation``.
 NAME = "pcg"
@@ -42,12 +42,3 @@ def known_of(module: torch.nn.Module) -> Known | None:
     """What is known of a module; None where it is no model, or never had ``attn_implementation="pcg"``."""
     found = vars(module).get(_ATTRIBUTE)
     return found if isinstance(found, Known) else None
-
-
-def outermost(module: Any) -> Any:
-    """The outermost model with ``attn_implementation="pcg"`` in a module (PEFT's, a compiled one), or None."""
-    for inner in module.modules():
-        known = known_of(inner)
-        if known is not None and known.config._attn_implementation == NAME:
-            return inner
-    return None

@@ -139,7 +139,8 @@ def read_mask(*args: Any, mask_function: Any = None, attention_mask: Any = None,
                     if attention_mask is None
                     else "a mask was made from an attention_mask",
                     why="Requests are packed: what a token sees follows from the batch of the running step.",
-                    cure="Call the model itself, model(...), and pass no attention_mask.",
+                    cure="Call the model itself, model(...), and pass no attention_mask.\n"
+                    '  After model.set_attn_implementation("pcg"), make its cache with cache_for(model, ...).',
                 )
             )
     return Sees(*read_rule(mask_function), trial)

@@ -28,7 +28,7 @@ from ...step import RUNNING
 from .known import known_of
 from .masks import TRIAL, Sees, StepMask
 
-__all__ = ["Trial", "prove", "refusal", "refused"]
+__all__ = ["Trial", "prove", "refused"]
 
 #: One trial at a time: its model is shared by all threads.
 _LOCK = threading.RLock()
@@ -89,7 +89,7 @@ class Trial:
             raise BatchError(f"{type(module).__name__} has {query.shape[1]} query heads for {key.shape[1]} key heads")
         limits = (sees.nearest, sees.farthest, sees.chunk)
         self.calls.append(Call(layer, key.shape[1], key.shape[3], value.shape[3], limits, (query, key, value)))
-        if self.compare and not query.is_meta:
+        if self.compare:
             _compare(module, query.shape[1], key.shape[1], query.shape[3], sees, scaling, options)
         result = value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2).contiguous()
         for rows in self.poison:
@@ -152,7 +152,7 @@ def prove(model: Any) -> None:
     with _LOCK:
         if known is None or known.proven:
             return
-        reason, seen = refusal(model)
+        reason, seen = _try(model)
         if reason is not None:
             raise OptionsError(refused(type(model).__name__, reason))
         for module in model.modules():
@@ -178,13 +178,8 @@ class Seen:
     offset: int = 0
 
 
-def refusal(model: Any, structure: bool = False) -> tuple[str | None, Seen]:
-    """Why a model cannot be served, or None, and what was seen.
-
-    Args:
-        model: one with the hook. structure: looks at calls and shapes alone, as on the meta device, where there are no
-            numbers.
-    """
+def _try(model: Any) -> tuple[str | None, Seen]:
+    """Why a model with the hook cannot be served, or None, and what was seen."""
     name, first, seen = type(model).__name__, Trial(compare=True), Seen()
     try:
         device = model.get_input_embeddings().weight.device
@@ -196,8 +191,6 @@ def refusal(model: Any, structure: bool = False) -> tuple[str | None, Seen]:
         if not first.calls:
             return f"{name} computes attention by itself, whatever attn_implementation says.", seen
         seen.layers = {call.layer: (call.kv_heads, call.head_dim, call.v_head_dim) for call in first.calls}
-        if structure:
-            return None, seen
         offset = _offset(runs, first)
         if offset is None:
             return (
@@ -210,9 +203,7 @@ def refusal(model: Any, structure: bool = False) -> tuple[str | None, Seen]:
         return str(error), seen
     except (torch.OutOfMemoryError, PCGError):
         raise
-    except Exception as error:  # A model may ask for anything, pictures for example; on meta, for numbers.
-        if structure:
-            return None, seen
+    except Exception as error:  # A model may ask for anything, pictures for example.
         return f"{name} cannot be called with input_ids and position_ids alone: {type(error).__name__}: {error}", seen
 
 
