@@ -11,7 +11,8 @@ import torch
 import torch.fx.experimental._config
 
 import pcg_compile as pcg
-from pcg_compile.step import StepState, require_step
+from pcg_compile.step import require_step
+from pcg_compile.step_state import StepState
 
 from .models import ATTEND, PAGE_SIZE, Attend, Lists, share
 from .variants import Call, NotHere, Variant, World, attention_of, bucket_of

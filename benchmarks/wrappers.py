@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import pcg_compile as pcg
-from pcg_compile.batch import PaddedBatch
+from pcg_compile.padding_request import PaddedBatch
 
 __all__ = ["Wrapper", "pages"]
 

@@ -11,7 +11,8 @@ from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, 
 from pcg_compile.attention.flashinfer import FlashInferAttention
 from pcg_compile.attention.reference import ReferenceAttention
 from pcg_compile.attention.triton import TritonAttention
-from pcg_compile.batch import Batch, current_step, scratch_step, step
+from pcg_compile.batch import Batch
+from pcg_compile.step import current_step, scratch_step, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs FlashInfer")

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops, reference
-from pcg_compile.batch import Batch, current_step, scratch_step, step
+from pcg_compile.batch import Batch
 from pcg_compile.errors import BatchError, OptionsError
 from pcg_compile.fx.facts import trace_facts
 from pcg_compile.fx.submodules import copy_graph
 from pcg_compile.options import Options
 from pcg_compile.passes.context import PassContext
 from pcg_compile.passes.prepare_batch import prepare_batch
+from pcg_compile.step import current_step, scratch_step, step
 from pcg_compile.torch_compat.fake_tensors import fake_inputs
 
 

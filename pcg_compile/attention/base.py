@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-if TYPE_CHECKING:
-    from .cache import PagedKVCache, Prepared
+from .step_metadata import Prepared, StepMetadata
 
 __all__ = ["PLAIN", "AttentionImpl", "AttentionShape", "Layer"]
 
@@ -140,7 +139,7 @@ class AttentionImpl(ABC):
 
     capturable = plan_lasts = exact_pages = False
 
-    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
         self.shape = shape
         self.device = cache.device
         self.page_size = cache.page_size

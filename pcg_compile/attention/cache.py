@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 import torch
 
 from ..errors import BatchError, OptionsError, message
 from .base import AttentionImpl, AttentionShape, Layer
 from .choose import choose_impl
-from .step_metadata import Prepared, StepMetadata
+from .step_metadata import StepMetadata
 
-__all__ = ["PagedKVCache", "Prepared"]
+__all__ = ["PagedKVCache"]
 
 _LOG = logging.getLogger("pcg_compile")
 
@@ -97,8 +96,6 @@ class PagedKVCache(StepMetadata):
         self._impls: dict[str, AttentionImpl] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
         self.reasons: dict[str, str] = {}
-        #: Memory that implementations share on this cache's device, by name.
-        self.workspaces: dict[str, Any] = {}
         self._free = list(range(num_pages - 1, 0, -1))
 
     def _scales(self, name: str, given: float | torch.Tensor) -> list[torch.Tensor] | None:
@@ -195,3 +192,7 @@ class PagedKVCache(StepMetadata):
                 self.exact_pages = True
                 self.current = None
         return impl
+
+    def plan_lasts(self, shape: str) -> bool:
+        """Whether a plan for an encoded attention shape serves the decode steps that follow as well."""
+        return self.impl(shape).plan_lasts

@@ -23,7 +23,7 @@ from ..memory.staging import StagingRing
 from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
-    from .cache import PagedKVCache, Prepared
+    from .step_metadata import Prepared, StepMetadata
 
 __all__ = ["FlashInferAttention", "FlashInferWrapper", "why_not"]
 
@@ -126,7 +126,7 @@ class FlashInferAttention(AttentionImpl):
 
     exact_pages = True
 
-    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
         super().__init__(shape, cache)
         prefill, reason = _installed()
         if prefill is None:
@@ -226,7 +226,7 @@ class FlashInferWrapper(AttentionImpl):
 
     exact_pages = True
 
-    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
         super().__init__(shape, cache)
         prefill, reason = _installed()
         if prefill is None:

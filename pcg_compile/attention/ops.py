@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.fx.node import has_side_effect
 
-from ..batch import require_step
 from ..errors import BatchError, message
+from ..step import require_step
 from .base import AttentionShape
 
 __all__ = [

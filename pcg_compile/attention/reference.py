@@ -20,7 +20,7 @@ from ..metadata import Ints
 from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
-    from .cache import PagedKVCache, Prepared
+    from .step_metadata import Prepared, StepMetadata
 
 __all__ = ["ReferenceAttention", "why_not"]
 
@@ -58,7 +58,7 @@ class _Group:
 class ReferenceAttention(AttentionImpl):
     """Correct everywhere, fast nowhere: keys and values are gathered in every layer."""
 
-    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
         super().__init__(shape, cache)
         # A replay on the CPU runs it again, with the plan of its step.
         self.capturable = self.device.type == "cpu"

@@ -5,20 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..batch import Batch
 from ..memory.staging import StagingRing
 from ..metadata import Ints
 from ..padding_request import Layout, PaddedBatch
 from ..page_tables import Tables
 from .advance import advance
-from .base import AttentionImpl
-
-if TYPE_CHECKING:
-    from ..batch import Batch
 
 __all__ = ["Prepared", "StepMetadata"]
 
@@ -88,9 +85,14 @@ class StepMetadata(ABC):
     written anew in each step.
     """
 
+    #: Of keys and values.
+    dtype: torch.dtype
+
     def __init__(self, num_pages: int, page_size: int, max_requests: int, device: torch.device) -> None:
         self.num_pages, self.page_size, self.max_requests, self.device = num_pages, page_size, max_requests, device
         self.staging = StagingRing(device)
+        #: Memory that implementations of attention share, by name.
+        self.workspaces: dict[str, Any] = {}
         self.current: Prepared | None = None
         #: By capacity in tokens: the block, and its slots, positions and ids, ``[3, capacity]`` int64.
         self._areas: dict[int, torch.Tensor] = {}
@@ -111,8 +113,8 @@ class StepMetadata(ABC):
         self._spans: dict[int, torch.Tensor] = {}
 
     @abstractmethod
-    def impl(self, text: str) -> AttentionImpl:
-        """The implementation for an encoded attention shape."""
+    def plan_lasts(self, shape: str) -> bool:
+        """Whether a plan for an encoded attention shape serves the decode steps that follow as well."""
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
@@ -185,8 +187,8 @@ class StepMetadata(ABC):
         advance(prepared.tokens, kv_lens, kv_indptr, kv_indices, batch.num_requests, steps, self.page_size)
         prepared.batch = batch
         prepared.__dict__.pop("padded", None)
-        for text in [text for text in prepared.plans if not self.impl(text).plan_lasts]:
-            del prepared.plans[text]
+        for shape in [shape for shape in prepared.plans if not self.plan_lasts(shape)]:
+            del prepared.plans[shape]
 
     def _write(self, batch: Batch, made_for: tuple[int, int, int | None], forced: bool) -> Prepared:
         bucket, rows, entries = made_for

@@ -13,8 +13,8 @@ import torch
 from .base import PLAIN, AttentionImpl, AttentionShape, Layer
 
 if TYPE_CHECKING:
-    from .cache import PagedKVCache, Prepared
     from .ragged import Launch, RaggedAttention, Schedule
+    from .step_metadata import Prepared, StepMetadata
 
 __all__ = ["TritonAttention", "why_not"]
 
@@ -95,7 +95,7 @@ class TritonAttention(AttentionImpl):
 
     capturable = plan_lasts = True
 
-    def __init__(self, shape: AttentionShape, cache: PagedKVCache) -> None:
+    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
         super().__init__(shape, cache)
         self._kv_dtype = cache.dtype
         self._group = shape.num_heads // shape.num_kv_heads

@@ -17,7 +17,7 @@ from ..memory.staging import StagingRing
 from .route import Routing, route
 
 if TYPE_CHECKING:
-    from ..step import StepState
+    from ..step_state import StepState
 
 
 class SlotSource(Protocol):

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..batch import RUNNING
 from ..runtime.program import Kind, Operation, PrepareMetadata, Program, Replay, RunPiece, RunSplitOp
-from ..step import RUNNING, StepState
+from ..step_state import StepState
 
 __all__ = ["Span", "Timeline", "time_step"]
 

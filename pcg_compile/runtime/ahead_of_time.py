@@ -14,10 +14,11 @@ from typing import Any
 import sympy
 import torch
 
-from ..batch import StepState, scratch_step
 from ..counters import Counters
 from ..fx.sizes import evaluate, expr_of, shape_at
 from ..memory.views import real_rows
+from ..step import scratch_step
+from ..step_state import StepState
 from .binding import Binding
 from .budget import respect_budget
 from .builder import build_and_run

@@ -17,7 +17,8 @@ from torch.fx.node import map_arg
 
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
-from ..step import DoesNotFit, current_step
+from ..step import current_step
+from ..step_state import DoesNotFit
 from .capture import CapturedGraph
 from .shared import Shared
 from .timing import seconds_of

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from ..counters import Counters
 from ..fx.plan import Item
-from ..step import DoesNotFit
+from ..step_state import DoesNotFit
 from ..torch_compat.profiling import profiler_records
 from .full_graph import FullGraph
 

@@ -264,7 +264,7 @@ def _tell(session: Session, notify: Any, request: Request, token: int | None) ->
 def _engine(
     model: Any, requests: Sequence[Request], num_pages: int | None, page_size: int, most_tokens: int, options: Any
 ) -> Engine:
-    from ..transformers import cache_for
+    from ..transformers.caches import cache_for
 
     parameter = next(model.parameters())
     chosen = {"compiler": "inductor" if parameter.is_cuda else "eager", "max_tokens": most_tokens, **(options or {})}

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from ...batch import RUNNING
 from ...errors import BatchError, OptionsError, PCGError, message
-from ...step import RUNNING
 from .known import known_of
 from .masks import TRIAL, Sees, StepMask
 
