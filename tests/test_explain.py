@@ -16,7 +16,8 @@ from test_paged_model import LAYERS, Model, Traffic
 import pcg_compile as pcg
 from pcg_compile.fx.places import place_parts
 from pcg_compile.registry import runtimes
-from pcg_compile.report.render import fold, number_range, summary
+from pcg_compile.report.items import number_range
+from pcg_compile.report.render import fold, summary
 from pcg_compile.torch_compat.inductor import inductor_output
 
 OPTIONS = {"buckets": [4, 8], "compiler": "eager"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,85 +15,15 @@ from ..fx.places import name_of_input
 from ..fx.plan import PieceItem, Plan
 from ..registry import forget, is_compiled, runtimes, stats
 from ..runtime.ahead_of_time import WarmUp, warm_up_context
-from ..stats import COUNTS, Stats
 from ..torch_compat.dynamo_graphs import graph_breaks
 from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
-from .items import ItemReport, items_of
-from .render import as_html, as_text
+from .items import items_of
+from .render import GraphReport, PassReport, Report
 from .timeline import Timeline, time_step
 from .trial_compile import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 
-__all__ = ["GraphReport", "Hazards", "ItemReport", "PassReport", "Report", "check", "explain", "items_of"]
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """One pass: what it made of the graph; each finding with its reason and the user's line."""
-
-    name: str
-    verdict: str
-    findings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """One of Dynamo's graphs.
-
-    Attributes:
-        sizes: its dynamic sizes, such as ``ids.shape[0]``.
-        items: its pieces and split ops, in order.
-        notes, hazards, passes: what passes did and found.
-        refusal: why no step of it is replayed, or None.
-        timeline: of one step with the arguments that ``explain`` was given; None without arguments.
-        entry_seconds, entry: of the first graph, host time from the call to the graph, and the way it took.
-    """
-
-    sizes: tuple[str, ...]
-    items: tuple[ItemReport, ...]
-    notes: tuple[str, ...]
-    hazards: tuple[Hazard, ...]
-    refusal: str | None
-    passes: tuple[PassReport, ...] = ()
-    timeline: Timeline | None = None
-    entry_seconds: float | None = None
-    entry: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The graphs of a model and the figures so far. Prints as text: a summary, then tables."""
-
-    graphs: tuple[GraphReport, ...]
-    stats: Stats
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
-    def to_json(self) -> str:
-        """All of it as JSON; times in seconds."""
-        figures = {name: getattr(self.stats, name) for name in COUNTS}
-        buckets = {str(size): {**asdict(use), "padding": use.padding} for size, use in self.stats.buckets.items()}
-        falls = [asdict(f) for f in self.stats.fallbacks]
-        sizes = {str(size): steps for size, steps in self.stats.sizes.items()}
-        graphs = [asdict(graph) for graph in self.graphs]
-        everything = {**figures, "buckets": buckets, "fallbacks": falls, "sizes": sizes}
-        return json.dumps({"graphs": graphs, "stats": everything}, indent=1)
-
-    def plot(self) -> Any:
-        """Returns a matplotlib ``Figure`` of two axes: where one step's time goes, and the padding of each bucket.
-
-        There are times only if ``explain`` was given a call's arguments.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from .plots import plot_report
-
-        return plot_report(self)
+__all__ = ["Hazards", "Report", "check", "explain"]
 
 
 class Hazards(list[Hazard]):

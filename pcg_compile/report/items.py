@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from ..fx.places import module_of
 from ..fx.plan import Item, PieceItem, Plan
 from ..torch_compat.structured_trace import add_artifact
 
-__all__ = ["ItemReport", "add_plan", "items_of"]
+__all__ = ["ItemReport", "add_plan", "items_of", "number_range", "without_numbers"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,19 @@ class ItemReport:
 
     def __str__(self) -> str:
         return f"{self.name:24}  {self.verdict} ({self.reason})  {self.module}  {self.where}"
+
+
+def without_numbers(text: str) -> str:
+    """A text with each number replaced, to compare layers by."""
+    return re.sub(r"\d+", "#", text)
+
+
+def number_range(first: str, last: str) -> str:
+    """``layers.0.mlp`` and ``layers.31.mlp`` as ``layers.0-31.mlp``; of texts that differ otherwise, the first."""
+    if without_numbers(first) != without_numbers(last):
+        return first
+    ends = iter(re.findall(r"\d+", last))
+    return re.sub(r"\d+", lambda m: m[0] if (end := next(ends)) == m[0] else f"{m[0]}-{end}", first)
 
 
 def add_plan(plan: Plan, number: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import message
-from .render import number_range, without_numbers
+from ..stats import Stats
+from .items import number_range, without_numbers
+from .timeline import Span, Timeline
 
 try:
     from matplotlib.figure import Figure
@@ -16,11 +18,6 @@ except ImportError as error:
     raise ImportError(
         message("a plot needs matplotlib, which is not installed", cure="Write: pip install matplotlib")
     ) from error
-
-if TYPE_CHECKING:
-    from ..stats import Stats
-    from .explain import Report
-    from .timeline import Span, Timeline
 
 __all__ = ["COLOURS", "Bar", "Picture", "bars_of", "draw_buckets", "draw_timelines", "plot_report"]
 
@@ -90,14 +87,13 @@ def bars_of(timelines: Sequence[Timeline]) -> list[Bar]:
     return bars
 
 
-def plot_report(report: Report) -> Picture:
+def plot_report(timelines: Sequence[Timeline], stats: Stats) -> Picture:
     """Where a step's time goes above, one bar for each bucket below."""
-    timelines = [graph.timeline for graph in report.graphs if graph.timeline is not None]
-    rows = [max(2, len(bars_of(timelines))), max(2, len(report.stats.buckets))]
+    rows = [max(2, len(bars_of(timelines))), max(2, len(stats.buckets))]
     figure = Picture(figsize=(11, 1.2 + 0.3 * sum(rows)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=rows)
     draw_timelines(above, timelines)
-    draw_buckets(below, report.stats)
+    draw_buckets(below, stats)
     return figure
 
 

@@ -1,21 +1,22 @@
-"""A report as text and as HTML: a summary, then tables in which repeated layers are one row."""
+"""A report, as text and as HTML: a summary, then tables in which repeated layers are one row."""
 
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from ..stats import bucket_table, percent, print_table
+from ..errors import Hazard
+from ..stats import COUNTS, Stats, bucket_table, percent, print_table
+from .items import ItemReport, number_range, without_numbers
+from .timeline import Timeline
 
-if TYPE_CHECKING:
-    from .explain import GraphReport, ItemReport, Report
-
-__all__ = ["as_html", "as_text", "cure_of", "fold", "number_range", "short", "summary", "without_numbers"]
+__all__ = ["GraphReport", "PassReport", "Report", "cure_of", "fold", "short", "summary"]
 
 #: Kinds of ops that a row names.
 _MOST_OPS = 4
@@ -36,6 +37,75 @@ CURES = (
     (r"has reached Dynamo's", "pass what changes as a tensor, or name its sizes: @pcg.piecewise(dynamic={...})"),
     (r"overlaps another", "pass tensors that do not share memory"),
 )
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: what it made of the graph; each finding with its reason and the user's line."""
+
+    name: str
+    verdict: str
+    findings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One of Dynamo's graphs.
+
+    Attributes:
+        sizes: its dynamic sizes, such as ``ids.shape[0]``.
+        items: its pieces and split ops, in order.
+        notes, hazards, passes: what passes did and found.
+        refusal: why no step of it is replayed, or None.
+        timeline: of one step with the arguments that ``explain`` was given; None without arguments.
+        entry_seconds, entry: of the first graph, host time from the call to the graph, and the way it took.
+    """
+
+    sizes: tuple[str, ...]
+    items: tuple[ItemReport, ...]
+    notes: tuple[str, ...]
+    hazards: tuple[Hazard, ...]
+    refusal: str | None
+    passes: tuple[PassReport, ...] = ()
+    timeline: Timeline | None = None
+    entry_seconds: float | None = None
+    entry: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The graphs of a model and the figures so far. Prints as text: a summary, then tables."""
+
+    graphs: tuple[GraphReport, ...]
+    stats: Stats
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def to_json(self) -> str:
+        """All of it as JSON; times in seconds."""
+        figures = {name: getattr(self.stats, name) for name in COUNTS}
+        buckets = {str(size): {**asdict(use), "padding": use.padding} for size, use in self.stats.buckets.items()}
+        falls = [asdict(f) for f in self.stats.fallbacks]
+        sizes = {str(size): steps for size, steps in self.stats.sizes.items()}
+        graphs = [asdict(graph) for graph in self.graphs]
+        everything = {**figures, "buckets": buckets, "fallbacks": falls, "sizes": sizes}
+        return json.dumps({"graphs": graphs, "stats": everything}, indent=1)
+
+    def plot(self) -> Any:
+        """Returns a matplotlib ``Figure`` of two axes: where one step's time goes, and the padding of each bucket.
+
+        There are times only if ``explain`` was given a call's arguments.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .plots import plot_report
+
+        return plot_report([graph.timeline for graph in self.graphs if graph.timeline is not None], self.stats)
 
 
 @dataclass(frozen=True)
@@ -166,19 +236,6 @@ def fold(keys: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
                 length, times = n, repeats
         yield start, length, times
         start += length * times
-
-
-def without_numbers(text: str) -> str:
-    """A text with each number replaced, to compare layers by."""
-    return re.sub(r"\d+", "#", text)
-
-
-def number_range(first: str, last: str) -> str:
-    """``layers.0.mlp`` and ``layers.31.mlp`` as ``layers.0-31.mlp``; of texts that differ otherwise, the first."""
-    if without_numbers(first) != without_numbers(last):
-        return first
-    ends = iter(re.findall(r"\d+", last))
-    return re.sub(r"\d+", lambda m: m[0] if (end := next(ends)) == m[0] else f"{m[0]}-{end}", first)
 
 
 def _place(first: ItemReport, last: ItemReport) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import PCGError, message
 from ..stats import percent, print_table
-from .render import cure_of, number_range, short, without_numbers
+from .items import number_range, without_numbers
+from .render import cure_of, short
 
 __all__ = ["Range", "Step", "TraceFile", "read_trace"]
 
