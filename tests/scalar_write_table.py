@@ -8,6 +8,9 @@ import torch
 
 #: What a captured graph does with a write to (or a read of) a tensor on the capture device.
 REJECTED, FINE, COPIES, WAITS = "rejected", "fine", "copies", "waits"
+#: Verdicts by the kind of a hazard, and kinds by verdict.
+VERDICT_OF = {"scalar write": REJECTED, "host copy": COPIES, "sync": WAITS, "dynamic shape": WAITS}
+KINDS = {REJECTED: {"scalar write"}, COPIES: {"host copy"}, WAITS: {"sync", "dynamic shape"}}
 
 #: Fine from torch 2.15 on, which puts the number on the device by a fill.
 NUMBER_BY_INDEX = ("t[index] = 4", "t2[index, 0] = 3")
@@ -137,3 +140,8 @@ def function_of(statement: str, names: list[str]) -> Callable[..., tuple[torch.T
     scope: dict[str, object] = {"torch": torch}
     exec(compile(source, f"<{statement}>", "exec"), scope)
     return scope["run"]  # type: ignore[return-value]
+
+
+def run(statement: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Executes a statement of the table."""
+    exec(compile(statement.replace("[i, j]", "[1, 2]"), "<statement>", "exec"), {"torch": torch, **tensors})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -129,12 +128,11 @@ def bytes_of(tmp_path_factory):
 
 
 def refused(folder, weights=None, config=None):
-    """Reads a damaged folder: an AdapterError at once, or a sound adapter after all."""
+    """Reads a damaged folder: an AdapterError, or a sound adapter after all."""
     if weights is not None:
         (folder / "adapter_model.safetensors").write_bytes(weights)
     if config is not None:
         (folder / "adapter_config.json").write_text(config)
-    started = time.perf_counter()
     try:
         adapter = read_adapter(folder)
     except AdapterError:
@@ -142,7 +140,6 @@ def refused(folder, weights=None, config=None):
     else:
         for factors in adapter.modules.values():
             assert factors.a.shape[0] == factors.b.shape[1] and torch.isfinite(factors.a).all()
-    assert time.perf_counter() - started < 2
 
 
 @hypothesis.settings(max_examples=60, deadline=None)

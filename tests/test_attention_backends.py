@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from paged_model import VOCAB, Model, Traffic
 from ragged_attention import FEATURES, error, expected, random_case
-from test_paged_model import VOCAB, Model, Traffic
 
 import pcg_compile as pcg
 from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl

@@ -5,17 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scalar_write_table import COPIES, EAGER_ONLY, FINE, NUMBER_BY_INDEX, REJECTED, TABLE, WAITS, values
+from scalar_write_table import EAGER_ONLY, FINE, KINDS, NUMBER_BY_INDEX, REJECTED, TABLE, run, values
 
 from pcg_compile.capture_guard import capture_guard
 from pcg_compile.errors import CaptureHazard, GraphBreakingScalarWrite, OptionsError
 from pcg_compile.passes.scalar_writes import host_scalar_write
-
-KINDS = {REJECTED: {"scalar write"}, COPIES: {"host copy"}, WAITS: {"sync", "dynamic shape"}}
-
-
-def run(statement, tensors):
-    exec(compile(statement.replace("[i, j]", "[1, 2]"), "<statement>", "exec"), {"torch": torch, **tensors})
 
 
 @pytest.mark.parametrize(("statement", "verdict"), TABLE + EAGER_ONLY)

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 from models import ToyLlama
-from test_paged_model import LAYERS, Model, Traffic
+from paged_model import LAYERS, Model, Traffic
 
 import pcg_compile as pcg
 from pcg_compile.fx.places import place_parts

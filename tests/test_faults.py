@@ -9,6 +9,7 @@ import weakref
 import models  # noqa: F401 - defines the silly ops
 import pytest
 import torch
+from three_pieces import Model, check, compile_it, pair, warm
 from torch import nn
 
 import pcg_compile as pcg
@@ -21,41 +22,6 @@ from pcg_compile.runtime.capture import StaticReplay
 def _fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-class Model(nn.Module):
-    """Three pieces, two of them equal, with a buffer that every step changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x):
-        self.calls.add_(1)
-        x = torch.ops.silly.fresh(self.first(x).relu())
-        return torch.ops.silly.fresh(self.second(x)) + self.calls
-
-
-def pair():
-    ours, theirs = Model().eval(), Model().eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def compile_it(model, **options):
-    return torch.compile(model, backend="pcg", options={"compiler": "eager", "buckets": [4, 8, 16], **options})
-
-
-@torch.no_grad()
-def check(compiled, theirs, *sizes):
-    for n in sizes:
-        x = torch.randn(n, 4)
-        torch.testing.assert_close(compiled(x), theirs(x))
-
-
-def warm(compiled, theirs):
-    check(compiled, theirs, 3, 5, 6)
 
 
 class Failing:

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_paged_model import LAYERS, STEPS, VOCAB, Model, Traffic
+from paged_model import LAYERS, STEPS, VOCAB, Model, Traffic
 from torch import nn
 
 import pcg_compile as pcg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_route_lora import ADAPTERS, WIDTH, Layer, Source
+from routed_lora import ADAPTERS, WIDTH, Layer, Source
 from torch import nn
 
 import pcg_compile as pcg

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from itertools import pairwise
 
 import pytest
 import torch
 from models import ToyLlama
-from test_paged_model import LAYERS, Model, Traffic
+from paged_model import LAYERS, Model, Traffic
 
 import pcg_compile as pcg
 
@@ -25,8 +24,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pcg.split_op("plots::slow", mutates_args=("out",))
 def slow(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Takes 20 ms on the host."""
-    time.sleep(0.02)
+    """Keeps the host busy for longer than everything else in a step."""
+    torch.linalg.svd(torch.eye(500, device="cpu"))
     out.copy_(x + 1)
 
 
@@ -82,9 +81,9 @@ def test_times_are_real():
     with torch.no_grad():
         run(torch.randn(3, 4))
     timeline = timeline_of(run, torch.randn(3, 4))
-    seconds = {span.name: span.seconds for span in timeline.spans if span.seconds > 0.01}
-    assert list(seconds) == ["plots::slow"] and seconds["plots::slow"] >= 0.02
-    assert timeline.seconds >= 0.02
+    longest = max(timeline.spans, key=lambda span: span.seconds)
+    assert longest.name == "plots::slow" and longest.seconds <= timeline.seconds
+    assert longest.seconds > sum(span.seconds for span in timeline.spans) / 2
 
 
 def test_without_captured_graphs_a_step_is_timed_at_its_exact_size():
@@ -213,7 +212,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 def test_each_run_routes_its_adapters_anew():
     """A step routes once; a timeline of five runs must not show four that found it done."""
-    from test_route_lora import Model as WithAdapters
+    from routed_lora import Model as WithAdapters
 
     model = WithAdapters()
     compiled = pcg.piecewise(dynamic={"x": 0}, **OPTIONS)(model.forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_paged_model import Model, Traffic
+from paged_model import Model, Traffic
 
 import pcg_compile as pcg
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_paged_model import Model as Paged
-from test_paged_model import Traffic
+from paged_model import Model as Paged
+from paged_model import Traffic
 from torch import nn
 
 import pcg_compile as pcg

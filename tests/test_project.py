@@ -176,6 +176,18 @@ def test_files_are_small(path):
     assert len((ROOT / path).read_text().splitlines()) <= 350
 
 
+@IN_A_CHECKOUT
+def test_tests_share_helpers_and_do_not_sleep():
+    """What several test files need is in a module that is none; nothing waits for the clock."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else names
+            assert not any(name.startswith("test_") for name in names), (path.name, names)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert f"{node.value.id}.{node.attr}" != "time.sleep", path.name
+
+
 def test_this_torch_has_every_private_name():
     assert declared_names() and probe.missing() == []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import ToyLlama
-from test_facts import compare
+from same_facts import compare
 from torch import fx
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx

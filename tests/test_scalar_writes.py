@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from hazard_tracing import traced
-from scalar_write_table import COPIES, FINE, NUMBER_BY_INDEX, REJECTED, TABLE, WAITS, function_of, values
+from scalar_write_table import FINE, NUMBER_BY_INDEX, REJECTED, TABLE, VERDICT_OF, function_of, values
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,6 @@ from pcg_compile.passes.capture_hazards import capture_hazards
 from pcg_compile.passes.context import PassContext
 from pcg_compile.passes.scalar_writes import host_scalar_write, scalar_writes
 
-VERDICT_OF = {"scalar write": REJECTED, "host copy": COPIES, "sync": WAITS, "dynamic shape": WAITS}
 copies = pytest.mark.skipif(host_scalar_write() == "fills", reason="this torch fills where others copy a host scalar")
 
 

@@ -14,12 +14,15 @@ from scalar_write_table import (
     COPIES,
     EAGER_ONLY,
     FINE,
+    KINDS,
     MAY_BE_CAPTURED,
     ON_A_GPU,
     REJECTED,
     TABLE,
+    VERDICT_OF,
     WAITS,
     function_of,
+    run,
     values,
 )
 
@@ -90,7 +93,6 @@ def test_the_verdict_is_what_capture_does(statement, verdict, captured):
 @pytest.mark.parametrize(("statement", "verdict"), TABLE + ON_A_GPU)
 def test_the_passes_on_cuda_tensors(statement, verdict):
     from hazard_tracing import traced
-    from test_scalar_writes import VERDICT_OF
 
     from pcg_compile.passes.scalar_writes import host_scalar_write
 
@@ -108,8 +110,6 @@ def test_the_passes_on_cuda_tensors(statement, verdict):
 
 @pytest.mark.parametrize(("statement", "verdict"), ROWS)
 def test_the_guard_on_cuda_tensors(statement, verdict):
-    from test_capture_guard import KINDS, run
-
     from pcg_compile.capture_guard import capture_guard
     from pcg_compile.passes.scalar_writes import host_scalar_write
 

@@ -10,9 +10,9 @@ import models  # noqa: F401 - defines the silly ops
 import pytest
 import torch
 from adapters import save_plain
-from test_faults import Model, check, compile_it, pair, warm
-from test_paged_model import Model as Paged
-from test_paged_model import Traffic
+from paged_model import Model as Paged
+from paged_model import Traffic
+from three_pieces import Model, check, compile_it, pair, warm
 
 import pcg_compile as pcg
 
