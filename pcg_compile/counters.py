@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,18 +18,6 @@ from .torch_compat.profiling import in_range
 __all__ = ["Counters"]
 
 _LOG = logging.getLogger("pcg_compile")
-
-
-@dataclass
-class _Use:
-    """The running form of :class:`BucketStats`."""
-
-    hits: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-    attention: str = ""
 
 
 class _Figures:
@@ -43,7 +31,7 @@ class _Figures:
 
     def clear(self) -> None:
         self.steps = self.captured = self.replays = 0
-        self.buckets: dict[Any, _Use] = {}
+        self.buckets: dict[Any, BucketStats] = {}
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self.sizes: Counter[int] = Counter()
         self.sees_compile = False
@@ -144,10 +132,10 @@ class Counters:
         use = self._now.buckets.get(size)
         return use.hits if use is not None else 0
 
-    def bucket(self, size: Any) -> _Use:
+    def bucket(self, size: Any) -> BucketStats:
         """The use of one bucket, to be added to."""
         with self._lock:
-            return self._now.buckets.setdefault(size, _Use())
+            return self._now.buckets.setdefault(size, BucketStats())
 
     def count_capture(self, size: Any, seconds: float, nbytes: int) -> None:
         """Counts one captured graph of a bucket."""
@@ -236,7 +224,7 @@ class Counters:
                 self.compiled,
                 total.captured,
                 total.replays,
-                MappingProxyType({size: BucketStats(**vars(use)) for size, use in total.buckets.items()}),
+                MappingProxyType({size: replace(use) for size, use in total.buckets.items()}),
                 tuple(Fallback(reason, where, count) for (reason, where), count in fallbacks.items()),
                 MappingProxyType(dict(total.sizes)),
             )
@@ -263,4 +251,4 @@ def _add(total: _Figures, part: _Figures) -> None:
     total.fallbacks.update(part.fallbacks)
     total.sizes.update(part.sizes)
     for size, use in part.buckets.items():
-        total.buckets[size] = sum_of_use(total.buckets.get(size, _Use()), use)
+        total.buckets[size] = sum_of_use(total.buckets.get(size, BucketStats()), use)

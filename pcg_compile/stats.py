@@ -1,4 +1,4 @@
-"""What a compiled graph did, as frozen snapshots."""
+"""What a compiled graph did, as snapshots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fallback:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class BucketStats:
     """Use of one bucket: steps, real and padding tokens, seconds and bytes that capturing it took.
 
@@ -162,10 +162,10 @@ def _order(size: Any) -> tuple[int, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
-def sum_of_use(one: Any, other: Any) -> Any:
-    """The sum of two dataclasses of a bucket's figures."""
+def sum_of_use(one: BucketStats, other: BucketStats) -> BucketStats:
+    """The sum of a bucket's figures."""
     counts = {f.name: getattr(one, f.name) + getattr(other, f.name) for f in fields(one) if f.name != "attention"}
-    return type(one)(**counts, attention=one.attention or other.attention)
+    return BucketStats(**counts, attention=one.attention or other.attention)
 
 
 @contextmanager

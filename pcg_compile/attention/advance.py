@@ -10,8 +10,6 @@ import torch
 
 __all__ = ["advance"]
 
-_BLOCK = 128
-
 
 def advance(
     tokens: torch.Tensor,
@@ -21,8 +19,11 @@ def advance(
     requests: int,
     steps: int,
     page_size: int,
-) -> None:
+    known: Any = None,
+) -> Any:
     """Gives each request ``steps`` more tokens, the last of which is its new one.
+
+    Returns the kernel that it launched, for ``known`` in a next call with the same cache.
 
     Args:
         tokens: ``[3, requests]`` int64, slots and positions among them. kv_lens: int32. kv_indptr: int32, where the
@@ -30,13 +31,13 @@ def advance(
     """
     kernel = _kernel() if tokens.is_cuda else None
     if kernel is not None:
-        kernel(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, page_size)
-        return
+        return kernel(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, page_size, known)
     slots, positions = tokens[0], tokens[1]
     positions += steps
     kv_lens[:requests] += steps
     pages = kv_indices[kv_indptr[:requests] + positions // page_size].long()
     torch.add(pages * page_size, positions % page_size, out=slots)
+    return None
 
 
 @functools.cache

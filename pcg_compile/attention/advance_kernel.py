@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,9 +12,6 @@ import triton.language as tl
 __all__ = ["launch"]
 
 _BLOCK = 128
-#: Registry, by device and page size. Triton takes some 50 us to find out which kernel arguments need; one that is
-#: known is launched in 10.
-_COMPILED: dict[Hashable, Any] = {}
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "stride"])
@@ -32,15 +28,20 @@ def _advance(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, stride, PA
 
 def launch(
     tokens: torch.Tensor, kv_lens: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, requests: int,
-    steps: int, page_size: int,
-) -> None:  # fmt: skip
-    """Launches it; all pointers are multiples of 16 bytes."""
+    steps: int, page_size: int, known: Any,
+) -> Any:  # fmt: skip
+    """Launches it; all pointers are multiples of 16 bytes.
+
+    Triton takes some 50 us to find out which kernel arguments need; one that is known is launched in 10.
+
+    Args:
+        known: what a launch with the same device and page size returned; None at first.
+    """
     grid = (triton.cdiv(requests, _BLOCK), 1, 1)
     args = (tokens, kv_lens, kv_indptr, kv_indices, requests, steps, tokens.stride(0), page_size, _BLOCK)
-    key = (tokens.device, page_size)
     elsewhere = torch.cuda.current_device() != tokens.device.index
     with torch.cuda.device(tokens.device) if elsewhere else nullcontext():
-        if key in _COMPILED:
-            _COMPILED[key][grid](*args)
-        else:
-            _COMPILED[key] = _advance[grid](*args, num_warps=4)
+        if known is None:
+            return _advance[grid](*args, num_warps=4)
+        known[grid](*args)
+    return known

@@ -110,6 +110,8 @@ class StepMetadata(ABC):
         #: Whether attention needs page lists without pages to spare.
         self.exact_pages = False
         self._overflow: torch.Tensor | None = None
+        #: The kernel of :func:`advance`.
+        self._kernel: Any = None
         self._spans: dict[int, torch.Tensor] = {}
 
     @abstractmethod
@@ -184,7 +186,8 @@ class StepMetadata(ABC):
         if not steps:
             return
         _, kv_indptr, _, kv_lens, kv_indices = prepared.arrays
-        advance(prepared.tokens, kv_lens, kv_indptr, kv_indices, batch.num_requests, steps, self.page_size)
+        numbers = (batch.num_requests, steps, self.page_size)
+        self._kernel = advance(prepared.tokens, kv_lens, kv_indptr, kv_indices, *numbers, self._kernel)
         prepared.batch = batch
         prepared.__dict__.pop("padded", None)
         for shape in [shape for shape in prepared.plans if not self.plan_lasts(shape)]:
