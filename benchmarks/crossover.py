@@ -81,7 +81,7 @@ class Captured(Pcg):
 
 
 class Exact(Captured):
-    """No bucket fits, so that every step runs uncaptured."""
+    """No bucket fits, so every step runs uncaptured."""
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "buckets": [1]}

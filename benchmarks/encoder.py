@@ -83,7 +83,7 @@ _NOTES = {
 
 
 def _build(name: str, model: torch.nn.Module, example: ModuleType, compiler: str) -> Callable[..., Any]:
-    """One way of calling the model; each has a copy of its own, so that they share no compiled code."""
+    """One way of calling the model; each has a copy of its own, so they share no compiled code."""
     mine = copy.deepcopy(model)
     if name == "compile":
         return torch.compile(mine, dynamic=True)

@@ -21,7 +21,7 @@ __all__ = ["Breakable", "LimitBucket", "LimitExact"]
 
 
 class Captured(Variant):
-    """A capture of what ``compile`` compiled, made anew for each size, with static inputs."""
+    """A capture of what ``compile`` compiled, made for each size, with static inputs."""
 
     def build(self, example: Lists) -> None:
         if self.world.device.type != "cuda":

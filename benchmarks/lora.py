@@ -32,7 +32,7 @@ _NOTES = {
     "adapters": f"distinct ones named by a batch, on {', '.join(TARGETS)}; one request in five is the base model's",
     "ranks": f"mixed: {', '.join(map(str, MIXED))} in turn. The pool is made for ranks to {MAX_RANK}",
     "tokens": "decode: requests of one token with 64 to 512 cached, which PEFT pads to the longest, and whose cache "
-    "transformers copies; prefill: prompts of equal length, so that PEFT pads nothing",
+    "transformers copies; prefill: prompts of equal length, so PEFT pads nothing",
     "ready, lists": "metadata on the device (PEFT: inputs and mask), or all from host lists (PEFT: every fourth time)",
     "error, worst": "of the requests' last hidden states, in all and of one request, relative to PEFT's with the same "
     "adapters, or none",

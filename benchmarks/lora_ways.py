@@ -115,7 +115,7 @@ def make_mix(
 
     Args:
         free: pages for it. kind: "decode": ``size`` requests of one token, 64 to 512 cached; "prefill": about ``size``
-            tokens in equal prompts, so that nobody has to pad, four of them or as many as it takes to name all.
+            tokens in equal prompts, so nobody has to pad, four of them or as many as it takes to name all.
     """
     draw = random.Random(size)
     if kind == "decode":

@@ -98,8 +98,8 @@ class Soak:
         }  # fmt: skip
         self.cache, self.other = (pcg.PagedKVCache(**sizes) for _ in range(2))
         self.vocab = shape.vocab
-        # Two thirds of what all buckets would take, so that some go and come again. On a GPU the largest bucket alone
-        # takes nearly all of it, which the others share.
+        # Two thirds of what all buckets would take, so some are dropped and captured again. On a GPU the largest bucket
+        # alone takes nearly all of it, which the others share.
         everything = self._compile(None)
         self.budget = everything if device.type == "cuda" else 2 * everything // 3
         self._compile(self.budget)

@@ -264,7 +264,7 @@ class _Transformers:
             f"flash_attention_{i}" for i in (3, 2) if getattr(import_utils, f"is_flash_attn_{i}_available", bool)()
         ]
         self.attention = better[0] if better else "sdpa"
-        # One number of new tokens a call: the mean, so that the number of tokens is the same.
+        # One number of new tokens a call: the mean, so the number of tokens is the same.
         self.new = round(sum(workload.news) / len(workload.news))
         self.config = GenerationConfig(max_new_tokens=self.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 

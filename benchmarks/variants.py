@@ -69,7 +69,7 @@ class Variant(ABC):
     """One way of running a step. ``about`` says what is timed."""
 
     about = ""
-    #: Whether ``enter`` is a way that one would serve by, so that its time is worth reporting.
+    #: Whether ``enter`` is a way that one would serve by, so its time is worth reporting.
     serves = True
 
     def __init__(self, world: World) -> None:

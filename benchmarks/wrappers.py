@@ -20,7 +20,7 @@ def pages(flat: torch.Tensor, page_size: int = 16) -> torch.Tensor:
 class Wrapper:
     """``BatchPrefillWithPagedKVCacheWrapper`` for the layers of one cache.
 
-    With ``requests`` its buffers are static and have that many request slots, so that a graph may capture
+    With ``requests`` its buffers are static and have that many request slots, so a graph may capture
     :meth:`attend` and serve every batch that is planned later.
     """
 

@@ -56,7 +56,7 @@ def batches(texts: list[str], tokens: int = 1024, device: str = DEVICE, by_lengt
     ids = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
     order, groups = sorted(range(len(texts)), key=lambda i: -len(ids[i]) if by_length else i), []
     while order:
-        # As many as a bucket has rows, so that no row is padding.
+        # As many as a bucket has rows, so no row is padding.
         fits = (b for b in BUCKETS if b <= len(order) or b == 1)
         count = max((b for b in fits if b * max(len(ids[i]) for i in order[:b]) <= tokens), default=1)
         groups.append(order[:count])

@@ -44,7 +44,7 @@ class PassContext:
     options: Options
     #: The capture device: CUDA where an input lies there, else the CPU.
     device: torch.device
-    #: Facts of every node of the graph as it stands; made anew after each pass that rewrites.
+    #: Facts of every node of the graph as it stands; traced again after each pass that rewrites.
     facts: dict[fx.Node, NodeFacts]
     #: The SymInt (or int) of the token dimension, None where no input has a dynamic size.
     tokens: Any = None

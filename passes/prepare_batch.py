@@ -189,6 +189,6 @@ def _options(value: torch.Tensor) -> dict[str, Any]:
 
 
 def _is_contiguous(value: torch.Tensor) -> bool:
-    """Whether rows lie one after the other, read from the strides so that no guard on a size is made."""
+    """Whether rows lie one after the other, read from the strides, which makes no guard on a size."""
     heads, head_dim = value.shape[1], value.shape[2]
     return tuple(value.stride()[1:]) == (head_dim, 1) and str(value.stride(0)) == str(heads * head_dim)

@@ -46,7 +46,7 @@ def scalar_writes(gm: fx.GraphModule, context: PassContext) -> fx.GraphModule:
 
     A tensor made of one Python number on the device (``torch.tensor(0.5, device=x.device)``) becomes a device fill in
     either case: it has the same value and dtype, and is reported as a hazard of the eager code. A CPU tensor beside a
-    CUDA capture may be written freely. The caller traces the facts anew, as the graph may have changed.
+    CUDA capture may be written freely. The caller traces the facts again, as the graph may have changed.
 
     Raises:
         GraphBreakingScalarWrite: the first such write, unless ``context.collect``: then each is a Hazard, and isolated.

@@ -218,7 +218,7 @@ class ArgumentForm:
             elif type(value) in _CONSTANTS or named_constant(value):
                 form.constants.append((i, value))
             else:
-                raise NoFastCall(f"{_shown(name)} is a {type(value).__name__}, of which Dynamo may check more")
+                raise NoFastCall(f"{_shown(name)} is a {type(value).__name__}, and Dynamo may check more of it")
         every = list(values.values())
         if _repeats([every[i] for i, *_ in form.tensors]):
             raise NoFastCall("one tensor is passed as several arguments")

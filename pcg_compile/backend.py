@@ -223,7 +223,7 @@ def _moved_before(gm: fx.GraphModule, owner: object) -> str:
 
 
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext) -> fx.GraphModule:
-    """All graph passes in order; facts are made anew after each that rewrites the graph."""
+    """All graph passes in order; facts are traced again after each pass that rewrites the graph."""
     check_registration(dict.fromkeys(name for node in gm.graph.nodes for name in op_names(node, None)))
     if shape_by_views(gm, context.facts):
         context.facts = trace_facts(gm, example_inputs)

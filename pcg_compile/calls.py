@@ -306,7 +306,7 @@ class Watch:
 
 
 class Counted:
-    """A callable that Dynamo gets for a graph, of which each call is counted as a fallback."""
+    """A callable that Dynamo gets for a graph; each call is counted as a fallback."""
 
     def __init__(self, function: Callable[..., Any], counters: Counters, reason: str, where: str = "") -> None:
         self.function, self.counters, self.fallback = function, counters, (reason, where)

@@ -4,7 +4,7 @@ Note [Saved programs]
 A file is a zip archive of JSON, of the code that Dynamo wrote, and of Inductor's artifacts as
 ``torch.compiler.save_cache_artifacts`` gives them. The JSON holds Dynamo's graph node by node, the conditions on its
 sizes and the form of the arguments (see Note [Fast calls]). pcg's own passes run again on that graph: they prove what
-is safe, and take a fraction of what tracing and compiling take. Captured graphs are made anew.
+is safe, and take a fraction of what tracing and compiling take. CUDA graphs are captured again.
 """
 
 from __future__ import annotations
@@ -208,7 +208,9 @@ def _form_data(form: ArgumentForm) -> dict[str, Any]:
 
 
 def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict]) -> Any:
-    """Reads a program that :func:`save` wrote, for the same model: no Dynamo, no Inductor, captured graphs made anew.
+    """Reads a program that :func:`save` wrote for the same model, without Dynamo and Inductor.
+
+    CUDA graphs are captured again.
 
     Returns what ``torch.compile(model, backend="pcg")`` or ``@pcg.piecewise`` gave, with the same options. Calls that
     look like the one that was traced run the program; weights that are replaced or moved are followed. Other calls are

@@ -39,7 +39,7 @@ class SplitOp:
         bind_full_graph: like ``bind``, for metadata that a full CUDA graph reads; the callable returns
             what the captured graph bakes in, or raises ``DoesNotFit``.
         recordable: True where a full CUDA graph may hold the op (``cudagraph_mode="full"``): it reads
-            whatever changes from step to step from its tensor arguments, on the device.
+            all that changes from step to step from its tensor arguments, on the device.
         needs_none: arguments that a padding request cannot cover; where one is given, the op gets the real rows.
         compiled: True where the op is compiled on its own (its eager form would be a dense fallback).
         fallback: ``fn(*args, **kwargs) -> str | None``, called with the node's arguments once ``bind`` has returned:
@@ -108,7 +108,7 @@ def register_split_op(
             rows only.
         any_strides: the op takes tensors of any strides.
         recordable: ``cudagraph_mode="full"`` may capture it with the rest of the step. Only for an op that reads
-            whatever changes from step to step from its tensor arguments, on the device; any other would be silently
+            all that changes from step to step from its tensor arguments, on the device; any other would be silently
             wrong.
 
     Raises:

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-#: Minutes each: begun first, so that two processes end at the same time.
+#: Minutes each: begun first, so two processes end at the same time.
 LONG = ("tensor_parallel", "examples", "families", "soak", "notebooks", "random_graphs", "benchmarks", "encoders")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pcg_compile.attention.ragged import RaggedAttention, Tiling
 
-#: Small tiles, so that small batches have several, and few enough programs that keys are divided or not by chance.
+#: Small tiles, so small batches have several, and few enough programs that keys are divided or not by chance.
 SMALL = Tiling(16, 16, programs=4)
 
 #: What attention can be asked for, one by one and in combinations that meet in models.

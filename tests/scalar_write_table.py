@@ -99,7 +99,7 @@ MAY_BE_CAPTURED = frozenset(
     }
 )
 
-#: Rows that need a tensor on the host beside the capture device, so that only a GPU tells.
+#: Rows that need a tensor on the host beside the capture device, so only a GPU tells.
 ON_A_GPU: tuple[tuple[str, str], ...] = (
     ("t[host_index] = 4", COPIES),
     ("t.copy_(host)", COPIES),

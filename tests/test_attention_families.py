@@ -24,7 +24,7 @@ def test_caches_have_values_of_their_own_size(page_size):
 
 @pytest.mark.parametrize("window", [4, 64])
 def test_sinks_are_part_of_the_softmax(window):
-    """Large ones, so that leaving them out shows."""
+    """Large ones, so leaving them out shows."""
     config = families.small_config("gpt_oss")
     config.sliding_window = window
     eager, model = families.both(config, tf.GptOssForCausalLM)

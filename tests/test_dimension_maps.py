@@ -44,7 +44,7 @@ def agrees(call):
     if not source.numel() or not source.is_floating_point():
         return False
     found = map_of(packet_of(call.op), given, list(source.shape), [list(r.shape) for r in results])
-    # Another index in each dimension, so that a result that has them swapped shows.
+    # Another index in each dimension, so a result that has them swapped shows.
     place = tuple(min(i + 1, size - 1) for i, size in enumerate(source.shape))
     changed = source.clone()
     changed[place] += 7.0

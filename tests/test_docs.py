@@ -23,7 +23,7 @@ _HEADING = re.compile(r"^#+ (.+)$", re.M)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Each block's info words and code; blank lines ahead, so that a traceback names the page's own line."""
+    """Each block's info words and code; blank lines ahead, so a traceback names the page's own line."""
     text = page.read_text()
     return [(m["info"], "\n" * text.count("\n", 0, m.start("code")) + m["code"]) for m in _BLOCK.finditer(text)]
 

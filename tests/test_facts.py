@@ -1,4 +1,4 @@
-"""Facts kept through a rewrite equal facts traced anew."""
+"""Facts kept through a rewrite equal facts traced again."""
 
 from __future__ import annotations
 

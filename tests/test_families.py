@@ -47,10 +47,10 @@ FAMILIES = {
 
 #: Reasons that may come up: by family, a text that each refusal holds.
 MIXING = {
-    # Tokens are sorted by expert, so that an expert's tokens lie side by side.
+    # Tokens are sorted by expert, so an expert's tokens lie side by side.
     "qwen3-moe": ("mixing", "depends on data", "opaque"),
     "mixtral": ("mixing", "depends on data", "opaque"),
-    # Computes attention out of plain ops, so that the whole model is one piece that mixes tokens.
+    # Computes attention out of plain ops, so the whole model is one piece that mixes tokens.
     "gemma2": ("_softmax",),
     # Branches on whether its window covers the whole sequence.
     "modernbert": ("guards allow",),

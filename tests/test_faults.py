@@ -200,7 +200,7 @@ OTHER_FORM = [resized, quantized, restrided]
 
 @pytest.mark.parametrize(
     ("change", "guards"),
-    # With guards="inputs", a module that was replaced is traced anew, so its weights may have another form.
+    # With guards="inputs", a module that was replaced is traced again, so its weights may have another form.
     [*((c, "dynamo") for c in SAME_FORM + OTHER_FORM), *((c, "inputs") for c in [*SAME_FORM, resized])],
 )
 def test_parameters_change_after_the_capture(change, guards):

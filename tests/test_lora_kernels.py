@@ -199,7 +199,7 @@ def test_several_layers_on_kernels(widths, max_rank, ranks, slots):
 @kernels
 @pytest.mark.parametrize(("max_rank", "turns"), [(16, 8), (64, 2), (80, 2), (80, 8)])
 def test_tiles_of_other_sizes_on_kernels(max_rank, turns):
-    """Columns in several turns, of which the last ones may lie beyond a layer."""
+    """Columns in several turns, the last ones beyond a layer."""
     from pcg_compile.lora.launch import Blocks, launches
 
     def run_tiles(layers, x, permutation, seg_indptr, widths):

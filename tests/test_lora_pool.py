@@ -220,7 +220,7 @@ def test_parts_of_a_fused_layer(tmp_path):
 
     x = torch.randn(3, 6)
     base = model.qkv.weight.data.clone(), model.qkv.bias.data
-    # In one slot, so that each finds what the one before left there.
+    # In one slot, so each finds what the one before left there.
     for folder, scalings in [(whole, {"qkv": 1.0}), (apart, {"q": 1.5, "v": 1.5}), (patterned, {"q": 1.0, "k": 3.5})]:
         pool.load(folder.name, folder)
         weights = load_file(folder / "adapter_model.safetensors")

@@ -22,7 +22,7 @@ def _(x, y):
 
 
 def graph_of(made):
-    """What AOTAutograd writes for ``y = made(x)``, of which add_row_sum returns something and is given a copy."""
+    """What AOTAutograd writes for ``y = made(x)``, where add_row_sum returns something and is given a copy."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     y, read = made(graph, x)

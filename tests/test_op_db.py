@@ -1,7 +1,7 @@
 """PyTorch's own database of ops, each as a function through the backend, static and at changing sizes, against eager.
 
 CI runs a fixed tenth. ``PCG_NIGHTLY=1`` runs all of it, ``PCG_COMPILER=inductor`` with Inductor. What is left out, and
-why, is in op_db_exclusions.txt; ``python tests/test_op_db.py`` writes that list and the one of what passes anew.
+why, is in op_db_exclusions.txt; ``python tests/test_op_db.py`` writes that list and the one of what passes now.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def same(got, want):
 
 
 def compare(function, tensors, backend, **options):
-    """At the sample's size; then, where it can be, with the leading dimension cut, so that it becomes dynamic."""
+    """At the sample's size; then, where it can be, with the leading dimension cut, so it becomes dynamic."""
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, **options)
     same(run(compiled, copies(tensors)), run(function, copies(tensors)))

@@ -66,7 +66,7 @@ def test_every_package_is_listed():
 
 @IN_A_CHECKOUT
 def test_archives_hold_every_module(tmp_path):
-    """Builds as ``pip install`` does, from a copy, so that nothing is left behind in the checkout."""
+    """Builds as ``pip install`` does, from a copy, so nothing is left behind in the checkout."""
     pytest.importorskip("build")
     source = tmp_path / "source"
     source.mkdir()

@@ -278,7 +278,7 @@ def test_workers_start_before_the_trace(
 def test_a_number_of_a_module_does_not_have_the_model_traced_twice(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dynamic=True Dynamo makes tensors of floats, which pcg has no use for, and would begin anew."""
+    """With dynamic=True Dynamo makes tensors of floats, which pcg has no use for, and would begin again."""
     traced: list[bool] = []
     changing_floats = backend.changing_floats
 

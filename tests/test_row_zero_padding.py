@@ -42,7 +42,7 @@ def _fresh():
 def rows_of(n: int, draw: random.Random) -> list[torch.Tensor]:
     """a + b and c - b lie in the table, row by row; t is zero."""
     places = [draw.randrange(ROWS) for _ in range(n)]
-    # Far from each other, so that sums of several rows' values are no index.
+    # Far from each other, so sums of several rows' values are no index.
     offsets = [draw.choice([1, 7, 500, 10_000]) for _ in range(n)]
     a = [place - offset for place, offset in zip(places, offsets, strict=True)]
     c = [place + offset for place, offset in zip(places, offsets, strict=True)]

@@ -209,7 +209,7 @@ def taken(c: RowCall, source: torch.Tensor, indices: list[Any]) -> State:
 def picked(
     c: RowCall, rows: Rows, d: int, index: torch.Tensor, sizes: list[Any], along: int | None = None
 ) -> State:  # fmt: skip
-    """Rows picked along a dimension by an index, of which one dimension counts or all."""
+    """Rows picked along a dimension by an index: by one of its dimensions or by all."""
     key, dim = c.indices.key(index), rows.dims[d]
     if moving(*rows.replaced(d).dims):
         return Lost("it picks tokens of each sequence")

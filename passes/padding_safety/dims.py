@@ -25,7 +25,7 @@ class Mixing(Exception):
 
 @dataclass(frozen=True)
 class Causal:
-    """A factor of ``size`` entries of which only the first ``valid`` can be trusted (a causal convolution's tail)."""
+    """A factor of ``size`` entries; only the first ``valid`` can be trusted (a causal convolution's tail)."""
 
     size: Any
     valid: Any

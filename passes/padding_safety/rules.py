@@ -72,7 +72,7 @@ class Call:
     zeroed: set[tuple[str, Any]] = field(default_factory=set)
 
     def reads_over(self, tensor: Tracked, axis: int, what: str, neutral: float | None) -> None:
-        """Reads all entries along a dimension, of which ``neutral`` ones make no difference.
+        """Reads all entries along a dimension; ``neutral`` ones make no difference.
 
         Raises:
             Mixing: its padding is not known to be neutral.

@@ -133,7 +133,7 @@ class AttentionImpl(ABC):
     Attributes:
         capturable: whether a full CUDA graph may hold :meth:`enqueue` and what :meth:`bind` returns: both read whatever
             changes from batch to batch from device memory at fixed addresses, for the same :meth:`capture_key`.
-        plan_lasts: whether a plan serves the decode steps that follow as well, all of which it reads from the device.
+        plan_lasts: whether a plan also serves the decode steps that follow: it reads what changes from the device.
         exact_pages: whether the device's page lists must hold no page that a request does not need yet.
     """
 

@@ -46,7 +46,7 @@ def _installed() -> tuple[Any, str | None]:
     try:
         import flashinfer
         import flashinfer.prefill
-    except Exception as error:  # Whatever a broken installation raises: it is shown, and another one attends.
+    except Exception as error:  # A broken installation may raise anything: it is shown, and another one attends.
         return None, f"FlashInfer cannot be imported: {type(error).__name__}: {error}"
     version = _version()
     if _numbers(version) < _LEAST:

@@ -82,7 +82,7 @@ class StepMetadata(ABC):
     listed in the block have room, it is made of the block on the device, in one launch: nothing is read or written on
     the host. So a request should be given pages ahead. Attention takes part by ``plan_lasts`` (its plan reads what
     changes from the device), or plans again; attention that needs exact page lists (``exact_pages``) has the block
-    written anew in each step.
+    written in each step.
     """
 
     #: Of keys and values.

@@ -33,7 +33,7 @@ def _installed() -> str | None:
         return "Triton is not installed (pip install triton)"
     try:
         from . import ragged  # noqa: F401 - whether it imports
-    except Exception as error:  # Whatever a broken installation raises: it is shown, and another one attends.
+    except Exception as error:  # A broken installation may raise anything: it is shown, and another one attends.
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     return None
 

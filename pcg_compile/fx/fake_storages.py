@@ -100,7 +100,7 @@ def in_own_memory(inputs: Sequence[Any]) -> list[Any]:
     """A graph's fake inputs, each in memory of its own.
 
     Which inputs share memory is a fact of one call, not of the graph: the runtime compares their addresses at each step
-    (``runtime/memory.py``). Facts hold for inputs of which none that is written overlaps another one.
+    (``runtime/memory.py``). Facts hold where no written input overlaps another one.
     """
     seen: set[int] = set()
     apart: list[Any] = []

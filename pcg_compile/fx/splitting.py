@@ -159,7 +159,7 @@ def sets_state(node: fx.Node, facts: NodeFacts | None) -> bool:
 
 
 def _checks_data(node: fx.Node, facts: Mapping[fx.Node, NodeFacts], known_sizes: frozenset[Any]) -> bool:
-    """Whether a node is an assertion on numbers of which some are known only once the graph runs.
+    """Whether a node is an assertion on numbers, some of them known only once the graph runs.
 
     It runs between pieces, on the numbers themselves: a compiler may believe it, and leave it out.
     """

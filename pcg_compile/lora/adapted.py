@@ -187,7 +187,7 @@ def opened_forward(name: str, module: nn.Module) -> Callable[[nn.Module], Callab
         A function of the module that gives the new forward.
 
     Raises:
-        AdapterError: a forward of which it is not known what it does with the class's.
+        AdapterError: it is not known what the forward does with the class's.
     """
     forward = vars(module)["forward"]
     names = forward.__code__.co_freevars if inspect.isfunction(forward) else ()

@@ -43,7 +43,7 @@ class Launch(NamedTuple):
 
 
 def blocks_for(tokens: int, in_features: int, out_features: int, itemsize: int = 2, adapters: int = 16) -> Blocks:
-    """Few tokens: short tiles, and the sum split so that the GPU is full. Many: tiles that fill the tensor cores.
+    """Few tokens: short tiles, and the sum split until the GPU is full. Many: tiles that fill the tensor cores.
 
     Tuned on an H100 and an H200, 16 adapters, 64 to 4,000 tokens, ranks 16 and 64.
 

@@ -103,7 +103,7 @@ class LoRALayer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Where the model was cast to another dtype, casts the factors: in a new buffer, which is captured anew."""
+        """Casts the factors of a model that was cast to another dtype: to a new buffer, so graphs are captured again."""
         dtype = self.module.weight.dtype
         if self.dtype is not None or dtype == self.layout.dtype:
             return

@@ -54,10 +54,6 @@ def route_rows(slots: torch.Tensor, adapters: int) -> tuple[torch.Tensor, torch.
     return tuple(route(slots, adapters))  # type: ignore[return-value]
 
 
-def _fake_route_rows(slots: torch.Tensor, adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return slots.new_empty(slots.shape[0]), slots.new_empty(adapters + 1)
-
-
 def lora_apply(
     y: torch.Tensor,
     x: torch.Tensor,

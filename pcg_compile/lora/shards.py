@@ -22,7 +22,7 @@ class Share:
     A rank adds to its own part of the layer's result, right behind the product with its own part of the weight:
 
     ======== ========= ========= ==================== ==========================
-    kind     x         y         factors              so that
+    kind     x         y         factors              reason
     ======== ========= ========= ==================== ==========================
     rows     whole     its share its rows of b        nothing is added twice
     columns  its share a summand its columns of a     the layer's own sum of the ranks' results sums up these as well

@@ -167,7 +167,7 @@ def _alike(graph: GraphState, sizes: Mapping[sympy.Symbol, int]) -> list[list[sy
 
 
 def _place(graph: GraphState, symbol: sympy.Symbol) -> tuple[int, str]:
-    """A dimension that a size is, and of which input; -1 for a number."""
+    """The input and dimension that a size is read from; -1 for a number."""
     for spec in graph.plan.inputs:
         if isinstance(spec.value, torch.Tensor):
             for dim, size in enumerate(spec.value.shape):

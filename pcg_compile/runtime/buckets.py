@@ -48,7 +48,7 @@ class BucketChooser:
 
     Attributes:
         options: the table and its limits.
-        conditions: sympy relations on the symbols, all of which a bucket must satisfy: a graph that was traced for
+        conditions: sympy relations on the symbols; a bucket satisfies all of them: a graph that was traced for
             2 <= n <= 15 is wrong at 16, and says nothing.
         assumed: the same, of what the compiler took for granted: Dynamo does not see to it that steps satisfy these.
         products: for each tensor with dynamic sizes, the symbols that it carries.

@@ -64,7 +64,7 @@ def _drop_least_used(
 def _give_up(graph: GraphState, binding: Binding, bucket: Bucket, budget: int, alone: bool) -> None:
     """Drops the newest bucket, which does not fit.
 
-    Buckets share their memory, which comes back with the last one: a bucket that came upon the memory of others may
+    Buckets share their memory, which comes back with the last one: a bucket that found the memory of others may
     fit by itself, and is captured again once.
     """
     binding.forget(bucket)

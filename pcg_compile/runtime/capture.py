@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass
 class CapturedGraph:
-    """One piece at one bucket: results at fixed addresses, and what makes them anew from the static inputs."""
+    """One piece at one bucket: results at fixed addresses, and what computes them again from the static inputs."""
 
     outputs: list[torch.Tensor]
     replay: Callable[[], None]

@@ -4,7 +4,7 @@ Note [memory by range]. Facts are made for inputs that lie apart (``fx/fake_stor
 static buffers and compiled pieces are right as long as no input that the graph writes overlaps another one in memory;
 inputs that are only read may overlap as they like. That is a fact of a step: the same tensors may be disjoint slices of
 one buffer now and the same rows in the next step. So each step compares, by address and extent, what the graph writes
-(arguments, parameters, buffers, the cache of the step) with all other inputs. The comparison is made anew only where an
+(arguments, parameters, buffers, the cache of the step) with all other inputs. The comparison is repeated only where an
 address has changed; steps whose inputs overlap run Dynamo's own graph eagerly, and are counted.
 """
 

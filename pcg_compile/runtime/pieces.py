@@ -79,7 +79,7 @@ def _too_large(d: Draft, item: PieceItem) -> str | None:
 def _add_uncaptured(d: Draft, item: PieceItem) -> bool:
     """False where a piece may run at its exact size; else runs it at the bucket, as a replay that nothing holds.
 
-    Its results share memory with something that is written later, of which exact results would be copies.
+    Its results share memory with something that is written later; exact results would be copies.
     """
     if not item.shares_written:
         return False

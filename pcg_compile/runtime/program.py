@@ -186,7 +186,7 @@ class Program:
         fallbacks: (reason, where) to count at each step, the body's among them.
         covered: ``fn(args, wait)``: whether a padding request covers a call's padding; None where nothing asks.
         complete: whether it can serve again; not after a capture that failed.
-        provisional: whether the next step of the same sizes is to be built anew.
+        provisional: whether the next step of the same sizes is built again.
         apart: addresses of arguments that were found disjoint from what the graph writes; see Note [memory by range].
     """
 

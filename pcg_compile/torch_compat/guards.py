@@ -50,7 +50,7 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
     """Takes out of Dynamo's guards that a size is not 1 where only an op's layout asked; returns them (2.11 to 2.13).
 
     torch asks whether a size is 1 where it lays out a view, and Dynamo would trace again for that size. The graph is
-    the same; its pieces are captured at larger sizes. Branches of the code itself, and whatever else Dynamo asks,
+    the same; its pieces are captured at larger sizes. Branches of the code itself, and all else that Dynamo asks,
     stay guards.
     """
     env = fake_mode.shape_env

@@ -41,7 +41,7 @@ def prepare_inductor(device: torch.device) -> Callable[[], None]:
         # Here and not in the thread: of modules that import each other, two threads could see some half made.
         _compile_fx()
         torch_key, triton_compat = _torch_key(), _triton_compat()
-    except Exception:  # whatever an import may raise: it fails again, and is counted, where a piece is compiled
+    except Exception:  # an import may raise anything: it fails again, and is counted, where a piece is compiled
         return lambda: None
 
     def hash_sources() -> None:

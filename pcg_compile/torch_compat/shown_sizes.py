@@ -1,4 +1,4 @@
-"""Sizes of 0 and 1, of which a trace or a compiler is shown larger ones (torch 2.11 to 2.13)."""
+"""Larger sizes that a trace or a compiler is shown in place of 0 and 1 (torch 2.11 to 2.13)."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Session:
         try:
             launched = self._launch(scheduled)
         except Exception as error:
-            # Whatever a model raises in a step is the error of that step's requests; the others go on.
+            # What a model raises in a step is the error of that step's requests; the others go on.
             for slot in scheduled.slots.tolist():
                 self.fail(scheduler.running[slot], error)
             return None

@@ -6,10 +6,10 @@
         logits = model(input_ids[None], position_ids=batch.positions[None]).logits
 
 ``input_ids`` and ``position_ids`` are ``[1, tokens]``, the requests of the batch one after the other; the model's own
-code is unchanged. ``position_ids`` that are left out are the step's. What a token sees follows from the model's masks,
-of which the rule is read and no tensor made, and from the paged cache, which takes the place of transformers' own. A
-model that packed requests would get wrong numbers from is refused with an ``OptionsError`` that says why: when it is
-made, where its structure tells, else by ``cache_for`` or in its first step, where it is tried with a few tokens.
+code is unchanged. ``position_ids`` that are left out are the step's. What a token sees follows from the rules of the
+model's masks, which are read without making a tensor, and from the paged cache, which replaces transformers' own. A
+model that would give packed requests wrong numbers is refused with an ``OptionsError`` that says why: when it is made,
+if its class and config tell, else by ``cache_for`` or in its first step, which try it with a few tokens.
 
 Importing registers the functions for attention and masks with transformers, and a hook with torch.nn that sees models
 as they are made. A model that ``set_attn_implementation`` was called on is prepared by ``cache_for``.

@@ -26,8 +26,8 @@ def cache_for(
 ) -> PagedKVCache:
     """A cache that fits a model, or the model of a config.
 
-    A model with ``attn_implementation="pcg"`` is called with a few tokens first, unless that was done: what its layers
-    store decides, and one that packed requests would get wrong numbers from is refused here.
+    A model with ``attn_implementation="pcg"`` is called with a few tokens, once. What its layers store decides the
+    cache's shape, and a model that would give packed requests wrong numbers is refused.
 
     Args:
         model: a transformers model or config. num_pages: pages a layer, page 0 included.
@@ -36,7 +36,7 @@ def cache_for(
 
     Raises:
         OptionsError: a size out of range, a model without attention heads, one whose layers differ in key heads or in
-            elements a head, one that packed requests would get wrong numbers from.
+            elements a head, one that would give packed requests wrong numbers.
     """
     config = getattr(model, "config", model).get_text_config()
     layers: dict[int, tuple[int, int, int]] = {}

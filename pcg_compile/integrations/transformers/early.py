@@ -1,4 +1,4 @@
-"""Looks at a model while it is made: gives it the hook, or refuses what no call could serve."""
+"""Looks at a model while it is made: gives it the hook, or refuses it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _by_config(model: PreTrainedModel) -> str | None:
     if kinds & _ROPE_BY_CALL:
         return (
             f"the {min(kinds & _ROPE_BY_CALL)!r} rotary embedding of {name} follows the longest request of a step, "
-            "so that a request would get other numbers in other company."
+            "so a request would get other numbers in other company."
         )
     takes = inspect.signature(type(model).forward).parameters
     if "input_ids" in takes and "position_ids" not in takes:
@@ -132,7 +132,9 @@ def _error_of_copy(model: PreTrainedModel, implementation: str) -> Exception | N
     try:
         with torch.device("meta"):
             type(model)(config)
-    except Exception as error:  # Whatever a constructor raises: that the same without "pcg" does not is the verdict.
+    except (
+        Exception
+    ) as error:  # A constructor may raise anything; the same call with "eager" tells whether "pcg" is the cause.
         return error
     finally:
         _COPYING.reset(token)

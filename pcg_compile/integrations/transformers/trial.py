@@ -32,7 +32,7 @@ __all__ = ["Trial", "prove", "refused"]
 
 #: One trial at a time: its model is shared by all threads.
 _LOCK = threading.RLock()
-#: Three requests, the second of which is looked at; each begins with the same tokens.
+#: Three requests that begin with the same tokens; the second one is looked at.
 _LENGTHS = (3, 3, 2)
 _LOOKED_AT = slice(3, 6)
 _TOKENS = sum(_LENGTHS)
@@ -143,7 +143,7 @@ def _compare(
 
 
 def prove(model: Any) -> None:
-    """Tries a model, unless that was done; what its layers need of a cache is in its hook afterwards.
+    """Tries a model once, and notes in its hook what its layers need of a cache.
 
     Raises:
         OptionsError: packed requests would get other numbers than each alone.
