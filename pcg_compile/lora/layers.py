@@ -103,7 +103,7 @@ class LoRALayer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Casts the factors of a model that was cast to another dtype: to a new buffer, so graphs are captured again."""
+        """Casts the factors of a model that was cast to another dtype, to a new buffer: graphs are captured again."""
         dtype = self.module.weight.dtype
         if self.dtype is not None or dtype == self.layout.dtype:
             return
