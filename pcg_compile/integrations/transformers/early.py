@@ -132,9 +132,7 @@ def _error_of_copy(model: PreTrainedModel, implementation: str) -> Exception | N
     try:
         with torch.device("meta"):
             type(model)(config)
-    except (
-        Exception
-    ) as error:  # A constructor may raise anything; the same call with "eager" tells whether "pcg" is the cause.
+    except Exception as error:  # A constructor may raise anything; the same with "eager" tells whether "pcg" is why.
         return error
     finally:
         _COPYING.reset(token)
