@@ -30,7 +30,7 @@ _NOTES = {
     "tb_s": "terabytes of keys and values a second, each counted once",
     "floor": "keys and values read once at 4.8 TB/s, or 790 TFLOP/s, the larger",
     "error": "relative, against the other implementation",
-    "first_use": "seconds of the first PagedAttention call of a process with an empty Triton cache: decode, then prefill",
+    "first_use": "seconds until attention first ran, decode and then prefill, with an empty Triton cache",
 }
 
 
@@ -100,9 +100,9 @@ def workloads() -> Iterator[Workload]:
 
 _FIRST_USE = """
 import json, time, torch
+import pcg_compile as pcg
 torch.zeros(1, device="cuda")
 begun = time.perf_counter()
-import pcg_compile as pcg
 cache = pcg.PagedKVCache(1, 64, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
 attention, times = pcg.PagedAttention(0, 32, 8, 128), []
 for lengths in ([1] * 4, [300, 1]):
@@ -117,7 +117,7 @@ print(json.dumps(times))
 
 
 def first_use() -> list[float]:
-    """Seconds until attention has run for the first time on a machine that has compiled nothing: decode, prefill too."""
+    """Seconds until attention has first run on a machine that has compiled nothing: decode, then prefill too."""
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "TRITON_CACHE_DIR": empty}
         done = subprocess.run([sys.executable, "-c", _FIRST_USE], env=environment, capture_output=True, text=True)

@@ -52,9 +52,7 @@ def _check(task: tuple[str, str, int]) -> dict[str, Any]:
         if dtype != torch.float32:
             kind, fp8 = ("decode", "mixed", "prefill")[seed % 3], case.k_scales is not None
             head_dim = max(case.q.shape[2], case.v.shape[3])
-            tiling = tiling_for(
-                kind, head_dim, heads // kv_heads, case.page_size, rows * kv_heads, 2, fp8, device
-            )
+            tiling = tiling_for(kind, head_dim, heads // kv_heads, case.page_size, rows * kv_heads, 2, fp8, device)
         kernels = Ragged(case, rows, len(case.qo_lens) + (rows > len(case.q)) + seed % 4, tiling)
         out, lse = kernels(times=2)
         want, want_lse = expected(case)

@@ -21,11 +21,11 @@ from torch import fx
 
 from pcg_compile.attention import ops as _ops
 from pcg_compile.attention.base import AttentionShape
-from pcg_compile.batch import current_step, require_step
 from pcg_compile.errors import BatchError, message
 from pcg_compile.fx.facts import arguments_of
 from pcg_compile.fx.places import place_of
 from pcg_compile.fx.sizes import expr_of
+from pcg_compile.step import current_step, require_step
 
 from .context import PassContext, StepInput
 from .rewriting import Rewriter

@@ -8,7 +8,7 @@ from . import builtin_ops as builtin_ops  # registers the split ops that need no
 from . import errors, integrations, lora
 from .attention import PagedAttention, PagedKVCache
 from .backend import pcg as _backend
-from .batch import Batch, step
+from .batch import Batch
 from .capture_guard import capture_guard
 from .distributed.lowering import release_collectives
 from .logs import read_environment as _read_environment
@@ -21,6 +21,7 @@ from .report.explain import Report, check, explain
 from .saved_programs import load, save
 from .split_ops import register_split_op, split_op
 from .stats import BucketStats, Fallback, Stats
+from .step import step
 from .torch_compat.dynamo_wrappers import ensure_backend as _ensure_backend
 from .version import __version__
 from .warmup import warmup

@@ -1,12 +1,10 @@
-"""What the requests of one step look like, and the step itself."""
+"""What the requests of one step look like."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +23,9 @@ from .metadata import (
 )
 from .padding_request import PaddedBatch
 from .page_tables import PageTable, Tables, make_tables
-from .step import RUNNING, StepState, current_step, require_step
+from .running import RUNNING, Running
 
-if TYPE_CHECKING:
-    from .attention.cache import PagedKVCache
-
-_LOG = logging.getLogger("pcg_compile")
-
-__all__ = ["Batch", "PaddedBatch", "StepState", "current_step", "require_step", "scratch_step", "step"]
+__all__ = ["Batch", "PaddedBatch"]
 
 
 class Batch:
@@ -129,7 +122,7 @@ class Batch:
         return tuple(self._kv.tolist())
 
     @classmethod
-    def _of_padding(cls, tokens: int) -> Batch:
+    def of_padding(cls, tokens: int) -> Batch:
         """A batch without requests, whose ``tokens`` tokens are all padding."""
         batch = cls.__new__(cls)
         batch._qo = batch._kv = np.zeros(0, dtype=np.int64)
@@ -225,84 +218,14 @@ class Batch:
             )
         return slots
 
-    def _state(self, name: str) -> StepState:
-        state = current_step()
+    def _state(self, name: str) -> Running:
+        state = RUNNING.get()
         while state is not None and state.batch is not self:
             state = state.outer
-        if state is None:
+        if state is None or state.closed:
             raise BatchError(
                 message(
                     f"batch.{name} exists inside the batch's step only", cure="Enter it: with pcg.step(batch, cache):"
                 )
             )
         return state
-
-
-@contextmanager
-def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
-    """Runs model calls for a batch, without gradients.
-
-    Args:
-        batch: the requests. cache: where their keys and values lie; None for a model without paged attention.
-
-    Raises:
-        BatchError: a step is running already, the cache is in another step, the batch does not fit the cache.
-    """
-    if not isinstance(batch, Batch):
-        name = type(batch).__name__
-        raise BatchError(message(f"pcg.step() takes a Batch, not {name}", cure="Write: pcg.step(pcg.Batch(...))"))
-    if cache is not None and not hasattr(cache, "slot_mapping"):
-        raise BatchError(message(f"the cache of a step is a PagedKVCache, not {type(cache).__name__}"))
-    if current_step() is not None:
-        raise BatchError(message("a step is running already", cure="Leave it before you enter the next one."))
-    if cache is not None:
-        if not batch.has_pages:
-            raise BatchError(
-                message(
-                    "the batch has no page table, and the step has a cache",
-                    cure="Write: pcg.Batch(..., page_table=[[3, 4], ...])",
-                )
-            )
-        cache.check_batch(batch)
-        if not cache.step_lock.acquire(blocking=False):
-            raise BatchError(
-                message("the cache is in a step of another thread", why="A cache serves one step at a time.")
-            )
-    state = StepState(batch, cache, None)
-    token = RUNNING.set(state)
-    try:
-        with torch.no_grad():
-            yield batch
-        if cache is not None and not state.used and not cache.warned:
-            cache.warned = True
-            _LOG.warning(
-                "the step has a cache, and no attention used it: a model that attends in its own way takes the packed "
-                'requests for one. Make it with pcg.PagedAttention, or with attn_implementation="pcg"'
-            )
-        if state.adapters_unread():
-            _LOG.warning(
-                "the batch names adapters, and no LoRA layer ran in its step: all requests got the base model. "
-                "Make a pool first: pcg.lora.AdapterPool(model, ...)"
-            )
-    finally:
-        # A generator that was abandoned inside the step may be closed by another task or thread, whose step it is not.
-        with suppress(ValueError):
-            RUNNING.reset(token)
-        if cache is not None:
-            cache.step_lock.release()
-        state.close()
-
-
-@contextmanager
-def scratch_step(tokens: int, cache: PagedKVCache | None) -> Iterator[StepState]:
-    """A step of padding alone, for captured graph: it writes no page but 0. Inside a step it takes its place."""
-    running = current_step()
-    if running is not None:
-        running.used = True
-    state = StepState(Batch._of_padding(tokens), cache, running, scratch=True)
-    token = RUNNING.set(state)
-    try:
-        with torch.no_grad():
-            yield state
-    finally:
-        RUNNING.reset(token)

@@ -9,10 +9,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .batch import current_step
 from .errors import PCGError, message
 from .registry import is_compiled, runtimes
 from .runtime.ahead_of_time import WarmUp, warm_up_context
+from .step import current_step
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 
 __all__ = ["mark_sizes", "warmup"]

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops
+from pcg_compile.attention.base import AttentionCall
 from pcg_compile.attention.flashinfer import FlashInferAttention
 from pcg_compile.attention.reference import ReferenceAttention
 from pcg_compile.attention.triton import TritonAttention
-from pcg_compile.batch import Batch, current_step, scratch_step, step
+from pcg_compile.batch import Batch
+from pcg_compile.step import current_step, scratch_step, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs FlashInfer")
@@ -49,10 +51,10 @@ def reference_of(cache, attention, q):
         attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.window, attention.softcap,
         attention.scale, torch.float32,
     )  # fmt: skip
-    impl = ReferenceAttention(shape, cache)
+    impl = ReferenceAttention(shape, cache.memory)
     out = torch.empty(q.shape, device="cuda")
     prepared = current_step().prepare(len(q), "slice")
-    impl.bind(q.float(), cache.k[0].float(), cache.v[0].float(), out)(impl.plan(prepared))
+    impl.run(AttentionCall(q.float(), cache.k[0].float(), cache.v[0].float(), out), impl.plan(prepared))
     return out
 
 
@@ -145,10 +147,9 @@ def test_many_plans_in_flight_do_not_meet(backend):
         assert torch.equal(one[: batch.num_tokens], other[: batch.num_tokens])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory(backend):
+def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory():
     cache, attention = setup()
-    shape = text_of(attention, cache, backend)
+    shape = text_of(attention, cache, "triton")
     tables, kv_lens = [[] for _ in range(5)], [0] * 5
     q = torch.zeros(64, 8, 128, device="cuda", dtype=cache.dtype)
     out = torch.empty_like(q)
@@ -182,7 +183,6 @@ def test_a_workspace_too_small_grows(monkeypatch):
     from pcg_compile.attention import flashinfer
 
     monkeypatch.setattr(flashinfer, "_FLOAT_WORKSPACE", 1 << 16)
-    monkeypatch.setattr(flashinfer, "_INT_WORKSPACE", 1 << 9)
     cache, attention = setup(pages=1000)
     batch = Batch([1] * 4, [3000] * 4, [list(range(1 + 200 * r, 189 + 200 * r)) for r in range(4)])
     q = torch.randn(4, 8, 128, device="cuda", dtype=cache.dtype)
@@ -190,23 +190,7 @@ def test_a_workspace_too_small_grows(monkeypatch):
     with step(batch, cache):
         result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
         torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
-    impl = next(iter(cache._impls.values()))
-    assert impl._ints.numel() > 1 << 9 and cache.workspaces["float"].numel() > 1 << 16
-
-
-@needs_flashinfer
-def test_the_public_wrapper_serves_versions_that_were_not_read(monkeypatch):
-    from pcg_compile.attention import flashinfer
-
-    monkeypatch.setattr(flashinfer, "_READ_IN", ())
-    cache, attention = setup(window=40)
-    tables, kv_lens = [[] for _ in range(5)], [0] * 5
-    for seed, lens in enumerate(STEPS):
-        batch, q, k, v = new_tokens(cache, attention.num_heads, tables, kv_lens, lens, seed)
-        with step(batch, cache):
-            result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
-            torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
-    assert isinstance(next(iter(cache._impls.values())), flashinfer.FlashInferWrapper)
+    assert cache.memory.workspaces["flashinfer"].numel() > 1 << 16
 
 
 def test_what_no_kernel_computes_runs_in_pytorch():

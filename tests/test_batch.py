@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import pcg_compile as pcg
 from pcg_compile.attention import PagedKVCache
-from pcg_compile.batch import Batch, current_step, require_step, scratch_step, step
+from pcg_compile.batch import Batch
 from pcg_compile.errors import BatchError, OptionsError
 from pcg_compile.memory.staging import StagingRing
+from pcg_compile.step import current_step, require_step, scratch_step, step
 
 
 def pages_for(kv_lens, page_size, first=1):

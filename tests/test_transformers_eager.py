@@ -11,8 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 
 import pcg_compile.integrations.transformers as integration  # noqa: E402
-from pcg_compile.batch import Batch, step  # noqa: E402
+from pcg_compile.batch import Batch  # noqa: E402
 from pcg_compile.errors import BatchError  # noqa: E402
+from pcg_compile.step import step  # noqa: E402
 
 COMMON = {
     "vocab_size": 96,

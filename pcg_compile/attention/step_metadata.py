@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..batch import Batch
 from ..memory.staging import StagingRing
 from ..metadata import Ints
-from ..padding_request import Layout, PaddedBatch
+from ..padding_request import Layout
 from ..page_tables import Tables
 from .advance import advance
-from .base import AttentionImpl
+from .prepared import Prepared
 
-if TYPE_CHECKING:
-    from ..batch import Batch
-
-__all__ = ["Prepared", "StepMetadata"]
+__all__ = ["StepMetadata"]
 
 #: Words that the size of a step's metadata is rounded up to.
 _ROUND = 64
@@ -28,51 +23,7 @@ _ROUND = 64
 _MOST_KEPT = 4096
 
 
-class Prepared:
-    """The metadata of one batch on the device. Valid while ``cache.current`` is this object.
-
-    The batches that :meth:`Batch.advance` makes of it take it over: see Note [advance].
-
-    Attributes:
-        batch: whose metadata they are. made_for: bucket, rows and request entries (None: as many as there are).
-        static: whether all of it lies at addresses that stay.
-        bucket: tokens that ``slots`` covers. rows: of q that are attended. requests: entries in the metadata.
-        longest: most new tokens of a request. spans: ``[rows, 2]`` int32 on the device, positions from and up to which
-            a token sees keys beside those of the mask; None where the batch has none.
-        slots: ``[bucket]`` int64, static. tokens: ``[3, tokens]`` int64, slots, positions and ids. copied: of these the
-            last two.
-        arrays: int32 on the cache's device, in the order of ``padded.array()``; kv_indices with room behind them. With
-            ``spare`` pages, kv_indptr says where the pages of a request begin, kv_lens how many count.
-        last: age of the last batch that the listed pages have room for.
-        plans: what each attention shape planned. enqueued: shapes whose plan's work on the device is under way.
-    """
-
-    def __init__(
-        self, batch: Batch, made_for: tuple[int, int, int | None], layout: Layout, page_size: int, slots: torch.Tensor,
-        tokens: tuple[torch.Tensor, torch.Tensor], arrays: tuple[torch.Tensor, ...], static: bool,
-    ) -> None:  # fmt: skip
-        self.batch, self.made_for, self.slots, self.arrays = batch, made_for, slots, arrays
-        self.tokens, self.copied = tokens
-        self.bucket, self.rows, _ = made_for
-        self.static, self.requests, self.spare = static, layout.requests, layout.spare
-        self.longest = batch.longest
-        self.last = batch.age
-        self.spans: torch.Tensor | None = None
-        self.plans: dict[str, Any] = {}
-        self.enqueued: set[str] = set()
-        self._sizes, self._page_size = layout.sizes, page_size
-
-    def array(self, index: int) -> torch.Tensor:
-        """On the device, what ``padded.array(index)`` is on the host, where no pages are to spare."""
-        return self.arrays[index][: self._sizes[index]]
-
-    @cached_property
-    def padded(self) -> PaddedBatch:
-        """The same on the host, for attention that plans there."""
-        return self.batch.padded(self.rows, self._page_size, self.made_for[2])
-
-
-class StepMetadata(ABC):
+class StepMetadata:
     """What a cache does for the steps that it serves, one at a time: it brings their metadata to the device.
 
     The metadata of a step are one block, which one copy from pinned memory brings to the device: slots, positions and
@@ -109,10 +60,6 @@ class StepMetadata(ABC):
         self.exact_pages = False
         self._overflow: torch.Tensor | None = None
         self._spans: dict[int, torch.Tensor] = {}
-
-    @abstractmethod
-    def impl(self, text: str) -> AttentionImpl:
-        """The implementation for an encoded attention shape."""
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
@@ -185,8 +132,7 @@ class StepMetadata(ABC):
         advance(prepared.tokens, kv_lens, kv_indptr, kv_indices, batch.num_requests, steps, self.page_size)
         prepared.batch = batch
         prepared.__dict__.pop("padded", None)
-        for text in [text for text in prepared.plans if not self.impl(text).plan_lasts]:
-            del prepared.plans[text]
+        prepared.plans = {text: planned for text, planned in prepared.plans.items() if planned[0].plan_lasts}
 
     def _write(self, batch: Batch, made_for: tuple[int, int, int | None], forced: bool) -> Prepared:
         bucket, rows, entries = made_for

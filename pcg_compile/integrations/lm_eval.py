@@ -17,8 +17,9 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ..attention import PagedKVCache
-from ..batch import Batch, step
+from ..batch import Batch
 from ..piecewise import piecewise
+from ..step import step
 from .generation import generate_batch
 from .generation.engine import attending_through_pcg
 from .transformers import cache_for

@@ -9,12 +9,12 @@ from typing import Any
 
 import sympy
 
-from ..batch import StepState
 from ..calls import graph_ran
 from ..distributed.agreement import Agreement
 from ..errors import PCGError
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, expr_of
+from ..step import StepState
 from ..torch_compat.profiling import profiler_records
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding

@@ -11,13 +11,13 @@ from typing import Any
 import sympy
 import torch
 
-from ..batch import StepState, current_step, require_step
 from ..errors import StaleAddress, message
 from ..fx.places import name_of_input
 from ..fx.plan import PieceItem, Plan, SplitOpItem
 from ..fx.sizes import evaluate
 from ..memory.buffers import FlatBuffers
 from ..memory.views import looks_like
+from ..step import StepState, current_step, require_step
 from ..torch_compat.cuda import CurrentStream, data_ptrs_equal
 from .binding import Binding
 from .overlap import StepMemory

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...batch import Batch, step
+from ...batch import Batch
 from ...errors import GenerationError, OptionsError, message
+from ...step import step
 from .engine import ROWS, Engine, routers_of
 from .pages import PagePool
 from .requests import Request
