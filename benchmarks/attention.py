@@ -183,6 +183,9 @@ def fa2_call(batch: Batch, out: torch.Tensor) -> Callable[[], Any]:
     import flashinfer
 
     work, space = batch.work, torch.empty(512 << 20, dtype=torch.uint8, device=out.device)
+    if work.head_dim not in (64, 128, 256):
+        # Its kernels for others run into illegal instructions or give NaN.
+        raise ValueError(f"FA2 has head sizes 64, 128 and 256, not {work.head_dim}")
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa2")
     wrapper.plan(
         batch.qo_indptr, batch.kv_indptr, batch.indices, batch.last, work.heads, work.kv_heads, work.head_dim,

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ragged_attention import FEATURES, error, expected, random_case
@@ -249,16 +250,31 @@ def test_triton_refuses_what_it_does_not_compute():
     assert kind is TritonAttention
 
 
-def test_pages_and_slots_out_of_range_are_errors_before_anything_is_written():
+@pytest.mark.parametrize("form", [list, np.asarray, torch.tensor, lambda rows: np.asarray(rows, dtype=np.int64) << 32])
+def test_pages_and_slots_out_of_range_are_errors_before_anything_is_written(form):
+    """Slots follow from pages. An entry of an array that no token needs may hold anything, one of a list may not."""
     cache = PagedKVCache(1, 4, 4, num_kv_heads=2, head_dim=16, device=DEVICE)
-    before = cache.k[0].clone()
+    before, far = cache.k[0].clone(), form([[1, 2]])[0][0] > 1
     for table, match in (
-        ([[1, 4]], "uses page 4"),
-        ([[1, -1]], "uses page -1"),
-        ([[1, 0]], "uses page 0"),
-        ([[1]], "needs 2"),
+        ([[1, 4]], "uses page"),
+        ([[4, 1]], "uses page"),
+        ([[1, -1]], "uses page"),
+        ([[1, 0]], "uses page"),
+        ([[1 << 40, 1]], "uses page"),
+        ([[1]], "needs 2" if not far else "uses page|needs 2"),
     ):
-        with pytest.raises(BatchError, match=match), pcg.step(pcg.Batch([5], [5], table), cache):
+        with pytest.raises(BatchError, match=match), pcg.step(pcg.Batch([5], [5], form(table)), cache):
+            raise AssertionError("the step began")
+    if form is not list and not far:
+        with pcg.step(pcg.Batch([5], [5], form([[1, 2, 99]])), cache):
+            pass
+    with pytest.raises(BatchError, match="uses page 2; |uses page 2$|pages and needs"):
+        # Within the cache for the first step, out of it later on.
+        small = PagedKVCache(1, 2, 4, num_kv_heads=2, head_dim=16, device=DEVICE)
+        batch = pcg.Batch([4], [4], [[1, 2]])
+        with pcg.step(batch, small):
+            pass
+        with pcg.step(batch.advance(), small):
             raise AssertionError("the step began")
     assert torch.equal(cache.k[0], before)
 
@@ -346,6 +362,15 @@ def test_a_full_graph_is_given_up_only_for_more_than_it_saves(monkeypatch, saved
     assert in_graph == (fast == "first") and cache.impl(text, 8).name == fast and cache.impl(text, 16).name == "first"
     assert "first" in figures and "second" in figures
     assert all(torch.equal(a, b) for a, b in zip(before, cache.k, strict=True))
+
+
+def test_what_would_take_long_to_time_is_left_out_and_named(monkeypatch):
+    two_backends(monkeypatch, "first")
+    monkeypatch.setattr(choose.BACKENDS["second"], "why_not_timed", lambda shape: "40 s of nvcc")
+    cache = PagedKVCache(1, 64, 4, num_kv_heads=2, head_dim=16)
+    text = AttentionShape(4, 2, 16, None, None, 0.25, torch.float32).encode()
+    assert choose_by_time(cache, {text: 1}, 8, 0.0) == (True, "attention by first (second not timed: 40 s of nvcc)")
+    assert cache.impl(text, 8).name == "first"
 
 
 def test_nothing_is_timed_where_one_backend_runs(monkeypatch):

@@ -193,6 +193,22 @@ def test_a_workspace_too_small_grows(monkeypatch):
     assert cache.memory.workspaces["flashinfer"].numel() > 1 << 16
 
 
+@needs_flashinfer
+def test_the_installed_wrapper_takes_what_pcg_passes():
+    """By its signatures, for versions that no GPU run has met."""
+    from inspect import signature
+
+    from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as Wrapper
+
+    signature(Wrapper).bind(None, "NHD", backend="fa2")
+    signature(Wrapper.plan).bind(
+        None, *range(8), causal=True, sm_scale=1.0, window_left=-1, logits_soft_cap=None, q_data_type=None,
+        kv_data_type=None,
+    )  # fmt: skip
+    signature(Wrapper.run).bind(None, None, (None, None), out=None)
+    signature(Wrapper.reset_workspace_buffer).bind(None, None, None)
+
+
 def test_what_no_kernel_computes_runs_in_pytorch():
     device = torch.device("cuda", torch.cuda.current_device())
     kind, reason = choose_impl(AttentionShape(4, 4, 64, None, None, 1.0, torch.float64), device)

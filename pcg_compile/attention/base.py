@@ -176,6 +176,11 @@ class AttentionImpl(ABC):
     def why_not(cls, shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
         """Why it does not compute a shape over keys of ``kv_dtype`` on a device, None where it does."""
 
+    @classmethod
+    def why_not_timed(cls, shape: AttentionShape) -> str | None:
+        """Why to time it for a choice would take long, None where it would not."""
+        return None
+
     def capture_key(self, prepared: Prepared) -> Hashable:
         """What a capture of :meth:`enqueue` and :meth:`run` bakes in, beside the sizes of ``prepared``."""
         return None

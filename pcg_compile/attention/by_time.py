@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,29 +41,36 @@ def choose_by_time(
     Returns:
         Whether a full CUDA graph can hold the choice, and what was measured; None where there is nothing to choose.
     """
-    shapes = {text: AttentionShape.decode(text) for text in layers}
-    kinds = {text: candidates(shape, cache.device, cache.dtype)[0] for text, shape in shapes.items()}
-    batch = _batch(cache, tokens) if any(len(some) > 1 for some in kinds.values()) else None
-    if batch is None:
+    best: dict[str, AttentionImpl] = {}
+    held: dict[str, AttentionImpl | None] = {}
+    times: dict[AttentionImpl, float] = {}
+    texts: list[str] = []
+    for text, number in layers.items():
+        shape = AttentionShape.decode(text)
+        kinds, _ = candidates(shape, cache.device, cache.dtype)
+        slow = {kind: reason for kind in kinds[1:] if (reason := kind.why_not_timed(shape)) is not None}
+        texts += [f"{kind.name} not timed: {reason}" for kind, reason in slow.items()]
+        # The others are made for this alone: their memory goes with them.
+        apart = replace(cache.memory, workspaces={})
+        impls = [cache.impl_named(text, kinds[0].name), *(k(shape, apart) for k in kinds[1:] if k not in slow)]
+        if len(impls) > 1 and (batch := _batch(cache, tokens)) is not None:
+            times |= {impl: _seconds(cache, impl, batch, number) for impl in impls}
+            figures = ", ".join(f"{impl.name} {1e6 * times[impl] / number:.1f}" for impl in impls)
+            texts.append(f"us a layer: {figures}; the full graph saves {1e6 * saved:.0f} us a step")
+        best[text] = min(impls, key=lambda impl: times.get(impl, 0.0))
+        held[text] = min((i for i in impls if i.capturable), key=lambda impl: times.get(impl, 0.0), default=None)
+    if not texts:
         return None
-    impls = {text: [cache.impl_named(text, kind.name) for kind in some] for text, some in kinds.items()}
-    times = {impl: _seconds(cache, impl, batch, layers[text]) for text, some in impls.items() for impl in some}
-    best = {text: min(some, key=times.__getitem__) for text, some in impls.items()}
-    held = {text: min((i for i in some if i.capturable), key=times.__getitem__, default=None)
-            for text, some in impls.items()}  # fmt: skip
-    in_graph = [impl for impl in held.values() if impl is not None]
-    full = len(in_graph) == len(impls)
-    if full and sum(map(times.__getitem__, in_graph)) <= saved + sum(map(times.__getitem__, best.values())):
-        best = {text: impl for text, impl in held.items() if impl is not None}
+    in_graph = {text: impl for text, impl in held.items() if impl is not None}
+    total = {
+        name: sum(times.get(i, 0.0) for i in some.values()) for name, some in (("best", best), ("graph", in_graph))
+    }
+    if len(in_graph) == len(best) and total["graph"] <= saved + total["best"]:
+        best = in_graph
     for text, impl in best.items():
         cache.faster[text, tokens] = impl.name
-    full = all(impl.capturable for impl in best.values())
-    figures = "; ".join(
-        ", ".join(f"{impl.name} {1e6 * times[impl] / layers[text]:.1f}" for impl in some)
-        for text, some in impls.items()
-    )
     names = " and ".join(dict.fromkeys(impl.name for impl in best.values()))
-    return full, f"attention by {names} (us a layer: {figures}; the full graph saves {1e6 * saved:.0f} us a step)"
+    return all(impl.capturable for impl in best.values()), f"attention by {names} ({'; '.join(texts)})"
 
 
 def _batch(cache: PagedKVCache, tokens: int) -> Batch | None:

@@ -64,7 +64,8 @@ class FlashInferAttention(AttentionImpl):
         if prefill is None:
             raise RuntimeError(reason)
         kind, space = prefill.BatchPrefillWithPagedKVCacheWrapper, self._workspace()
-        self._wrappers = [(kind(space, "NHD", backend="fa2"), torch.cuda.Event()) for _ in range(_WRAPPERS)]
+        with torch.inference_mode(False):
+            self._wrappers = [(kind(space, "NHD", backend="fa2"), torch.cuda.Event()) for _ in range(_WRAPPERS)]
 
     @classmethod
     def why_not(cls, shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
@@ -89,6 +90,22 @@ class FlashInferAttention(AttentionImpl):
         if capability < (8, 0):
             return f"FlashInfer needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
         return _installed()[1]
+
+    @classmethod
+    def why_not_timed(cls, shape: AttentionShape) -> str | None:
+        if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+            return None
+        try:
+            from flashinfer.jit import env
+            from flashinfer.jit.attention import get_batch_prefill_uri
+
+            dtype, size, window, cap = shape.dtype, shape.head_dim, shape.window is not None, shape.softcap is not None
+            name = get_batch_prefill_uri("fa2", *[dtype] * 3, torch.int32, size, size, 0, window, cap, False)
+            if any(env.FLASHINFER_JIT_DIR.glob(f"{name}*/*.so")):
+                return None
+        except (ImportError, AttributeError, TypeError, KeyError):  # Another version keeps its kernels elsewhere.
+            pass
+        return 'its kernels are not built: nvcc would take 40 s, attention_backend="flashinfer" does it'
 
     def _workspace(self) -> torch.Tensor:
         """Memory for partial results; all wrappers of a cache share it, as they follow each other on one stream."""
