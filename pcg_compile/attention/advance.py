@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-from typing import Any
 
 import torch
 
 __all__ = ["advance"]
-
-_BLOCK = 128
 
 
 def advance(
@@ -28,22 +24,13 @@ def advance(
         tokens: ``[3, requests]`` int64, slots and positions among them. kv_lens: int32. kv_indptr: int32, where the
             pages of each request begin in ``kv_indices``, which hold those of its new tokens already.
     """
-    kernel = _kernel() if tokens.is_cuda else None
-    if kernel is not None:
-        kernel(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, page_size)
+    if tokens.is_cuda and importlib.util.find_spec("triton") is not None:
+        from .advance_kernel import launch
+
+        launch(tokens, kv_lens, kv_indptr, kv_indices, requests, steps, page_size)
         return
     slots, positions = tokens[0], tokens[1]
     positions += steps
     kv_lens[:requests] += steps
     pages = kv_indices[kv_indptr[:requests] + positions // page_size].long()
     torch.add(pages * page_size, positions % page_size, out=slots)
-
-
-@functools.cache
-def _kernel() -> Any:
-    """The same in one launch, None without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from .advance_kernel import launch
-
-    return launch

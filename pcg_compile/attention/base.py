@@ -81,31 +81,13 @@ def _read(text: str) -> Any:
 _WORDS = {"None": None, "True": True, "False": False}
 
 
-def encode_shape(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dtype: torch.dtype,
-    causal: bool = True,
-    chunk: int | None = None,
-    v_head_dim: int | None = None,
-    backend: str = "auto",
-    extras: str = "",
-) -> str:
-    """:meth:`AttentionShape.encode` as a plain function, which Dynamo traces to a constant.
+def encode_shape(*values: Any) -> str:
+    """:meth:`AttentionShape.encode` as a plain function of all fields in order, which Dynamo traces to a constant.
 
     With ``dynamic=True``, or where layers that share their code differ in it, a number is symbolic: it is specialized.
     """
-    heads, kv_heads, size = guard_scalar(num_heads), guard_scalar(num_kv_heads), guard_scalar(head_dim)
-    seen = None if window is None else guard_scalar(window)
-    cap = None if softcap is None else guard_scalar(softcap)
-    piece = None if chunk is None else guard_scalar(chunk)
-    value = None if v_head_dim is None else guard_scalar(v_head_dim)
-    numbers = f"{heads},{kv_heads},{size},{seen},{cap},{guard_scalar(scale)},{dtype}"
-    return f"{numbers},{causal},{piece},{value},{backend},{extras}"
+    plain = [v if v is None or isinstance(v, (bool, str, torch.dtype)) else guard_scalar(v) for v in values]
+    return ",".join([str(v) for v in plain])
 
 
 @dataclass(eq=False)

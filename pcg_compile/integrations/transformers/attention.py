@@ -66,8 +66,8 @@ def attention(
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     cap, sinks = None if softcap is None else float(softcap), kwargs.get("s_aux")
     shape = encode_shape(
-        heads, kv_heads, head_dim, window, cap, scale, q.dtype, chunk=attention_mask.chunk,
-        v_head_dim=None if v_head_dim == head_dim else v_head_dim, extras="" if sinks is None else "s",
+        heads, kv_heads, head_dim, window, cap, scale, q.dtype, True, attention_mask.chunk,
+        None if v_head_dim == head_dim else v_head_dim, "auto", "" if sinks is None else "s",
     )  # fmt: skip
     if sinks is None:
         return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape).unsqueeze(0), None
