@@ -20,6 +20,7 @@ _COMMANDS = {
     "soak": "random traffic, compared with eager as it goes",
     "tensor_parallel": "a model in parts: pcg against eager, and against one GPU",
     "attention": "paged attention in a CUDA graph: Triton, FlashInfer, the floor (needs a GPU)",
+    "attention_check": "attention kernels against float64 on random batches, by feature (needs a GPU)",
     "lora_kernels": "the LoRA kernels against the floor (needs a GPU)",
     "lora": "a step with many adapters: pcg with and without, PEFT's mixed batches",
     "encoder": "embeddings of real sentences: eager, torch.compile, reduce-overhead, pcg",

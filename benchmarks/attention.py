@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,8 +27,10 @@ _NOTES = {
     "fa2": "FlashInfer's BatchPrefillWithPagedKVCacheWrapper, backend fa2, planned ahead",
     "triton": "pcg's kernel, captured at exactly the batch's rows and request entries",
     "schedule": "pcg's list of work items, once per step for all layers",
+    "tb_s": "terabytes of keys and values a second, each counted once",
     "floor": "keys and values read once at 4.8 TB/s, or 790 TFLOP/s, the larger",
     "error": "relative, against the other implementation",
+    "first_use": "seconds until attention first ran, decode and then prefill, with an empty Triton cache",
 }
 
 
@@ -47,11 +53,15 @@ class Workload:
         return "decode" if max(self.qo_lens) == 1 else "mixed" if sum(self.qo_lens) <= 1024 else "prefill"
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(self.kv_lens) * self.kv_heads * self.head_dim * 2 * (1 if self.fp8 else 2)
+
+    @property
     def floor_us(self) -> float:
         """The least time for the batch's bytes and operations."""
-        nbytes = sum(self.kv_lens) * self.kv_heads * self.head_dim * 2 * (1 if self.fp8 else 2)
         pairs = sum(q * (kv - q) + q * (q + 1) / 2 for q, kv in zip(self.qo_lens, self.kv_lens, strict=True))
-        return 1e6 * max(nbytes / _BANDWIDTH, 4 * self.heads * self.head_dim * pairs / _FLOPS)
+        return 1e6 * max(self.nbytes / _BANDWIDTH, 4 * self.heads * self.head_dim * pairs / _FLOPS)
 
 
 _BATCHES: dict[str, tuple[list[int], list[int]]] = {
@@ -69,6 +79,10 @@ _BATCHES: dict[str, tuple[list[int], list[int]]] = {
 _FEW = ("decode 8 x 1k", "decode 128 x 1k", "31 decodes x 512 + prefill 225", "prefill 4k")
 
 
+#: 256 requests on their way from 100 to 2,048 tokens, as the throughput benchmark has them; Qwen3-0.6B has these heads.
+_UNDER_WAY = tuple(100 + i * 7919 % 1949 for i in range(256))
+
+
 def workloads() -> Iterator[Workload]:
     """Batches at head sizes 64 and 128, and a few of them with fp8 keys and values, long pages, other head sizes."""
     for head_dim in (64, 128):
@@ -80,12 +94,41 @@ def workloads() -> Iterator[Workload]:
         yield Workload(name + ", pages of 64", qo, kv, 128, page_size=64)
         yield Workload(name, qo, kv, 96)
         yield Workload(name, qo, kv, 256)
+    yield Workload("decode 256 x 100 to 2k, 16 heads", (1,) * 256, _UNDER_WAY, 128, heads=16)
+    yield Workload("decode 256 x 1k, 16 heads", *(tuple(x) for x in _BATCHES["decode 256 x 1k"]), 128, heads=16)
+
+
+_FIRST_USE = """
+import json, time, torch
+import pcg_compile as pcg
+torch.zeros(1, device="cuda")
+begun = time.perf_counter()
+cache = pcg.PagedKVCache(1, 64, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+attention, times = pcg.PagedAttention(0, 32, 8, 128), []
+for lengths in ([1] * 4, [300, 1]):
+    q, k, v = (torch.randn(sum(lengths), n, 128, dtype=torch.bfloat16, device="cuda") for n in (32, 8, 8))
+    pages = [cache.allocate(-(-n // 16)) for n in lengths]
+    with pcg.step(pcg.Batch(lengths, page_table=pages), cache):
+        attention(q, k, v)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter() - begun)
+print(json.dumps(times))
+"""
+
+
+def first_use() -> list[float]:
+    """Seconds until attention has first run on a machine that has compiled nothing: decode, then prefill too."""
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "TRITON_CACHE_DIR": empty}
+        done = subprocess.run([sys.executable, "-c", _FIRST_USE], env=environment, capture_output=True, text=True)
+    return [round(t, 2) for t in json.loads(done.stdout)] if done.returncode == 0 else [float("nan")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this command."""
     parser.add_argument("--tune", action="store_true", help="many sizes of blocks instead of the chosen ones")
     parser.add_argument("--head-dims", help="only these, comma-separated")
+    parser.add_argument("--only", default="", help="only workloads with this in their name")
     parser.add_argument("--seconds", type=float, help="skip what is left after so many")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile kernels")
 
@@ -140,6 +183,9 @@ def fa2_call(batch: Batch, out: torch.Tensor) -> Callable[[], Any]:
     import flashinfer
 
     work, space = batch.work, torch.empty(512 << 20, dtype=torch.uint8, device=out.device)
+    if work.head_dim not in (64, 128, 256):
+        # Its kernels for others run into illegal instructions or give NaN.
+        raise ValueError(f"FA2 has head sizes 64, 128 and 256, not {work.head_dim}")
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa2")
     wrapper.plan(
         batch.qo_indptr, batch.kv_indptr, batch.indices, batch.last, work.heads, work.kv_heads, work.head_dim,
@@ -200,12 +246,13 @@ def tilings(work: Workload) -> list[Any]:
 
 
 def _compile(task: tuple[Workload, Any]) -> str:
-    """Compiles one kernel, into Triton's cache, by running it on a tiny batch of the same shape."""
+    """Compiles one kernel, into its library's cache, by running it on a tiny batch; without a tiling FlashInfer's."""
     work, tiling = task
     try:
         small = Workload(work.name, (1, 3), (9, 40), work.head_dim, work.page_size, work.fp8, work.heads, work.kv_heads)
         batch = Batch(small, torch.device("cuda"))
-        for call in triton_call(batch, tiling, torch.empty_like(batch.q)):
+        out = torch.empty_like(batch.q)
+        for call in (fa2_call(batch, out),) if tiling is None else triton_call(batch, tiling, out):
             call()
         torch.cuda.synchronize()
         return ""
@@ -215,10 +262,10 @@ def _compile(task: tuple[Workload, Any]) -> str:
 
 def compile_all(tasks: Sequence[tuple[Workload, Any]], processes: int) -> None:
     """Compiles distinct kernels in several processes."""
-    distinct = {}
+    distinct = {(work.head_dim, work.fp8): (work, None) for work, _ in tasks}
     for work, tiling in tasks:
-        key = (work.head_dim, work.page_size, work.fp8, tiling.block_m, tiling.block_n, tiling.warps, tiling.stages,
-               tiling.phases)  # fmt: skip
+        key = (work.heads, work.head_dim, work.page_size, work.fp8, tiling.block_m, tiling.block_n, tiling.warps,
+               tiling.stages, tiling.phases)  # fmt: skip
         distinct.setdefault(key, (work, tiling))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(_compile, distinct.values(), chunksize=1)
@@ -232,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
     from pcg_compile.attention.ragged import tiling_for
 
     dims, budget = sizes_of(args.head_dims, (64, 96, 128, 256)), Budget(args.seconds)
-    works = [work for work in workloads() if work.head_dim in dims]
+    works = [work for work in workloads() if work.head_dim in dims and args.only in work.name]
     if args.quick:
         works = [work for work in works if work.name in _FEW]
 
@@ -244,6 +291,8 @@ def run(args: argparse.Namespace) -> None:
 
     name = "attention-tuning" if args.tune else "attention"
     with Results(args, f"{name}-{torch.cuda.get_device_name().split()[-1].lower()}", _NOTES) as results:
+        if not args.only:
+            results.add(workload="first use", first_use=first_use())
         compile_all([(work, tiling) for work in works for tiling in candidates(work)], args.processes)
         results.say(f"compiled after {budget.used():.0f} s")
         ratios: dict[str, list[float]] = {}
@@ -290,7 +339,7 @@ def measure(work: Workload, candidates: Sequence[Any], device: torch.device) -> 
             "error": max(one[1] for one in tried)}  # fmt: skip
     if "fa2" in row:
         row["ratio"] = round(best / row["fa2"], 3)
-    row["of_floor"] = round(work.floor_us / best, 3)
+    row |= {"of_floor": round(work.floor_us / best, 3), "tb_s": round(work.nbytes / best / 1e6, 2)}
     if len(candidates) > 1:
         row["all"] = [[_text(one[2]), one[0]] for one in tried]
     return row

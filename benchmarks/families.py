@@ -94,7 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     # The fourth layer is one without rotary embeddings.
-    "llama4_text": {"num_hidden_layers": 4},
+    "llama4_text": {"num_hidden_layers": 4, "floor_scale": 3},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "roc_bert": {
         "shape_vocab_size": 32, "shape_embed_dim": 16, "pronunciation_vocab_size": 32, "pronunciation_embed_dim": 16,

@@ -258,6 +258,7 @@ _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "tensor_parallel": _tensor_parallel,
     "soak": lambda rows: [],
     "attention": lambda rows: [],
+    "attention_check": lambda rows: [],
     "lora": _lora,
     "lora_kernels": _lora_kernels,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +23,9 @@ from .metadata import (
 )
 from .padding_request import PaddedBatch
 from .page_tables import PageTable, Tables, make_tables
+from .running import RUNNING, Running
 
-__all__ = ["RUNNING", "Batch"]
+__all__ = ["Batch", "PaddedBatch"]
 
 
 class Batch:
@@ -122,7 +122,7 @@ class Batch:
         return tuple(self._kv.tolist())
 
     @classmethod
-    def _of_padding(cls, tokens: int) -> Batch:
+    def of_padding(cls, tokens: int) -> Batch:
         """A batch without requests, whose ``tokens`` tokens are all padding."""
         batch = cls.__new__(cls)
         batch._qo = batch._kv = np.zeros(0, dtype=np.int64)
@@ -199,39 +199,33 @@ class Batch:
     @property
     def positions(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device (the default device without a cache); inside :func:`step` only."""
-        positions: torch.Tensor = self._state("positions").user_positions()
-        return positions
+        return self._state("positions").user_positions()
 
     @property
     def ids(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device: the ids that the batch was made with; inside :func:`step` only."""
         if self.host_ids is None:
             raise BatchError(message("the batch has no ids", cure="Write: pcg.Batch(..., ids=[5, 9, 2])"))
-        ids: torch.Tensor = self._state("ids").user_ids()
-        return ids
+        return self._state("ids").user_ids()
 
     @property
     def slot_mapping(self) -> torch.Tensor:
         """``[tokens]`` int64 on the cache's device, the slot of each token; inside :func:`step` with a cache only."""
-        slots: torch.Tensor | None = self._state("slot_mapping").user_slots()
+        slots = self._state("slot_mapping").user_slots()
         if slots is None:
             raise BatchError(
                 message("batch.slot_mapping needs a cache", cure="Enter the step as: with pcg.step(batch, cache):")
             )
         return slots
 
-    def _state(self, name: str) -> Any:
+    def _state(self, name: str) -> Running:
         state = RUNNING.get()
-        while state is not None and (state.closed or state.batch is not self):
+        while state is not None and state.batch is not self:
             state = state.outer
-        if state is None:
+        if state is None or state.closed:
             raise BatchError(
                 message(
                     f"batch.{name} exists inside the batch's step only", cure="Enter it: with pcg.step(batch, cache):"
                 )
             )
         return state
-
-
-#: The running step (:class:`~pcg_compile.step_state.StepState`) of this thread or task.
-RUNNING: ContextVar[Any] = ContextVar("pcg_step", default=None)

@@ -1,45 +1,25 @@
-"""The step that model calls run in: entering it, and asking for the one that is running."""
+"""Where a step begins and ends."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from .attention.cache import PagedKVCache
-from .batch import RUNNING, Batch
+from .batch import Batch
 from .errors import BatchError, message
-from .step_state import StepState
+from .running import RUNNING
+from .step_state import DoesNotFit, StepState
 
-__all__ = ["current_step", "require_step", "scratch_step", "step"]
+if TYPE_CHECKING:
+    from .attention.cache import PagedKVCache
+
+__all__ = ["RUNNING", "DoesNotFit", "StepState", "current_step", "require_step", "scratch_step", "step"]
 
 _LOG = logging.getLogger("pcg_compile")
-
-
-def current_step() -> StepState | None:
-    """The running step of this thread or task, or None."""
-    state: StepState | None = RUNNING.get()
-    return None if state is None or state.closed else state
-
-
-def require_step(what: str) -> StepState:
-    """The running step.
-
-    Raises:
-        BatchError: none is running; ``what`` needs it.
-    """
-    state = current_step()
-    if state is None:
-        raise BatchError(
-            message(
-                f"{what} needs to know the batch, and no step is running",
-                why="Lengths, pages and adapters of the requests come from the step, not from the call.",
-                cure="Call it inside: with pcg.step(batch, cache):",
-            )
-        )
-    return state
 
 
 @contextmanager
@@ -99,14 +79,38 @@ def step(batch: Batch, cache: PagedKVCache | None = None) -> Iterator[Batch]:
 
 @contextmanager
 def scratch_step(tokens: int, cache: PagedKVCache | None) -> Iterator[StepState]:
-    """A step of padding alone, for captured graph: it writes no page but 0. Inside a step it takes its place."""
+    """A step of padding alone, for capture: it writes no page but 0. Inside a step it takes its place."""
     running = current_step()
     if running is not None:
         running.used = True
-    state = StepState(Batch._of_padding(tokens), cache, running, scratch=True)
+    state = StepState(Batch.of_padding(tokens), cache, running, scratch=True)
     token = RUNNING.set(state)
     try:
         with torch.no_grad():
             yield state
     finally:
         RUNNING.reset(token)
+
+
+def current_step() -> StepState | None:
+    """The running step of this thread or task, or None."""
+    state = cast("StepState | None", RUNNING.get())
+    return None if state is None or state.closed else state
+
+
+def require_step(what: str) -> StepState:
+    """The running step.
+
+    Raises:
+        BatchError: none is running; ``what`` needs it.
+    """
+    state = current_step()
+    if state is None:
+        raise BatchError(
+            message(
+                f"{what} needs to know the batch, and no step is running",
+                why="Lengths, pages and adapters of the requests come from the step, not from the call.",
+                cure="Call it inside: with pcg.step(batch, cache):",
+            )
+        )
+    return state

@@ -1,19 +1,22 @@
-"""A running step: its batch, its cache, and what has been prepared for it."""
+"""The state of a step: its batch, its cache, and what has been prepared for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .attention.cache import PagedKVCache
-from .attention.step_metadata import Prepared
-from .batch import Batch
 from .errors import BatchError, message
 from .memory.staging import StagingRing
+
+if TYPE_CHECKING:
+    from .attention.base import AttentionImpl
+    from .attention.cache import PagedKVCache
+    from .attention.prepared import Prepared
+    from .batch import Batch
 
 __all__ = ["DoesNotFit", "StepState"]
 
@@ -122,9 +125,10 @@ class StepState:
         Raises:
             BatchError: no cache, a bucket below the number of tokens.
         """
+        rows = bucket if mode == "request" or self.scratch else self.batch.num_tokens
         for shape in shapes:
-            self.require_cache().impl(shape)
-        prepared = self._written(bucket, bucket if mode == "request" or self.scratch else self.batch.num_tokens)
+            self.require_cache().impl(shape, rows)
+        prepared = self._written(bucket, rows)
         for shape in shapes:
             self._planned(prepared, shape)
         return prepared
@@ -143,7 +147,7 @@ class StepState:
         needed = self.batch.num_requests + (bucket > self.batch.num_tokens)
         if needed > entries:
             raise DoesNotFit(f"{needed} requests, and the cache has max_requests={cache.max_requests}")
-        impls = [cache.impl(shape) for shape in shapes]
+        impls = [cache.impl(shape, bucket) for shape in shapes]
         for shape, impl in zip(shapes, impls, strict=True):
             if not impl.capturable:
                 raise DoesNotFit(f"attention {shape} runs in an implementation that cannot be captured")
@@ -158,20 +162,19 @@ class StepState:
             cache.planned.add((prepared.made_for, key))
         return key
 
-    def plan(self, shape: str, rows: int) -> Any:
-        """The plan of an attention shape for q of ``rows`` rows; made now where :meth:`prepare` was not for it.
+    def plan(self, shape: str, rows: int) -> tuple[AttentionImpl, Any]:
+        """What computes an attention shape for q of ``rows`` rows, and its plan; made now where it was not.
 
-        Its work on the device, where it has any, is under way when this returns.
+        The plan's work on the device, where it has any, is under way when this returns.
         """
-        cache = self.require_cache()
-        impl, prepared = cache.impl(shape), self.prepared
+        cache, prepared = self.require_cache(), self.prepared
         if prepared is None or prepared.rows != rows or prepared is not cache.current:
             prepared = self._written(max(rows, prepared.bucket if prepared is not None else 0), rows)
-        plan = self._planned(prepared, shape)
+        planned = self._planned(prepared, shape)
         if shape not in prepared.enqueued:
             prepared.enqueued.add(shape)
-            impl.enqueue(plan)
-        return plan
+            planned[0].enqueue(planned[1])
+        return planned
 
     def each_kind(self, tokens: int) -> Iterator[None]:
         """Has the step look like one of short requests, then like one of long ones: attention has kernels for both."""
@@ -199,11 +202,12 @@ class StepState:
                 prepared.longest = self.longest
         return prepared
 
-    def _planned(self, prepared: Prepared, shape: str) -> Any:
-        plan = prepared.plans.get(shape)
-        if plan is None:
-            plan = prepared.plans[shape] = self.require_cache().impl(shape).plan(prepared)
-        return plan
+    def _planned(self, prepared: Prepared, shape: str) -> tuple[AttentionImpl, Any]:
+        planned = prepared.plans.get(shape)
+        if planned is None:
+            impl = self.require_cache().impl(shape, prepared.rows)
+            planned = prepared.plans[shape] = (impl, impl.plan(prepared))
+        return planned
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64 at an address that is the cache's forever; filled by :meth:`prepare`."""

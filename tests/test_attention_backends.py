@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from paged_model import VOCAB, Model, Traffic
 from ragged_attention import FEATURES, error, expected, random_case
 
 import pcg_compile as pcg
-from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl
+from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose, choose_impl
+from pcg_compile.attention.by_time import choose_by_time
 from pcg_compile.attention.reference import ReferenceAttention
 from pcg_compile.attention.triton import TritonAttention
 from pcg_compile.errors import BatchError, OptionsError
@@ -247,16 +250,31 @@ def test_triton_refuses_what_it_does_not_compute():
     assert kind is TritonAttention
 
 
-def test_pages_and_slots_out_of_range_are_errors_before_anything_is_written():
+@pytest.mark.parametrize("form", [list, np.asarray, torch.tensor, lambda rows: np.asarray(rows, dtype=np.int64) << 32])
+def test_pages_and_slots_out_of_range_are_errors_before_anything_is_written(form):
+    """Slots follow from pages. An entry of an array that no token needs may hold anything, one of a list may not."""
     cache = PagedKVCache(1, 4, 4, num_kv_heads=2, head_dim=16, device=DEVICE)
-    before = cache.k[0].clone()
+    before, far = cache.k[0].clone(), form([[1, 2]])[0][0] > 1
     for table, match in (
-        ([[1, 4]], "uses page 4"),
-        ([[1, -1]], "uses page -1"),
-        ([[1, 0]], "uses page 0"),
-        ([[1]], "needs 2"),
+        ([[1, 4]], "uses page"),
+        ([[4, 1]], "uses page"),
+        ([[1, -1]], "uses page"),
+        ([[1, 0]], "uses page"),
+        ([[1 << 40, 1]], "uses page"),
+        ([[1]], "needs 2" if not far else "uses page|needs 2"),
     ):
-        with pytest.raises(BatchError, match=match), pcg.step(pcg.Batch([5], [5], table), cache):
+        with pytest.raises(BatchError, match=match), pcg.step(pcg.Batch([5], [5], form(table)), cache):
+            raise AssertionError("the step began")
+    if form is not list and not far:
+        with pcg.step(pcg.Batch([5], [5], form([[1, 2, 99]])), cache):
+            pass
+    with pytest.raises(BatchError, match="uses page 2; |uses page 2$|pages and needs"):
+        # Within the cache for the first step, out of it later on.
+        small = PagedKVCache(1, 2, 4, num_kv_heads=2, head_dim=16, device=DEVICE)
+        batch = pcg.Batch([4], [4], [[1, 2]])
+        with pcg.step(batch, small):
+            pass
+        with pcg.step(batch.advance(), small):
             raise AssertionError("the step began")
     assert torch.equal(cache.k[0], before)
 
@@ -290,3 +308,73 @@ def test_explain_says_what_computes_attention():
     compiled = pcg.piecewise(dynamic={"x": 0}, compiler="eager", buckets=[8])(forward)
     with pcg.step(pcg.Batch([3], [3], [[1]]), cache):
         assert "by ReferenceAttention" in " ".join(str(pcg.explain(compiled, torch.randn(3, 4, 16))).split())
+
+
+def two_backends(monkeypatch, slow):
+    """Has "auto" choose between two implementations, one of which takes a millisecond longer; counts their runs."""
+    runs = dict.fromkeys(("first", "second"), 0)
+
+    def made(label):
+        class Timed(ReferenceAttention):
+            name, auto_on = label, ("cpu",)
+
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.capturable = label == "first"
+
+            def run(self, call, plan):
+                runs[label] += 1
+                time.sleep(0.001 if label == slow else 0)
+                super().run(call, plan)
+
+        return Timed
+
+    for label in runs:
+        monkeypatch.setitem(choose.BACKENDS, label, made(label))
+    return runs
+
+
+@pytest.mark.parametrize("slow", ["first", "second"])
+def test_auto_takes_what_warm_up_found_faster(monkeypatch, slow):
+    runs = two_backends(monkeypatch, slow)
+    model, traffic = Model().eval(), Traffic(page_size=4)
+    compiled = pcg.piecewise(dynamic={"ids": 0, "positions": 0}, compiler="eager", buckets=[4, 8])(model.forward)
+    with pcg.step(traffic.batch({1: 3}), traffic.caches[1]) as batch:
+        pcg.warmup(compiled, torch.randint(0, VOCAB, (3,)), batch.positions, progress=False)
+    traffic.lengths.clear()
+    assert min(runs.values()) > 0
+    runs.update(first=0, second=0)
+    traffic.check(model, compiled, {1: 5, 2: 2})
+    fast = "second" if slow == "first" else "first"
+    # Uncompiled, the model has the rows of no bucket.
+    assert runs["second"] > 0 if fast == "second" else runs["second"] == 0
+    for use in pcg.stats(compiled).buckets.values():
+        assert f"attention by {fast} (us a layer: first " in use.attention
+
+
+@pytest.mark.parametrize(("saved", "fast"), [(0.0, "second"), (1.0, "first")])
+def test_a_full_graph_is_given_up_only_for_more_than_it_saves(monkeypatch, saved, fast):
+    two_backends(monkeypatch, "first")
+    cache = PagedKVCache(2, 64, 4, num_kv_heads=2, head_dim=16)
+    text = AttentionShape(4, 2, 16, None, None, 0.25, torch.float32).encode()
+    before = [k.clone() for k in cache.k]
+    in_graph, figures = choose_by_time(cache, {text: 2}, 8, saved)
+    assert in_graph == (fast == "first") and cache.impl(text, 8).name == fast and cache.impl(text, 16).name == "first"
+    assert "first" in figures and "second" in figures
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.k, strict=True))
+
+
+def test_what_would_take_long_to_time_is_left_out_and_named(monkeypatch):
+    two_backends(monkeypatch, "first")
+    monkeypatch.setattr(choose.BACKENDS["second"], "why_not_timed", lambda shape: "40 s of nvcc")
+    cache = PagedKVCache(1, 64, 4, num_kv_heads=2, head_dim=16)
+    text = AttentionShape(4, 2, 16, None, None, 0.25, torch.float32).encode()
+    assert choose_by_time(cache, {text: 1}, 8, 0.0) == (True, "attention by first (second not timed: 40 s of nvcc)")
+    assert cache.impl(text, 8).name == "first"
+
+
+def test_nothing_is_timed_where_one_backend_runs(monkeypatch):
+    cache = PagedKVCache(1, 64, 4, num_kv_heads=2, head_dim=16)
+    text = AttentionShape(4, 2, 16, None, None, 0.25, torch.float32).encode()
+    monkeypatch.setattr(ReferenceAttention, "run", None)
+    assert choose_by_time(cache, {text: 2}, 8, 0.0) is None

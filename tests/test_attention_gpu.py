@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pcg_compile.attention import AttentionShape, PagedAttention, PagedKVCache, choose_impl, ops
+from pcg_compile.attention.base import AttentionCall
 from pcg_compile.attention.flashinfer import FlashInferAttention
 from pcg_compile.attention.reference import ReferenceAttention
 from pcg_compile.attention.triton import TritonAttention
@@ -50,10 +51,10 @@ def reference_of(cache, attention, q):
         attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.window, attention.softcap,
         attention.scale, torch.float32,
     )  # fmt: skip
-    impl = ReferenceAttention(shape, cache)
+    impl = ReferenceAttention(shape, cache.memory)
     out = torch.empty(q.shape, device="cuda")
     prepared = current_step().prepare(len(q), "slice")
-    impl.bind(q.float(), cache.k[0].float(), cache.v[0].float(), out)(impl.plan(prepared))
+    impl.run(AttentionCall(q.float(), cache.k[0].float(), cache.v[0].float(), out), impl.plan(prepared))
     return out
 
 
@@ -146,10 +147,9 @@ def test_many_plans_in_flight_do_not_meet(backend):
         assert torch.equal(one[: batch.num_tokens], other[: batch.num_tokens])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory(backend):
+def test_a_steady_step_neither_syncs_nor_copies_from_pageable_memory():
     cache, attention = setup()
-    shape = text_of(attention, cache, backend)
+    shape = text_of(attention, cache, "triton")
     tables, kv_lens = [[] for _ in range(5)], [0] * 5
     q = torch.zeros(64, 8, 128, device="cuda", dtype=cache.dtype)
     out = torch.empty_like(q)
@@ -183,7 +183,6 @@ def test_a_workspace_too_small_grows(monkeypatch):
     from pcg_compile.attention import flashinfer
 
     monkeypatch.setattr(flashinfer, "_FLOAT_WORKSPACE", 1 << 16)
-    monkeypatch.setattr(flashinfer, "_INT_WORKSPACE", 1 << 9)
     cache, attention = setup(pages=1000)
     batch = Batch([1] * 4, [3000] * 4, [list(range(1 + 200 * r, 189 + 200 * r)) for r in range(4)])
     q = torch.randn(4, 8, 128, device="cuda", dtype=cache.dtype)
@@ -191,23 +190,23 @@ def test_a_workspace_too_small_grows(monkeypatch):
     with step(batch, cache):
         result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
         torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
-    impl = next(iter(cache._impls.values()))
-    assert impl._ints.numel() > 1 << 9 and cache.workspaces["float"].numel() > 1 << 16
+    assert cache.memory.workspaces["flashinfer"].numel() > 1 << 16
 
 
 @needs_flashinfer
-def test_the_public_wrapper_serves_versions_that_were_not_read(monkeypatch):
-    from pcg_compile.attention import flashinfer
+def test_the_installed_wrapper_takes_what_pcg_passes():
+    """By its signatures, for versions that no GPU run has met."""
+    from inspect import signature
 
-    monkeypatch.setattr(flashinfer, "_READ_IN", ())
-    cache, attention = setup(window=40)
-    tables, kv_lens = [[] for _ in range(5)], [0] * 5
-    for seed, lens in enumerate(STEPS):
-        batch, q, k, v = new_tokens(cache, attention.num_heads, tables, kv_lens, lens, seed)
-        with step(batch, cache):
-            result = ops.paged_attention(q, k, v, 0, text_of(attention, cache, "flashinfer"))
-            torch.testing.assert_close(result.float(), reference_of(cache, attention, q), rtol=2e-2, atol=1e-2)
-    assert isinstance(next(iter(cache._impls.values())), flashinfer.FlashInferWrapper)
+    from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as Wrapper
+
+    signature(Wrapper).bind(None, "NHD", backend="fa2")
+    signature(Wrapper.plan).bind(
+        None, *range(8), causal=True, sm_scale=1.0, window_left=-1, logits_soft_cap=None, q_data_type=None,
+        kv_data_type=None,
+    )  # fmt: skip
+    signature(Wrapper.run).bind(None, None, (None, None), out=None)
+    signature(Wrapper.reset_workspace_buffer).bind(None, None, None)
 
 
 def test_what_no_kernel_computes_runs_in_pytorch():

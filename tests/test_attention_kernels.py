@@ -88,6 +88,47 @@ def test_one_grid_serves_every_batch_of_as_many_rows():
 
 
 @here
+def test_items_of_a_batch_that_was_divided_reach_no_later_one():
+    """flashinfer#4794: entries that nothing wrote, where no keys are divided."""
+    tiling = Tiling(16, 16, programs=2)
+    divided = random_case(3, longest=200, prompt=4, tiling=tiling, device=DEVICE)
+    kernels = Ragged(divided, 20, 8)
+    kernels()
+    assert int((kernels.schedule.items[8:].view(-1, 8)[:, 6] > 1).sum())
+    whole = random_case(4, longest=0, prompt=1, tiling=tiling, device=DEVICE)
+    kernels.case = whole
+    out, _ = kernels()
+    number = int(kernels.schedule.items[0])
+    assert int((kernels.schedule.items[8 : 8 + 8 * number].view(-1, 8)[:, 6] > 1).sum()) == 0
+    assert error(out[: len(whole.q)], expected(whole)[0]) < 2e-6
+
+
+@here
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_metadata_advance_as_they_would_be_written(page_size, steps):
+    """The kernel alone, of more requests than one program takes; nothing beyond them is touched."""
+    from pcg_compile.attention import advance_kernel
+
+    requests, room = 200, 7
+    draw = torch.Generator().manual_seed(page_size)
+    positions = torch.randint(0, 50, (requests,), generator=draw)
+    counts = (positions + room) // page_size + 1
+    kv_indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    pages = (torch.randperm(int(counts.sum()), generator=draw) + 1).int()
+    tokens = torch.full((3, 256), -7)
+    tokens[1, :requests] = positions
+    kv_lens = torch.full((256,), -7, dtype=torch.int32)
+    kv_lens[:requests] = positions + 1
+    on_device = [t.to(DEVICE) for t in (tokens, kv_lens, kv_indptr, pages)]
+    advance_kernel._advance[(2,)](*on_device, requests, steps, 256, page_size, 128)
+    later = positions + steps
+    tokens[1, :requests], kv_lens[:requests] = later, (later + 1).int()
+    tokens[0, :requests] = pages[kv_indptr[:requests] + later // page_size].long() * page_size + later % page_size
+    assert torch.equal(on_device[0].cpu(), tokens) and torch.equal(on_device[1].cpu(), kv_lens)
+
+
+@here
 def test_keys_are_divided_where_there_are_few_tiles_and_only_there():
     few = Ragged(random_case(3, longest=200, tiling=Tiling(16, 16, programs=16), device=DEVICE), 64, 8)
     few()

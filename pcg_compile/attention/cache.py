@@ -8,8 +8,8 @@ import threading
 import torch
 
 from ..errors import BatchError, OptionsError, message
-from .base import AttentionImpl, AttentionShape, Layer
-from .choose import choose_impl
+from .base import AttentionCall, AttentionImpl, AttentionShape, CacheMemory
+from .choose import BACKENDS, choose_impl
 from .step_metadata import StepMetadata
 
 __all__ = ["PagedKVCache"]
@@ -93,7 +93,11 @@ class PagedKVCache(StepMetadata):
         self.step_lock = threading.Lock()
         #: Whether a user was told that no attention uses it.
         self.warned = False
-        self._impls: dict[str, AttentionImpl] = {}
+        self.memory = CacheMemory(self.device, page_size, self.dtype, self.staging)
+        self._impls: dict[tuple[str, str], AttentionImpl] = {}
+        #: Names of the implementations, by encoded shape; by shape and rows of q, those that warm-up found faster.
+        self._names: dict[str, str] = {}
+        self.faster: dict[tuple[str, int], str] = {}
         #: Why an attention shape is not computed by the device's fast implementation, by encoded shape.
         self.reasons: dict[str, str] = {}
         self._free = list(range(num_pages - 1, 0, -1))
@@ -109,10 +113,11 @@ class PagedKVCache(StepMetadata):
             per_head = scale.to(self.device).expand(self.num_kv_heads)
             return [per_head.clone() for _ in range(self.num_layers)]
 
-    def layer(self, index: int, sinks: torch.Tensor | None, slopes: torch.Tensor | None) -> Layer:
-        """What attention reads of a layer beside its keys and values."""
-        k_scale, v_scale = (None if s is None else s[index] for s in (self.k_scale, self.v_scale))
-        return Layer(sinks, slopes, k_scale, v_scale)
+    def call(self, layer: int, q: torch.Tensor, out: torch.Tensor, *extra: torch.Tensor | None) -> AttentionCall:
+        """Attention of one layer; ``extra``: its sinks and ALiBi slopes, where it has them."""
+        sinks, slopes = (*extra, None, None)[:2]
+        k_scale, v_scale = (None if s is None else s[layer] for s in (self.k_scale, self.v_scale))
+        return AttentionCall(q, self.k[layer], self.v[layer], out, sinks, slopes, k_scale, v_scale)
 
     def __repr__(self) -> str:
         return (
@@ -177,22 +182,25 @@ class PagedKVCache(StepMetadata):
             )
         )
 
-    def impl(self, text: str) -> AttentionImpl:
-        """The implementation for an encoded attention shape."""
-        impl = self._impls.get(text)
-        if impl is None:
-            shape = AttentionShape.decode(text)
-            kind, reason = choose_impl(shape, self.device, self.dtype)
+    def impl(self, text: str, rows: int = 0) -> AttentionImpl:
+        """The implementation for an encoded attention shape, with q of so many rows."""
+        name = self.faster.get((text, rows)) or self._names.get(text)
+        if name is None:
+            kind, reason = choose_impl(AttentionShape.decode(text), self.device, self.dtype)
+            name = self._names[text] = kind.name
             if reason is not None:
                 self.reasons[text] = f"attention in plain PyTorch: {reason}"
                 _LOG.warning("attention %s runs in plain PyTorch on %s: %s", text, self.device, reason)
-            impl = self._impls[text] = kind(shape, self)
-            if impl.exact_pages and not self.exact_pages:
-                # What is prepared may list more.
-                self.exact_pages = True
-                self.current = None
+        impl = self.impl_named(text, name)
+        if impl.exact_pages and not self.exact_pages:
+            # What is prepared may list more.
+            self.exact_pages = True
+            self.current = None
         return impl
 
-    def plan_lasts(self, shape: str) -> bool:
-        """Whether a plan for an encoded attention shape serves the decode steps that follow as well."""
-        return self.impl(shape).plan_lasts
+    def impl_named(self, text: str, name: str) -> AttentionImpl:
+        """One implementation for an encoded attention shape, made once."""
+        impl = self._impls.get((text, name))
+        if impl is None:
+            impl = self._impls[text, name] = BACKENDS[name](AttentionShape.decode(text), self.memory)
+        return impl

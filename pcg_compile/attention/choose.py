@@ -1,61 +1,64 @@
-"""Which implementation computes an attention shape."""
+"""Which implementation can compute an attention shape."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from ..errors import OptionsError, message
-from . import flashinfer, reference, triton
 from .base import AttentionImpl, AttentionShape
+from .flashinfer import FlashInferAttention
+from .reference import ReferenceAttention
+from .triton import TritonAttention
 
-__all__ = ["BACKENDS", "choose_impl"]
+__all__ = ["BACKENDS", "candidates", "choose_impl"]
 
-WhyNot = Callable[[AttentionShape, torch.device, torch.dtype], "str | None"]
-
-#: Values of the option ``attention_backend`` beside "auto": what computes it, and why it does not on a device.
-BACKENDS: dict[str, tuple[Callable[[], type[AttentionImpl]], WhyNot]] = {
-    "triton": (lambda: triton.TritonAttention, triton.why_not),
-    "flashinfer": (flashinfer.implementation, flashinfer.why_not),
-    "reference": (lambda: reference.ReferenceAttention, reference.why_not),
+#: Values of the option ``attention_backend`` beside "auto", in the order of preference.
+BACKENDS: dict[str, type[AttentionImpl]] = {
+    kind.name: kind for kind in (TritonAttention, FlashInferAttention, ReferenceAttention)
 }
+
+
+def candidates(
+    shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype
+) -> tuple[list[type[AttentionImpl]], list[str]]:
+    """What may compute a shape, the likely fastest first, and why others do not; plain PyTorch where nothing else does.
+
+    Raises:
+        OptionsError: the backend that the options name cannot compute the shape here, or nothing can.
+    """
+    if shape.backend != "auto":
+        reason = BACKENDS[shape.backend].why_not(shape, device, kv_dtype)
+        if reason is None:
+            return [BACKENDS[shape.backend]], []
+        what = f"attention_backend={shape.backend!r} cannot compute this attention"
+        raise OptionsError(message(what, why=reason, cure='Write: options={"attention_backend": "auto"}'))
+    found: list[type[AttentionImpl]] = []
+    reasons = []
+    kinds: list[type[AttentionImpl]] = [kind for kind in BACKENDS.values() if device.type in kind.auto_on]
+    kinds.append(ReferenceAttention)
+    for kind in kinds:
+        if found and kind is ReferenceAttention:
+            break
+        reason = kind.why_not(shape, device, kv_dtype)
+        if reason is None:
+            found.append(kind)
+        else:
+            reasons.append(reason)
+    if not found:
+        raise OptionsError(message("nothing computes this attention", why="; ".join(reasons)))
+    return found, reasons
 
 
 def choose_impl(
     shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype | None = None
 ) -> tuple[type[AttentionImpl], str | None]:
-    """The implementation for a shape, and why it is not the one that the device is meant to have, or None.
+    """The implementation for a shape before anything is measured, and why it is not a fast one, or None.
 
-    ``kv_dtype`` is the cache's; None: the shape's.
-
-    "auto" is Triton on CUDA, FlashInfer where Triton cannot, else plain PyTorch; on other devices plain PyTorch.
+    Args:
+        kv_dtype: the cache's; None: the shape's.
 
     Raises:
-        OptionsError: the backend that the options name cannot compute the shape here.
+        OptionsError: see :func:`candidates`.
     """
-    kv_dtype = shape.dtype if kv_dtype is None else kv_dtype
-    if shape.backend != "auto":
-        kind, why_not = BACKENDS[shape.backend]
-        reason = why_not(shape, device, kv_dtype)
-        if reason is not None:
-            raise OptionsError(
-                message(
-                    f"attention_backend={shape.backend!r} cannot compute this attention",
-                    why=reason,
-                    cure='Write: options={"attention_backend": "auto"}',
-                )
-            )
-        return kind(), None
-    reasons = []
-    if device.type == "cuda":
-        for name in ("triton", "flashinfer"):
-            kind, why_not = BACKENDS[name]
-            reason = why_not(shape, device, kv_dtype)
-            if reason is None:
-                return kind(), None
-            reasons.append(reason)
-    reason = reference.why_not(shape, device, kv_dtype)
-    if reason is not None:
-        raise OptionsError(message("nothing computes this attention", why="; ".join([*reasons, reason])))
-    return reference.ReferenceAttention, "; ".join(reasons) or None
+    found, reasons = candidates(shape, device, shape.dtype if kv_dtype is None else kv_dtype)
+    return found[0], ("; ".join(reasons) or None) if found[0] is ReferenceAttention else None

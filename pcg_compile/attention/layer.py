@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -132,24 +133,13 @@ class PagedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Its numbers, for ``print(model)``."""
-        more = [
-            text
-            for text, here in (
-                ("causal=False", not self.causal),
-                (f"chunk={self.chunk}", self.chunk is not None),
-                (f"v_head_dim={self.v_head_dim}", self.v_head_dim != self.head_dim),
-                ("sinks", self.sinks is not None),
-                ("alibi_slopes", self.alibi_slopes is not None),
-            )
-            if here
-        ]
-        return ", ".join(
-            [
-                f"layer={self.layer}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}, scale={self.scale}",
-                *more,
-            ]
-        )
+        shape, more = self._shape, []
+        for one in fields(shape)[7:10]:
+            if getattr(shape, one.name) != one.default:
+                more.append(f"{one.name}={getattr(shape, one.name)}")
+        more += [name for name in ("sinks", "alibi_slopes") if getattr(self, name) is not None]
+        first = [f"{one.name}={getattr(shape, one.name)}" for one in fields(shape)[:6]]
+        return ", ".join([f"layer={self.layer}", *first, *more])
 
 
 def _is_number(value: Any) -> bool:

@@ -68,7 +68,7 @@ def paged_attention(
     Args:
         q: ``[tokens, num_heads, head_dim]``. k, v: ``[tokens, num_kv_heads, head_dim]`` or ``v_dim``.
         layer: its place in the cache. shape: an encoded :class:`AttentionShape`.
-        sinks, slopes: as :class:`~pcg_compile.attention.base.Layer` has them.
+        sinks, slopes: as :class:`~pcg_compile.attention.base.AttentionCall` has them.
 
     Raises:
         BatchError: no step or no cache, another number of tokens than the batch's, a cache that does not fit.
@@ -77,13 +77,12 @@ def paged_attention(
     cache, tokens = state.require_cache(), q.shape[0]
     cache.check(layer, AttentionShape.decode(shape), q.device)
     state.check_tokens(tokens)
-    impl = cache.impl(shape)
-    slots = state.prepare(tokens, "slice").slots
-    one = cache.layer(layer, sinks, slopes)
-    store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots, one.k_scale, one.v_scale)
-    out = _fake_attention(q, k, v, layer, shape)
-    impl.bind(q, cache.k[layer], cache.v[layer], out, one)(state.plan(shape, tokens))
-    return out
+    slots = state.prepare(tokens, "slice", [shape]).slots
+    call = cache.call(layer, q, _fake_attention(q, k, v, layer, shape), sinks, slopes)
+    store_kv(k, v, cache.flat_k[layer], cache.flat_v[layer], slots, call.k_scale, call.v_scale)
+    impl, plan = state.plan(shape, tokens)
+    impl.run(call, plan)
+    return call.out
 
 
 def store_kv(
@@ -131,12 +130,7 @@ def bind_prepare_full_graph(tokens: int, shapes: str) -> Callable[[], Hashable]:
 
 
 def bind_attend(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    layer: int,
-    shape: str,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
+    q: torch.Tensor, out: torch.Tensor, layer: int, shape: str, *extra: torch.Tensor | None
 ) -> Callable[[], None]:
     """``pcg::attend`` with its tensors bound, and the cache of the step that is running now.
 
@@ -144,8 +138,7 @@ def bind_attend(
     """
     cache = require_step(_WHAT).require_cache()
     cache.check(layer, AttentionShape.decode(shape), q.device)
-    run = cache.impl(shape).bind(q, cache.k[layer], cache.v[layer], out, cache.layer(layer, sinks, slopes))
-    rows = q.shape[0]
+    call, rows = cache.call(layer, q, out, *extra), q.shape[0]
     # Not the cache itself, which would live as long as its captured graphs.
     key = cache.key
     del cache
@@ -158,7 +151,8 @@ def bind_attend(
                     "attention was bound to another cache than the step's", why="A captured graph belongs to one cache."
                 )
             )
-        run(state.plan(shape, rows))
+        impl, plan = state.plan(shape, rows)
+        impl.run(call, plan)
 
     return attend
 

@@ -211,12 +211,7 @@ class RaggedAttention:
         return Schedule(items, counters, most)
 
     def schedule(
-        self,
-        to: Schedule,
-        qo_indptr: torch.Tensor,
-        kv_indptr: torch.Tensor,
-        kv_lens: torch.Tensor,
-        requests: int,
+        self, to: Schedule, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_lens: torch.Tensor, requests: int
     ) -> None:
         """Writes a step's work items. Can be captured.
 

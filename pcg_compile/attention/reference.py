@@ -8,7 +8,6 @@ rows are the same numbers with and without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,20 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from ..metadata import Ints
-from .base import PLAIN, AttentionImpl, AttentionShape, Layer
+from .base import AttentionCall, AttentionImpl, AttentionShape, CacheMemory
 
 if TYPE_CHECKING:
-    from .step_metadata import Prepared, StepMetadata
+    from .prepared import Prepared
 
-__all__ = ["ReferenceAttention", "why_not"]
+__all__ = ["ReferenceAttention"]
 
 #: Most scores that are in memory at once.
 _MOST_SCORES = 1 << 25
-
-
-def why_not(shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
-    """Why plain PyTorch does not compute a shape, None where it does."""
-    return None if shape.dtype.is_floating_point else f"attention computes floating point numbers, not {shape.dtype}"
 
 
 @dataclass
@@ -58,12 +52,19 @@ class _Group:
 class ReferenceAttention(AttentionImpl):
     """Correct everywhere, fast nowhere: keys and values are gathered in every layer."""
 
-    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
-        super().__init__(shape, cache)
+    name, auto_on = "reference", ()
+
+    def __init__(self, shape: AttentionShape, memory: CacheMemory) -> None:
+        super().__init__(shape, memory)
         # A replay on the CPU runs it again, with the plan of its step.
         self.capturable = self.device.type == "cpu"
         #: Whether PyTorch's fused attention computes the shape.
         self._fused = shape.softcap is None
+
+    @classmethod
+    def why_not(cls, shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
+        floats = shape.dtype.is_floating_point
+        return None if floats else f"attention computes floating point numbers, not {shape.dtype}"
 
     def plan(self, prepared: Prepared) -> list[_Group]:
         padded = prepared.padded
@@ -153,36 +154,23 @@ class ReferenceAttention(AttentionImpl):
         if self.device.type == "cpu":
             return torch.from_numpy(values)
         target = torch.empty(values.shape, dtype=torch.int64, device=self.device)
-        self.staging.send(values, target)
+        self.memory.staging.send(values, target)
         return target
 
-    def bind(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        layer: Layer = PLAIN,
-    ) -> Callable[[list[_Group]], None]:
-        keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    def run(self, call: AttentionCall, plan: list[_Group]) -> None:
+        with torch.no_grad():
+            for group in plan:
+                self._attend(group, call)
 
-        def run(plan: list[_Group]) -> None:
-            with torch.no_grad():
-                for group in plan:
-                    self._attend(group, q, keys, values, out, layer)
-
-        return run
-
-    def _attend(
-        self, group: _Group, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, layer: Layer
-    ) -> None:
+    def _attend(self, group: _Group, call: AttentionCall) -> None:
+        q, out = call.q, call.out
         shape = self.shape
         (g, queries, length), kv_heads, repeat = group.size, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-        fused = self._fused and layer.sinks is None and layer.k_scale is None
+        fused = self._fused and call.sinks is None and call.k_scale is None
         dtype = shape.dtype if fused or shape.dtype == torch.float64 else torch.float32
-        k = _taken(keys, group.slots, layer.k_scale, dtype).view(g, length, kv_heads, shape.head_dim)
-        v = _taken(values, group.slots, layer.v_scale, dtype).view(g, length, kv_heads, shape.v_dim)
-        slopes, bias = layer.slopes, None
+        k = _taken(call.k_cache, group.slots, call.k_scale, dtype).view(g, length, kv_heads, shape.head_dim)
+        v = _taken(call.v_cache, group.slots, call.v_scale, dtype).view(g, length, kv_heads, shape.v_dim)
+        slopes, bias = call.slopes, None
         if slopes is not None:
             distance = torch.arange(length, device=self.device) - group.at
             bias = slopes.to(dtype).view(kv_heads, repeat, 1, 1) * distance
@@ -210,9 +198,9 @@ class ReferenceAttention(AttentionImpl):
         if bias is not None:
             scores = scores + bias
         scores = scores.masked_fill(~group.mask, -torch.inf)
-        if layer.sinks is not None:
+        if call.sinks is not None:
             # A key without a value.
-            sinks = layer.sinks.to(dtype).view(kv_heads, repeat, 1, 1).expand(g, kv_heads, repeat, queries, 1)
+            sinks = call.sinks.to(dtype).view(kv_heads, repeat, 1, 1).expand(g, kv_heads, repeat, queries, 1)
             scores = torch.cat([scores, sinks], -1)
         weights = torch.softmax(scores, -1)[..., :length].reshape(g, kv_heads, repeat * queries, length)
         result = torch.matmul(weights, v.transpose(1, 2)).view(g, kv_heads, repeat, queries, shape.v_dim)
@@ -231,6 +219,7 @@ class ReferenceAttention(AttentionImpl):
 
 def _taken(stored: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The keys or values of some slots."""
+    stored = stored.flatten(0, 1)
     if scale is None:
         return stored.index_select(0, slots).to(dtype)
     # PyTorch has no index_select for fp8 on every device: bytes are taken.

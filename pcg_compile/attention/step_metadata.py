@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +10,12 @@ import torch
 from ..batch import Batch
 from ..memory.staging import StagingRing
 from ..metadata import Ints
-from ..padding_request import Layout, PaddedBatch
+from ..padding_request import Layout
 from ..page_tables import Tables
 from .advance import advance
+from .prepared import Prepared
 
-__all__ = ["Prepared", "StepMetadata"]
+__all__ = ["StepMetadata"]
 
 #: Words that the size of a step's metadata is rounded up to.
 _ROUND = 64
@@ -25,51 +23,7 @@ _ROUND = 64
 _MOST_KEPT = 4096
 
 
-class Prepared:
-    """The metadata of one batch on the device. Valid while ``cache.current`` is this object.
-
-    The batches that :meth:`Batch.advance` makes of it take it over: see Note [advance].
-
-    Attributes:
-        batch: whose metadata they are. made_for: bucket, rows and request entries (None: as many as there are).
-        static: whether all of it lies at addresses that stay.
-        bucket: tokens that ``slots`` covers. rows: of q that are attended. requests: entries in the metadata.
-        longest: most new tokens of a request. spans: ``[rows, 2]`` int32 on the device, positions from and up to which
-            a token sees keys beside those of the mask; None where the batch has none.
-        slots: ``[bucket]`` int64, static. tokens: ``[3, tokens]`` int64, slots, positions and ids. copied: of these the
-            last two.
-        arrays: int32 on the cache's device, in the order of ``padded.array()``; kv_indices with room behind them. With
-            ``spare`` pages, kv_indptr says where the pages of a request begin, kv_lens how many count.
-        last: age of the last batch that the listed pages have room for.
-        plans: what each attention shape planned. enqueued: shapes whose plan's work on the device is under way.
-    """
-
-    def __init__(
-        self, batch: Batch, made_for: tuple[int, int, int | None], layout: Layout, page_size: int, slots: torch.Tensor,
-        tokens: tuple[torch.Tensor, torch.Tensor], arrays: tuple[torch.Tensor, ...], static: bool,
-    ) -> None:  # fmt: skip
-        self.batch, self.made_for, self.slots, self.arrays = batch, made_for, slots, arrays
-        self.tokens, self.copied = tokens
-        self.bucket, self.rows, _ = made_for
-        self.static, self.requests, self.spare = static, layout.requests, layout.spare
-        self.longest = batch.longest
-        self.last = batch.age
-        self.spans: torch.Tensor | None = None
-        self.plans: dict[str, Any] = {}
-        self.enqueued: set[str] = set()
-        self._sizes, self._page_size = layout.sizes, page_size
-
-    def array(self, index: int) -> torch.Tensor:
-        """On the device, what ``padded.array(index)`` is on the host, where no pages are to spare."""
-        return self.arrays[index][: self._sizes[index]]
-
-    @cached_property
-    def padded(self) -> PaddedBatch:
-        """The same on the host, for attention that plans there."""
-        return self.batch.padded(self.rows, self._page_size, self.made_for[2])
-
-
-class StepMetadata(ABC):
+class StepMetadata:
     """What a cache does for the steps that it serves, one at a time: it brings their metadata to the device.
 
     The metadata of a step are one block, which one copy from pinned memory brings to the device: slots, positions and
@@ -82,17 +36,12 @@ class StepMetadata(ABC):
     listed in the block have room, it is made of the block on the device, in one launch: nothing is read or written on
     the host. So a request should be given pages ahead. Attention takes part by ``plan_lasts`` (its plan reads what
     changes from the device), or plans again; attention that needs exact page lists (``exact_pages``) has the block
-    written in each step.
+    written anew in each step.
     """
-
-    #: Of keys and values.
-    dtype: torch.dtype
 
     def __init__(self, num_pages: int, page_size: int, max_requests: int, device: torch.device) -> None:
         self.num_pages, self.page_size, self.max_requests, self.device = num_pages, page_size, max_requests, device
         self.staging = StagingRing(device)
-        #: Memory that implementations of attention share, by name.
-        self.workspaces: dict[str, Any] = {}
         self.current: Prepared | None = None
         #: By capacity in tokens: the block, and its slots, positions and ids, ``[3, capacity]`` int64.
         self._areas: dict[int, torch.Tensor] = {}
@@ -113,10 +62,6 @@ class StepMetadata(ABC):
         #: The kernel of :func:`advance`.
         self._kernel: Any = None
         self._spans: dict[int, torch.Tensor] = {}
-
-    @abstractmethod
-    def plan_lasts(self, shape: str) -> bool:
-        """Whether a plan for an encoded attention shape serves the decode steps that follow as well."""
 
     def slot_mapping(self, bucket: int) -> torch.Tensor:
         """``[bucket]`` int64: the slot of every token, 0 for padding. Its address never changes."""
@@ -190,8 +135,7 @@ class StepMetadata(ABC):
         self._kernel = advance(prepared.tokens, kv_lens, kv_indptr, kv_indices, *numbers, self._kernel)
         prepared.batch = batch
         prepared.__dict__.pop("padded", None)
-        for shape in [shape for shape in prepared.plans if not self.plan_lasts(shape)]:
-            del prepared.plans[shape]
+        prepared.plans = {text: planned for text, planned in prepared.plans.items() if planned[0].plan_lasts}
 
     def _write(self, batch: Batch, made_for: tuple[int, int, int | None], forced: bool) -> Prepared:
         bucket, rows, entries = made_for

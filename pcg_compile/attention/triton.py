@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .base import PLAIN, AttentionImpl, AttentionShape, Layer
+from .base import AttentionCall, AttentionImpl, AttentionShape, CacheMemory
 
 if TYPE_CHECKING:
-    from .ragged import Launch, RaggedAttention, Schedule
-    from .step_metadata import Prepared, StepMetadata
+    from .prepared import Prepared
+    from .ragged import RaggedAttention, Schedule
 
-__all__ = ["TritonAttention", "why_not"]
+__all__ = ["TritonAttention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST_HEAD, _LARGEST_HEAD = 8, 512
 #: Bytes that decide which kernel Triton compiles for a pointer.
 _ALIGNMENT = 16
+_HERE = nullcontext()
 #: Rows of a bucket from which on tiles are large.
 _LARGE = 1024
 
@@ -33,37 +34,8 @@ def _installed() -> str | None:
         return "Triton is not installed (pip install triton)"
     try:
         from . import ragged  # noqa: F401 - whether it imports
-    except Exception as error:  # A broken installation may raise anything: it is shown, and another one attends.
+    except Exception as error:  # Whatever a broken installation raises: it is shown, and another one attends.
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
-    return None
-
-
-def why_not(shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
-    """Why the kernels do not compute a shape on a device, None where they do."""
-    if shape.dtype not in _DTYPES:
-        return f"Triton attention computes float16, bfloat16 and float32, not {shape.dtype}"
-    if not all(_SMALLEST_HEAD <= size <= _LARGEST_HEAD for size in (shape.head_dim, shape.v_dim)):
-        return f"Triton attention has head sizes of {_SMALLEST_HEAD} to {_LARGEST_HEAD}, not {shape.head_dim}"
-    reason = _installed()
-    if reason is not None:
-        return reason
-    from .ragged import is_interpreted
-
-    if is_interpreted():
-        return None
-    if device.type != "cuda":
-        return (
-            f"Triton compiles for GPUs, the cache is on {device.type} (its interpreter runs there: TRITON_INTERPRET=1)"
-        )
-    if torch.version.hip is not None:
-        return None
-    least = (8, 9) if kv_dtype == torch.float8_e4m3fn else (7, 5) if shape.dtype != torch.bfloat16 else (8, 0)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < least:
-        return (
-            f"Triton attention needs compute capability {least[0]}.{least[1]} for {shape.dtype} over {kv_dtype} keys, "
-            f"this GPU has {capability[0]}.{capability[1]}"
-        )
     return None
 
 
@@ -93,15 +65,40 @@ class TritonAttention(AttentionImpl):
     batch, so the kind is chosen by what is likely to be fast.
     """
 
+    name = "triton"
     capturable = plan_lasts = True
 
-    def __init__(self, shape: AttentionShape, cache: StepMetadata) -> None:
-        super().__init__(shape, cache)
-        self._kv_dtype = cache.dtype
+    def __init__(self, shape: AttentionShape, memory: CacheMemory) -> None:
+        super().__init__(shape, memory)
         self._group = shape.num_heads // shape.num_kv_heads
-        self._workspaces = cache.workspaces
         self._kernels: dict[Hashable, RaggedAttention] = {}
         self._schedules: dict[Hashable, Schedule] = {}
+
+    @classmethod
+    def why_not(cls, shape: AttentionShape, device: torch.device, kv_dtype: torch.dtype) -> str | None:
+        if shape.dtype not in _DTYPES:
+            return f"Triton attention computes float16, bfloat16 and float32, not {shape.dtype}"
+        if not all(_SMALLEST_HEAD <= size <= _LARGEST_HEAD for size in (shape.head_dim, shape.v_dim)):
+            return f"Triton attention has head sizes of {_SMALLEST_HEAD} to {_LARGEST_HEAD}, not {shape.head_dim}"
+        reason = _installed()
+        if reason is not None:
+            return reason
+        from .ragged import is_interpreted
+
+        if is_interpreted():
+            return None
+        if device.type != "cuda":
+            return f"Triton compiles for GPUs, not {device.type} (its interpreter runs there: TRITON_INTERPRET=1)"
+        if torch.version.hip is not None:
+            return None
+        least = (8, 9) if kv_dtype == torch.float8_e4m3fn else (7, 5) if shape.dtype != torch.bfloat16 else (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        if capability < least:
+            return (
+                f"Triton attention needs compute capability {least[0]}.{least[1]} for {shape.dtype} over {kv_dtype}, "
+                f"this GPU has {capability[0]}.{capability[1]}"
+            )
+        return None
 
     def capture_key(self, prepared: Prepared) -> Hashable:
         return self._kind(prepared), prepared.spans is not None
@@ -126,49 +123,31 @@ class TritonAttention(AttentionImpl):
         return _Plan(kernels, schedule, requests, qo_indptr, kv_indptr, kv_lens, kv_indices, spans)
 
     def enqueue(self, plan: _Plan) -> None:
-        with torch.cuda.device(self.device) if self._elsewhere() else nullcontext():
+        with self._here():
             plan.kernels.schedule(plan.schedule, plan.qo_indptr, plan.kv_indptr, plan.kv_lens, plan.requests)
 
-    def bind(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        layer: Layer = PLAIN,
-    ) -> Callable[[_Plan], None]:
-        sinks, slopes, k_scale, v_scale = layer
-        strided = q.stride(-1) != 1
-        launches: dict[Hashable, Launch] = {}
-
-        def run(plan: _Plan) -> None:
-            if self._elsewhere():
-                with torch.cuda.device(self.device):
-                    attend(plan)
-            else:
-                attend(plan)
-
-        def attend(plan: _Plan) -> None:
-            # All else that a launch takes is the layer's, or follows from the kernels.
-            spans = None if plan.spans is None else plan.spans.data_ptr()
-            key = (id(plan.kernels), plan.schedule.items.data_ptr(), plan.kv_indices.data_ptr() % _ALIGNMENT, spans)
-            launch = launches.get(key)
+    def run(self, call: AttentionCall, plan: _Plan) -> None:
+        # All else that a launch takes is the layer's, or follows from the kernels.
+        spans = None if plan.spans is None else plan.spans.data_ptr()
+        key = (id(plan.kernels), plan.schedule.items.data_ptr(), plan.kv_indices.data_ptr() % _ALIGNMENT, spans)
+        with self._here():
+            launch = call.kept.get(key)
             if launch is not None:
                 launch(plan.schedule.most, plan.kv_indices)
                 return
+            strided = call.q.stride(-1) != 1
             launch = plan.kernels.attend(
-                plan.schedule, q.contiguous() if strided else q, k_cache, v_cache, out, plan.kv_indices,
-                self._workspace(plan.kernels), spans=plan.spans, sinks=sinks, slopes=slopes, k_scales=k_scale,
-                v_scales=v_scale,
+                plan.schedule, call.q.contiguous() if strided else call.q, call.k_cache, call.v_cache, call.out,
+                plan.kv_indices, self._workspace(plan.kernels), spans=plan.spans, sinks=call.sinks, slopes=call.slopes,
+                k_scales=call.k_scale, v_scales=call.v_scale,
             )  # fmt: skip
             if launch is not None and not strided:
-                launches[key] = launch
+                call.kept[key] = launch
 
-        return run
-
-    def _elsewhere(self) -> bool:
-        """Whether the current device is another one: Triton launches there."""
-        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+    def _here(self) -> AbstractContextManager[Any]:
+        """Makes the cache's device the current one, where another is: Triton launches there."""
+        elsewhere = self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+        return torch.cuda.device(self.device) if elsewhere else _HERE
 
     def _kernels_of(self, kind: str, rows: int, spans: bool) -> RaggedAttention:
         from .ragged import RaggedAttention, tiling_for
@@ -176,7 +155,7 @@ class TritonAttention(AttentionImpl):
         shape = self.shape
         tiling = tiling_for(
             kind, max(shape.head_dim, shape.v_dim), self._group, self.page_size, rows * shape.num_kv_heads,
-            shape.dtype.itemsize, self._kv_dtype == torch.float8_e4m3fn, self.device,
+            shape.dtype.itemsize, self.memory.dtype == torch.float8_e4m3fn, self.device,
         )  # fmt: skip
         kernels = self._kernels.get((tiling, spans))
         if kernels is None:
@@ -194,7 +173,7 @@ class TritonAttention(AttentionImpl):
 
         Captured graphs hold its address: one that is too small for other kernels stays with those that it was made for.
         """
-        made: dict[int, torch.Tensor] = self._workspaces.setdefault("triton", {})
+        made: dict[int, torch.Tensor] = self.memory.workspaces.setdefault(self.name, {})
         size = 1 << (kernels.workspace_floats - 1).bit_length()
         space = made.get(size)
         if space is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..batch import RUNNING
+from ..running import RUNNING
 from ..runtime.program import Kind, Operation, PrepareMetadata, Program, Replay, RunPiece, RunSplitOp
 from ..step_state import StepState
 

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import sympy
 import torch
 
+from ..attention.by_time import choose_by_time
+from ..attention.cache import PagedKVCache
 from ..counters import Counters
+from ..fx.plan import SplitOpItem
 from ..fx.sizes import evaluate, expr_of, shape_at
 from ..memory.views import real_rows
 from ..step import scratch_step
@@ -34,6 +38,9 @@ _LOG = logging.getLogger("pcg_compile")
 
 #: A bucket that takes longer than this many times the step without captured graphs is not used.
 _GAIN_LIMIT = 1.05
+
+#: What runs attention between pieces: (q, out, layer, encoded shape, ...).
+_ATTEND = "pcg::attend"
 
 #: Combinations of buckets that a first call captures at most.
 _MOST_AT_FIRST = 64
@@ -209,7 +216,7 @@ def _capture_bucket(
         tokens = graph.tokens(tuple(bucket[s] for s in graph.plan.symbols)) if step is not None else 0
         if step is not None:
             step = stack.enter_context(scratch_step(tokens, step.cache))
-        binding = graph.binding(args, step)
+        binding, alone = graph.binding(args, step), graph.shared.agreement is None
         program, _ = build_and_run(binding, real, bucket, args, step)
         if program.complete:
             if doubtful and not _pays(graph, binding, program, bucket, args, step):
@@ -225,6 +232,8 @@ def _capture_bucket(
             if full_graph is not None and _may_capture_full_graph(graph, full_graph):
                 program.load(args)
                 full_graph.warm_up(program.run_body)
+            if step is not None and step.cache is not None and alone:
+                _choose_attention(graph, full_graph, graph.name(program.bucket), step.cache, tokens)
             program.frame.clear()
             respect_budget(graph, binding, program.bucket)
     return False
@@ -269,6 +278,24 @@ def _at_bucket(
     if not isinstance(spec.value, torch.Tensor):
         return evaluate(spec.value, bucket) if spec.kind == "size" else args[position]
     return binding.placed.get((spec.node, shape_at(spec.value, bucket)), args[position])
+
+
+def _choose_attention(
+    graph: GraphState, full_graph: FullGraph | None, bucket: Hashable, cache: PagedKVCache, tokens: int
+) -> None:
+    """Has attention run by what is fastest at a bucket, where several implementations can."""
+    calls = [item.node.args for item in graph.plan.items if isinstance(item, SplitOpItem) and item.name == _ATTEND]
+    in_graph = full_graph is not None and bool(full_graph.wanted)
+    if not calls or (in_graph and graph.shared.options.cudagraph_mode == "full"):
+        return
+    saved = full_graph.saves if full_graph is not None and in_graph else 0.0
+    chosen = choose_by_time(cache, Counter(str(args[3]) for args in calls), tokens, saved)
+    if chosen is None:
+        return
+    if full_graph is not None and in_graph and not chosen[0]:
+        full_graph.give_up()
+    figures = graph.shared.counters.bucket(bucket)
+    figures.attention = "; ".join(filter(None, (figures.attention, chosen[1])))
 
 
 def _may_capture_full_graph(graph: GraphState, full_graph: FullGraph) -> bool:

@@ -25,10 +25,11 @@ from ..generation import accelerate, generate_batch
 from .attention import attention
 from .caches import cache_for
 from .early import prepare_while_made
+from .images import image_groups
 from .known import NAME
 from .masks import read_mask
 
-__all__ = ["NAME", "accelerate", "attention", "cache_for", "generate_batch"]
+__all__ = ["NAME", "accelerate", "attention", "cache_for", "generate_batch", "image_groups"]
 
 transformers.AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, read_mask)

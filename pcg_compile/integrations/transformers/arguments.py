@@ -10,6 +10,8 @@ import torch
 from ...errors import BatchError, message
 from ...step import current_step
 from .attention import rows_message
+from .counted import CountedPositions
+from .images import check_images
 from .known import NAME, Known
 from .masks import STEP_MASK, TRIAL, Sees, StepMask
 from .trial import prove
@@ -66,11 +68,14 @@ class Arguments:
             or kwargs.get("position_ids") is None
             or kwargs.get("use_cache")
             or any(kwargs.get(name) is not None for name in _CACHES)
+            or (known.image_blocks and kwargs.get("token_type_ids") is not None)
         ):
             kwargs = self._complete(module, kwargs)
         kwargs = {**kwargs, "attention_mask": STEP_MASK}
         if "use_cache" in known.names:
             kwargs["use_cache"] = False
+        if known.counts:
+            kwargs["cache"] = CountedPositions(kwargs["position_ids"])
         return (), kwargs
 
     @torch.compiler.disable(reason=_OUTSIDE)  # type: ignore[untyped-decorator]
@@ -107,6 +112,9 @@ class Arguments:
             self._check_mask(name, mask)
         if not self.known.proven:
             prove(module)
+        if self.known.image_blocks and (types := kwargs.get("token_type_ids")) is not None:
+            check_images(name, state.batch, types, getattr(self.known.config, "sliding_window", None))
+            kwargs = {**kwargs, "token_type_ids": None}
         positions = kwargs.get("position_ids")
         if positions is None or self.known.offset:
             positions = state.user_positions()[None] + self.known.offset

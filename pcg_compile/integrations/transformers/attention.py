@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...attention.base import encode_shape
 from ...attention.layer import check_qkv
@@ -42,6 +43,10 @@ def attention(
         BatchError: requests in rows instead of packed, a mask of the caller's, a cache of transformers', dropout,
             a bias, attention that is not causal or not over the tokens themselves.
     """
+    if attention_mask is None and getattr(module, "is_causal", True) is False and not hasattr(module, "layer_idx"):
+        # The tower that reads images: its tokens are no request's.
+        options = {**kwargs, "is_causal": False}
+        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **options)
     # Each look at a shape takes Dynamo some 3 ms, in every layer of a model.
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     reason = _why_not_paged(module, of_query, of_key, of_value, attention_mask, dropout, kwargs)
@@ -61,8 +66,8 @@ def attention(
     scale = head_dim**-0.5 if scaling is None else float(scaling)
     cap, sinks = None if softcap is None else float(softcap), kwargs.get("s_aux")
     shape = encode_shape(
-        heads, kv_heads, head_dim, window, cap, scale, q.dtype, chunk=attention_mask.chunk,
-        v_head_dim=None if v_head_dim == head_dim else v_head_dim, extras="" if sinks is None else "s",
+        heads, kv_heads, head_dim, window, cap, scale, q.dtype, True, attention_mask.chunk,
+        None if v_head_dim == head_dim else v_head_dim, "auto", "" if sinks is None else "s",
     )  # fmt: skip
     if sinks is None:
         return torch.ops.pcg.paged_attention(q, k, v, module.layer_idx, shape).unsqueeze(0), None

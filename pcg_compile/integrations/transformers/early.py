@@ -13,6 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...errors import OptionsError
 from .arguments import Arguments
+from .counted import counts_positions
+from .images import has_image_blocks
 from .known import NAME, Known, known_of
 from .trial import refused
 
@@ -79,6 +81,7 @@ def prepare(model: PreTrainedModel) -> None:
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     if known_of(model) is None and not {"input_ids", "inputs_embeds"}.isdisjoint(names):
         known = Known(model.config.get_text_config(), names)
+        known.image_blocks = "token_type_ids" in names and has_image_blocks(model)
         known.keep(model)
         model.register_forward_pre_hook(Arguments(known), with_kwargs=True)
 
@@ -93,8 +96,9 @@ def _by_config(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of type {', '.join(sorted(map(str, types)))}; pages hold keys and values alone."
     if getattr(config, "index_topk", None) is not None:
         return f"{name} selects the keys that a token sees by an index of its own."
+    takes = inspect.signature(type(model).forward).parameters
     # Too few tokens of a trial would show it: it begins with the 8,192nd.
-    if getattr(config, "attn_temperature_tuning", None) and not all(getattr(config, "no_rope_layers", None) or [1]):
+    if counts_positions(config) and "cache" not in takes:
         return f"{name} scales queries by positions that it counts by itself (attn_temperature_tuning)."
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {str(p.get("rope_type", p.get("type"))) for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -103,7 +107,6 @@ def _by_config(model: PreTrainedModel) -> str | None:
             f"the {min(kinds & _ROPE_BY_CALL)!r} rotary embedding of {name} follows the longest request of a step, "
             "so a request would get other numbers in other company."
         )
-    takes = inspect.signature(type(model).forward).parameters
     if "input_ids" in takes and "position_ids" not in takes:
         return f"{name} takes no position_ids: it counts positions by itself, through the packed requests."
     return None

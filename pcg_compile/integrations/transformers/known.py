@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .counted import counts_positions
+
 __all__ = ["NAME", "Known", "known_of"]
 
 #: What to pass as ``attn_implementation``.
@@ -24,6 +26,8 @@ class Known:
         trying: whether a trial is running in some thread.
         warned: whether a user was told that a mask costs a look at the device.
         offset: where the model's own positions begin, which is added to the step's: RoBERTa's begin at padding_idx + 1.
+        image_blocks: whether ``token_type_ids`` say which tokens see each other.
+        counts: whether layers count positions by themselves, from the cache that the call is given.
         layers: by ``layer_idx`` that the trial saw, key heads, and elements of a key's and of a value's.
     """
 
@@ -31,6 +35,8 @@ class Known:
         self.config, self.names = config, names
         self.proven = self.trying = self.warned = False
         self.offset = 0
+        self.image_blocks = False
+        self.counts = counts_positions(config)
         self.layers: dict[int, tuple[int, int, int]] = {}
 
     def keep(self, module: torch.nn.Module) -> None:

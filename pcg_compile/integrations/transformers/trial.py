@@ -1,8 +1,7 @@
 """A trial: what a model computes around its attention, seen by calling it with a few tokens.
 
-A step with packed requests is right if, around attention, every token is computed by itself, from its id and the
-position that it is given, and if attention is what paged attention computes. No list of model classes tells that; a
-few calls of the model do, with an attention that mixes no tokens:
+A step with packed requests is right if, around attention, every token is computed from its id and position alone, and
+if attention is what paged attention computes. A few calls with an attention that mixes no tokens tell that:
 
 * without ``position_ids``, and with 0, 1, 2, ...: the same numbers, or the model's positions begin elsewhere;
 * a request twice: the same numbers, or the model counts positions through the packed requests;
@@ -23,8 +22,9 @@ from typing import Any
 
 import torch
 
-from ...batch import RUNNING
 from ...errors import BatchError, OptionsError, PCGError, message
+from ...running import RUNNING
+from .counted import CountedPositions
 from .known import known_of
 from .masks import TRIAL, Sees, StepMask
 
@@ -148,9 +148,8 @@ def prove(model: Any) -> None:
     Raises:
         OptionsError: packed requests would get other numbers than each alone.
     """
-    known = known_of(model)
     with _LOCK:
-        if known is None or known.proven:
+        if (known := known_of(model)) is None or known.proven:
             return
         reason, seen = _try(model)
         if reason is not None:
@@ -172,7 +171,7 @@ def refused(name: str, reason: str) -> str:
 
 @dataclass
 class Seen:
-    """What a trial has shown: key heads, and elements of a key's and of a value's, by layer; where positions begin."""
+    """What a trial has shown: (key heads, elements of a key's, of a value's) by layer; where positions begin."""
 
     layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     offset: int = 0
@@ -193,10 +192,8 @@ def _try(model: Any) -> tuple[str | None, Seen]:
         seen.layers = {call.layer: (call.kv_heads, call.head_dim, call.v_head_dim) for call in first.calls}
         offset = _offset(runs, first)
         if offset is None:
-            return (
-                f"{name} called without position_ids computes other numbers than with 0, 1, 2, ... or any other start: "
-                "its positions depend on more than a token's place."
-            ), seen
+            why = "computes other numbers than with 0, 1, 2, ... or any other start"
+            return f"{name} called without position_ids {why}: its positions depend on more than a token's place.", seen
         seen.offset = runs.offset = offset
         return _by_numbers(runs, name), seen
     except BatchError as error:
@@ -240,19 +237,21 @@ def _by_numbers(runs: _Runs, name: str) -> str | None:
         late = runs.packed.clone()
         late[:, :3] += latest - 3 - 2 * runs.offset
         runs.run(far, late)
+        known = known_of(runs.model)
+        if known is not None and known.counts and latest > 2 * getattr(known.config, "floor_scale", latest):
+            layers = zip(packed.calls, far.calls, known.config.no_rope_layers, strict=False)
+            if any(not rope and _close(a.tensors[0][:, :, :3], b.tensors[0][:, :, :3]) for a, b, rope in layers):
+                return f"{name} scales queries by positions that it counts by itself, whatever cache it is given."
         if _differ(packed, far, _LOOKED_AT, _LOOKED_AT):
-            return (
-                f"the positional embedding of {name} follows the longest request of a step, so a request would "
-                "get other numbers in other company."
-            )
+            why = "so a request would get other numbers in other company."
+            return f"the positional embedding of {name} follows the longest request of a step, {why}"
     return None
 
 
 def _differ(one: Trial, other: Trial, of_one: slice = slice(None), of_other: slice = slice(None)) -> bool:
     """Whether two trials give their layers other queries, keys or values, in some rows each.
 
-    Layers are walked in order. One whose tensors differ by rounding ends the walk: rounding can send a token to other
-    experts further on, and that is no difference between the trials.
+    A layer whose tensors differ by rounding ends the comparison: rounding can send a token to other experts further on.
     """
     if len(one.calls) != len(other.calls):
         return True
@@ -304,6 +303,8 @@ class _Runs:
             given["use_cache"] = False
         if positions is not None:
             given.update(position_ids=positions + self.offset, attention_mask=StepMask(trial))
+            if known is not None and known.counts:
+                given["cache"] = CountedPositions(given["position_ids"])
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             _no_step(),
@@ -311,8 +312,7 @@ class _Runs:
         ):
             torch.manual_seed(0)
             result = self.model(**given)
-        tensors = result.to_tuple() if hasattr(result, "to_tuple") else result
-        first: torch.Tensor = tensors[0]
+        first: torch.Tensor = (result.to_tuple() if hasattr(result, "to_tuple") else result)[0]
         return first
 
 
