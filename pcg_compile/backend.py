@@ -45,6 +45,7 @@ from .options import Options
 from .passes import metadata_passes, safety_passes
 from .passes.context import PassContext
 from .registry import add_runtime, graphs_of_caller, present_caller, reset, runtimes_of_caller
+from .report.items import add_plan
 from .runtime.buckets import BucketChooser
 from .runtime.capture import capture_device, engine_for
 from .runtime.runner import GraphRuntime
@@ -322,7 +323,7 @@ def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable
     check_shown_sizes(graph.fake_mode)
     runtime = GraphRuntime(shared.plan, shared, graph.broken is None, context)
     add_runtime(graph.owner, graph.counters, runtime)
-    _log_compiled(graph, shared.plan, context)
+    _log_compiled(graph, shared, context)
     if graph.broken is None and graph.region is None:
         graph_handed(runtime, graph.fake_mode, graph.layouts)
     # A method, unlike the object, has code to look at, which depyf asks for.
@@ -334,14 +335,13 @@ def make_runner(graph: _Graph, shared: Shared, context: PassContext) -> Callable
     return function if graph.region is None else graph.region()(function)
 
 
-def _log_compiled(graph: _Graph, plan: Plan, context: PassContext) -> None:
-    figures = graph.counters
-    sizes = ", ".join(map(str, plan.symbols)) or "none"
+def _log_compiled(graph: _Graph, shared: Shared, context: PassContext) -> None:
+    figures, sizes = graph.counters, ", ".join(map(str, shared.plan.symbols)) or "none"
     text = "compiled a graph: %d pieces, %d of them different, %d can be captured; dynamic sizes: %s; %.1f s"
-    seconds = time.perf_counter() - graph.began
-    _LOG.info(text, figures.pieces, figures.compiled, figures.capturable, sizes, seconds)
+    _LOG.info(text, figures.pieces, figures.compiled, figures.capturable, sizes, time.perf_counter() - graph.began)
     for note in context.notes:
         _LOG.debug("%s", note)
+    add_plan(shared.plan, shared.number)
 
 
 pcg.reset = partial(reset, None)  # type: ignore[attr-defined]

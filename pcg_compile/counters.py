@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import PCGError, message
 from .stats import BucketStats, Fallback, Stats, sum_of_use
+from .torch_compat.profiling import in_range
 
 __all__ = ["Counters"]
 
@@ -184,6 +185,8 @@ class Counters:
         with self._lock:
             into = self._of_compile if self._now is self._nobodys else self._now.fallbacks
             into[key] += 1
+        with in_range(f"pcg fallback: {_shown(key)}"):
+            pass  # an empty range, which pcg-compile explain-trace counts
         if self.strict:
             why = "strict=True turns every fallback into an error."
             cure = 'Remove "strict" from the options to run it all the same, and see pcg.explain().'
@@ -205,8 +208,7 @@ class Counters:
     def _log(self, key: tuple[str, str]) -> None:
         if key not in self.logged:
             self.logged.add(key)
-            reason, where = key
-            _LOG.warning("%s%s", reason, f" (at {where})" if where else "")
+            _LOG.warning("%s", _shown(key))
 
     def reset(self, callers: Sequence[object] | None = None) -> None:
         """Zeroes what happened, of some callers or all; the graph itself (graphs, pieces, ...) stays."""
@@ -246,6 +248,11 @@ class Counters:
         if callers is None:
             return self._everyones()
         return [figures for figures in self._callers.values() if any(figures.caller() is one for one in callers)]
+
+
+def _shown(fallback: tuple[str, str]) -> str:
+    reason, where = fallback
+    return f"{reason} (at {where})" if where else reason
 
 
 def _add(total: _Figures, part: _Figures) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import timeit
@@ -16,6 +17,9 @@ from models import ToyLlama
 from test_paged_model import Model, Traffic
 
 import pcg_compile as pcg
+from pcg_compile import cli
+from pcg_compile.report.trace_file import read_trace
+from pcg_compile.torch_compat import structured_trace
 from pcg_compile.torch_compat.profiling import profiler_records
 
 OPTIONS = {"buckets": [4, 8], "compiler": "eager"}
@@ -48,6 +52,7 @@ def test_a_trace_has_a_range_for_the_step_and_each_replay_and_split_op(tmp_path,
         assert profiler_records()
         assert torch.equal(run(IDS), want)
     assert not profiler_records()
+    assert cli.main(["explain-trace", str(tmp_path / name)]) == 0
     attention = "pcg split op: silly::attention (layers.{})"
     assert ranges(tmp_path / name) == [
         "pcg step: 7 in bucket 8", "pcg replay: piece 0 (embed)", attention.format(0),
@@ -80,6 +85,77 @@ def test_a_full_graph_is_named_as_one(tmp_path):
     with pcg.trace(tmp_path / "t.json"):
         traffic.check(model, run, {1: 5})
     assert ranges(tmp_path / "t.json") == ["pcg step: 5 in bucket 8, full CUDA graph"]
+
+
+def test_explain_trace_says_what_was_replayed_and_where_the_time_went(tmp_path, capsys):
+    run, fixed = llama(), torch.compile(lambda x: x * 2, backend="pcg", options=OPTIONS, dynamic=False)
+    for n in (7, 9):
+        run(torch.arange(n))
+    fixed(torch.ones(3))
+    with pcg.trace(tmp_path / "t.json"):
+        for n in (7, 9, 7, 5):
+            run(torch.arange(n))
+        fixed(torch.ones(3))
+    assert cli.main(["explain-trace", str(tmp_path / "t.json")]) == 0
+    text = capsys.readouterr().out
+    first, host, fallback, cure, *_ = text.splitlines()
+    assert first.startswith("5 steps in ") and first.endswith(
+        " ms: 3 replayed piece by piece, 1 not captured, 1 the first of a size, which builds its program"
+    )
+    assert "host: " in host and "replays" in host and "device" not in text
+    assert fallback == "  1 time: a size is beyond the largest bucket, 8" and "add a larger bucket" in cure
+    table = text.partition("milliseconds a step\n")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [re.split(r"  +", line) for line in table]
+    assert {row[0]: row[1] for row in rows} == {"8": "2", "exact size": "1", "first of a size": "1", "fixed size": "1"}
+    assert re.search(r"replays +piece 1-2 \(layers.0-1.out\) +0.8 ", text), text
+    assert re.search(r"split ops +silly::attention \(layers.0-1\) +1.2 ", text), text
+
+
+def test_explain_trace_gives_kernels_to_the_step_that_launched_them(tmp_path):
+    """Kineto's form of a trace on a GPU: kernels are tied to launches by their correlation."""
+
+    def event(cat, name, ts, dur, tid=1, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 1, "tid": tid, "args": args}
+
+    events = [
+        event("user_annotation", "pcg step: 7 in bucket 8", 0, 100),
+        event("cuda_runtime", "cudaMemcpyAsync", 5, 5, correlation=1),
+        event("user_annotation", "pcg replay: piece 0 (a)", 10, 20),
+        event("cuda_runtime", "cudaGraphLaunch", 12, 10, correlation=2),
+        event("user_annotation", "pcg split op: x::y (a)", 40, 30),
+        event("cuda_driver", "cuLaunchKernelEx", 45, 5, correlation=3),
+        event("user_annotation", "pcg step: 7 in bucket 8, full CUDA graph", 200, 40),
+        event("cuda_runtime", "cudaGraphLaunch", 210, 20, correlation=4),
+        event("cuda_runtime", "cudaLaunchKernel", 400, 5, correlation=5),
+        event("gpu_memcpy", "Memcpy HtoD", 10, 10, tid=7, correlation=1),
+        event("kernel", "gemm", 30, 40, tid=7, correlation=2),
+        event("kernel", "norm", 70, 10, tid=7, correlation=2),
+        event("kernel", "attend", 100, 20, tid=7, correlation=3),
+        event("kernel", "all", 230, 70, tid=7, correlation=4),
+        event("kernel", "another's", 410, 70, tid=7, correlation=5),
+        # The same ranges on the device's lane are no steps.
+        event("gpu_user_annotation", "pcg step: 7 in bucket 8", 10, 110, tid=7),
+        {"ph": "M", "name": "process_name", "pid": 1},
+    ]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    one, whole = read_trace(path).steps
+    assert (one.bucket, one.host, one.busy, one.waited) == ("8", 100, 80, 30)
+    assert [(r.kind, r.host, r.device) for r in one.ranges] == [("replay", 20, 50), ("split op", 30, 20)]
+    assert (whole.bucket, whole.busy) == ("8, full graph", 70)
+    assert [(r.kind, r.host, r.device) for r in whole.ranges] == [("replay", 20, 70)]
+    text = str(read_trace(path))
+    assert "2 steps in 0.24 ms: 1 replayed piece by piece, 1 replayed as one full graph" in text
+    assert "busy 62% of the time: the device waits for the host" in text and "full CUDA graph" in text
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "No such file"), ("[]", "no step of pcg"), ("{}", "is no trace")])
+def test_explain_trace_says_what_is_wrong_with_a_file(tmp_path, capsys, text, said):
+    path = tmp_path / "t.json"
+    if text is not None:
+        path.write_text(text)
+    assert cli.main(["explain-trace", str(path)]) == (text != "[]")
+    assert said in "".join(capsys.readouterr())
 
 
 def test_without_a_profiler_a_step_pays_one_look():
@@ -134,3 +210,28 @@ def test_environment_variables_switch_logs_on(environment, wanted, absent):
     assert all(done.stderr.count(text) == 1 for text in wanted if text != "Replay"), done.stderr
     assert "Replay" in done.stderr or "Replay" not in wanted
     assert not any(text in done.stderr for text in absent), done.stderr
+
+
+def test_torch_trace_holds_graphs_pieces_and_programs(tmp_path):
+    """What tlparse reads: artifacts of the compilation 0/0, whose payloads are the lines behind them."""
+    environment = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("*.log")
+    found = {}
+    for entry in re.split(r"^V\d{4} .*?\] ", log.read_text(), flags=re.M)[1:]:
+        head, _, payload = entry.partition("\n")
+        about = json.loads(head)
+        name = about.get("artifact", {}).get("name", "")
+        if name.startswith("pcg"):
+            assert (about["frame_id"], about["frame_compile_id"]) == (0, 0)
+            found[name] = payload
+    assert list(found) == ["pcg_graph", "pcg_pieces", "pcg_program_4"]
+    assert "add" in found["pcg_graph"] and "piece 0" in found["pcg_pieces"] and "Replay" in found["pcg_program_4"]
+
+
+def test_a_torch_without_structured_traces_gets_none(monkeypatch):
+    monkeypatch.setattr(structured_trace, "_trace_structured", None)
+    monkeypatch.setattr(structured_trace, "_CompileContext", None)
+    run = llama()
+    assert torch.equal(run(IDS), run(IDS)) and structured_trace.compile_id() is None

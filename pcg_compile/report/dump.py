@@ -14,7 +14,7 @@ from ..errors import message
 from ..fx.plan import PieceItem
 from ..registry import runtimes
 from ..torch_compat.inductor import inductor_output
-from .explain import items_of
+from .items import items_of
 
 __all__ = ["dump"]
 

@@ -12,43 +12,20 @@ from typing import Any
 import torch
 
 from ..errors import Hazard
-from ..fx.places import module_of, name_of_input
-from ..fx.plan import Item, PieceItem, Plan
+from ..fx.places import name_of_input
+from ..fx.plan import PieceItem, Plan
 from ..registry import forget, is_compiled, runtimes, stats
 from ..runtime.ahead_of_time import WarmUp, warm_up_context
 from ..stats import COUNTS, Stats
 from ..torch_compat.dynamo_graphs import graph_breaks
 from ..torch_compat.dynamo_traces import compile_for_all_sizes
 from ..warmup import mark_sizes
+from .items import ItemReport, items_of
 from .render import as_html, as_text
 from .timeline import Timeline, time_step
 from .trial_compile import CheckBackend, ReportBackend, compile_apart, hazards_of_breaks
 
 __all__ = ["GraphReport", "Hazards", "ItemReport", "PassReport", "Report", "check", "explain", "items_of"]
-
-
-@dataclass(frozen=True)
-class ItemReport:
-    """One piece or split op of a graph.
-
-    Attributes:
-        kind: "piece" or "split op".
-        name: ``piece 3``, counted alike in all reports, or the op's name.
-        module: the path of its module; of a piece that spans several, the first and the last.
-        ops: what it runs, in order.
-        where: the line of the user's code.
-        verdict, reason: what became of it, and why.
-        distinct: pieces with the same number share their compiled code; None for what is no piece.
-    """
-
-    kind: str
-    name: str
-    module: str
-    ops: tuple[str, ...]
-    where: str
-    verdict: str
-    reason: str
-    distinct: int | None
 
 
 @dataclass(frozen=True)
@@ -212,33 +189,6 @@ def _size_names(plan: Plan) -> Iterator[str]:
         yield name.replace(".size()[", ".shape[") + (f".shape[{dim}]" if dim >= 0 else "")
 
 
-def items_of(plan: Plan) -> Iterator[ItemReport]:
-    """The pieces and split ops of a plan, in order."""
-    distinct: dict[int, int] = {}
-    ops: tuple[str, ...]
-    for item in plan.items:
-        number = None
-        if not isinstance(item, PieceItem):
-            rows = "padding request" if item.mode == "request" else "real rows only"
-            kind, ops, verdict, reason = "split op", (_op(item.node),), f"between pieces, {rows}", item.reason
-        else:
-            ops = tuple(_op(node) for node in item.piece.gm.graph.nodes if node.op.startswith("call_"))
-            kind, (verdict, reason) = "piece", _verdict(item)
-            if item.split_reason is not None:
-                kind, verdict, reason = "split op", "between pieces, compiled", item.split_reason
-            elif not item.trivial:
-                number = distinct.setdefault(id(item.compiled), len(distinct))
-        yield ItemReport(kind, item.name, _modules(item), ops, item.where, verdict, reason, number)
-
-
-def _modules(item: Item) -> str:
-    if not isinstance(item, PieceItem):
-        return item.module
-    last = next((node for node in reversed(item.piece.graph.nodes) if node.op.startswith("call_")), None)
-    end = module_of(last) if last is not None else ""
-    return f"{item.module} .. {end}" if item.module and end not in ("", item.module) else item.module or end
-
-
 def _pass(name: str, notes: list[str], hazards: list[Hazard]) -> PassReport:
     found = [f"{h.kind}: {h.op}: {h.reason} ({h.file or 'an unknown file'}:{h.line}); {h.cure}" for h in hazards]
     verdicts = [f"{len(hazards)} found"] if hazards else []
@@ -259,22 +209,6 @@ def _padding_safety(plan: Plan) -> PassReport:
         if item.safety.kind != "row-wise":
             findings.append(f"{item.name}: {item.safety.kind}: {item.safety.reason} ({item.safety.where})")
     return PassReport("padding_safety", ", ".join(f"{n} {kind}" for kind, n in kinds.items()), tuple(findings))
-
-
-def _verdict(item: PieceItem) -> tuple[str, str]:
-    if item.trivial:
-        return "nothing to capture", ""
-    if item.refusal is not None:
-        return "exact size, not captured", item.refusal
-    if not item.needs_probe:
-        return "captured", item.safety.kind if item.safety is not None else ""
-    if item.probed is None:
-        return "to be probed", item.safety.reason
-    return ("probed", item.safety.reason) if item.probed == "" else ("exact size, not captured", item.probed)
-
-
-def _op(node: Any) -> str:
-    return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
 
 
 def check(model: Any, *args: Any, **kwargs: Any) -> Hazards:

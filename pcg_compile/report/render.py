@@ -15,7 +15,7 @@ from ..stats import bucket_table, percent, print_table
 if TYPE_CHECKING:
     from .explain import GraphReport, ItemReport, Report
 
-__all__ = ["as_html", "as_text", "fold", "number_range", "short", "summary", "without_numbers"]
+__all__ = ["as_html", "as_text", "cure_of", "fold", "number_range", "short", "summary", "without_numbers"]
 
 #: Kinds of ops that a row names.
 _MOST_OPS = 4
@@ -62,7 +62,7 @@ def summary(report: Report) -> Iterator[str]:
             problems.append((_count(fall.count, "time"), fall.reason, fall.where))
     for who, reason, where in problems[:_MOST_LINES]:
         yield f"  {who}: {short(reason)}" + (f" (at {short(where)})" if where else "")
-        cure = next((cure for pattern, cure in CURES if re.search(pattern, reason)), None)
+        cure = cure_of(reason)
         if cure is not None:
             yield f"    to do: {cure}"
     if len(problems) > _MOST_LINES:
@@ -73,6 +73,11 @@ def summary(report: Report) -> Iterator[str]:
             yield f"  {graph.timeline.describe()}"
         if graph.entry_seconds is not None:
             yield f"  {1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}"
+
+
+def cure_of(reason: str) -> str | None:
+    """What to do about a reason that does not say so itself, or None."""
+    return next((cure for pattern, cure in CURES if re.search(pattern, reason)), None)
 
 
 def _headline(report: Report, pieces: Sequence[Any], exact: Sequence[Any], refusals: Sequence[str]) -> str:

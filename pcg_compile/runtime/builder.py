@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from ..fx.plan import Item, PieceItem, SplitOpItem
+from ..torch_compat.structured_trace import add_artifact
 from .between import add_exact, add_split_op
 from .binding import Binding
 from .draft import Draft
@@ -27,7 +28,7 @@ from .emit import emit_of
 from .full_graph import FullGraph, why_not_full
 from .loads import add_loads
 from .pieces import add_at_bucket, conformer
-from .program import Body, Confirm, Program
+from .program import Body, Confirm, Program, size_name
 
 __all__ = ["build_and_run"]
 
@@ -84,6 +85,7 @@ def _log_captured(d: Draft, program: Program) -> None:
     use, name = d.shared.counters.bucket(bucket), "the fixed size" if bucket == () else f"bucket {bucket}"
     _LOG.info("captured %s: %d graphs, %.1f MiB, %.2f s", name, program.replays, use.bytes / 2**20, use.seconds)
     _LOG.debug("%s", program)
+    add_artifact(f"pcg_program_{size_name(d.key or ())}".replace(" ", "_"), lambda: str(program), d.shared.number)
 
 
 def _add_and_run(d: Draft, item: Item) -> None:

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Body", "Call", "Confirm", "CopyRows", "Emit", "Frame", "Free", "Kind", "Load", "LookUpRows", "Operation",
-    "PadInput", "PrepareMetadata", "Program", "RepeatRowZero", "Replay", "RunPiece", "RunSplitOp",
+    "PadInput", "PrepareMetadata", "Program", "RepeatRowZero", "Replay", "RunPiece", "RunSplitOp", "size_name",
 ]  # fmt: skip
 
 Call = Callable[[], Any]
 Kind = Literal["inputs", "replay", "piece", "split op", "metadata", "outputs"]
+
+
+def size_name(sizes: Sequence[int]) -> str:
+    """Sizes as traces name them: "7", "16x2", "fixed size" where none is dynamic."""
+    return "x".join(map(str, sizes)) or "fixed size"
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +264,8 @@ class Program:
     def run_in_range(self, args: Sequence[Any]) -> Any:
         """The same as :meth:`run`, in one range of ``torch.profiler``."""
         full = ", full CUDA graph" if self.body.full_graph is not None and self.body.full_graph.wanted else ""
-        bucket = "its exact size" if self.bucket is None else f"bucket {'x'.join(map(str, self.bucket))}"
-        with record_function(f"pcg step: {'x'.join(map(str, self.sizes))} in {bucket}{full}"):
+        bucket = "at its exact size" if self.bucket is None else f"in bucket {size_name(self.bucket)}"
+        with record_function(f"pcg step: {size_name(self.sizes)} {bucket}{full}"):
             return self.run(args)
 
     def run(self, args: Sequence[Any]) -> Any:

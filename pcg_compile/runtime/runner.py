@@ -15,13 +15,13 @@ from ..distributed.agreement import Agreement
 from ..errors import PCGError
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, expr_of
-from ..torch_compat.profiling import profiler_records
+from ..torch_compat.profiling import in_range, profiler_records
 from .ahead_of_time import WarmUp, requested_warm_up, warm_up, warm_up_context
 from .binding import Binding
 from .budget import respect_budget
 from .builder import build_and_run
 from .capture import undone
-from .program import Program
+from .program import Program, size_name
 from .state import GraphState
 
 __all__ = ["GraphRuntime"]
@@ -159,7 +159,7 @@ class GraphRuntime(GraphState):
         bucket, reason = self._choose(binding, named)
         if reason:
             counters.fall_back(reason)
-        with self._undone_if_refused(args):
+        with self._undone_if_refused(args), in_range(f"pcg step: {size_name(sizes)} builds its program"):
             program, result = build_and_run(binding, named, bucket, args, step)
             for fallback in program.fallbacks:
                 counters.fall_back(*fallback)

@@ -15,6 +15,7 @@ from ..distributed.agreement import Agreement, RankFailed
 from ..errors import PCGError
 from ..fx.plan import Plan
 from ..options import Options
+from ..torch_compat.structured_trace import compile_id
 from .buckets import BucketChooser
 from .capture import CapturedGraph, Engine, StaticReplay, first_line, no_autocast_cache, rng_unchanged, undone
 
@@ -27,6 +28,7 @@ class Shared:
 
     Attributes:
         agreement: for a graph with collectives, what ranks must decide together.
+        number: of Dynamo's compilation of the graph.
         grew: whether a step has captured something since ``memory_budget`` was last looked at.
     """
 
@@ -37,6 +39,7 @@ class Shared:
     engine: Engine
     device: torch.device
     agreement: Agreement | None = None
+    number: Any = field(default_factory=compile_id)
     grew: bool = False
     _boxed: dict[fx.GraphModule, Callable[[list[Any]], Any]] = field(default_factory=dict)
 
