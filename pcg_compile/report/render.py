@@ -10,12 +10,13 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..cures import cure_of
 from ..stats import bucket_table, percent, print_table
 
 if TYPE_CHECKING:
     from .explain import GraphReport, ItemReport, Report
 
-__all__ = ["as_html", "as_text", "cure_of", "fold", "number_range", "short", "summary", "without_numbers"]
+__all__ = ["as_html", "as_text", "fold", "number_range", "short", "summary", "without_numbers"]
 
 #: Kinds of ops that a row names.
 _MOST_OPS = 4
@@ -23,19 +24,6 @@ _MOST_OPS = 4
 _LONGEST_LAYER = 16
 #: Findings and fallbacks that a summary lists; the rest is counted.
 _MOST_LINES = 8
-
-#: What to do about a reason that does not say so itself. The first pattern that is found counts.
-CURES = (
-    (r"beyond the largest bucket", "add a larger bucket, or raise max_tokens"),
-    (r"exceed max_tokens", "raise max_tokens"),
-    (r"max_padding", "add a bucket in between: pcg.stats(model).suggest_buckets(8) fits them to the steps so far"),
-    (r"memory_budget", "raise memory_budget, or use fewer buckets"),
-    (r"^mixing|^opaque", "make that op a split op (@pcg.split_op): it then gets the real rows only"),
-    (r"Dynamo breaks the graph|no graph of it", "remove the graph break: print(pcg.check(model, *args)) lists them"),
-    (r"^a piece runs eagerly", "pcg-compile doctor says what the compiler lacks; else report the error"),
-    (r"has reached Dynamo's", "pass what changes as a tensor, or name its sizes: @pcg.piecewise(dynamic={...})"),
-    (r"overlaps another", "pass tensors that do not share memory"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ def summary(report: Report) -> Iterator[str]:
             problems.append((_count(fall.count, "time"), fall.reason, fall.where))
     for who, reason, where in problems[:_MOST_LINES]:
         yield f"  {who}: {short(reason)}" + (f" (at {short(where)})" if where else "")
-        cure = cure_of(reason)
+        cure = cure_of(f"{reason} {where}")
         if cure is not None:
             yield f"    to do: {cure}"
     if len(problems) > _MOST_LINES:
@@ -73,11 +61,6 @@ def summary(report: Report) -> Iterator[str]:
             yield f"  {graph.timeline.describe()}"
         if graph.entry_seconds is not None:
             yield f"  {1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}"
-
-
-def cure_of(reason: str) -> str | None:
-    """What to do about a reason that does not say so itself, or None."""
-    return next((cure for pattern, cure in CURES if re.search(pattern, reason)), None)
 
 
 def _headline(report: Report, pieces: Sequence[Any], exact: Sequence[Any], refusals: Sequence[str]) -> str:

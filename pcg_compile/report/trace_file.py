@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cures import cure_of
 from ..errors import PCGError, message
 from ..stats import percent, print_table
-from .render import cure_of, number_range, short, without_numbers
+from .render import number_range, short, without_numbers
 
 __all__ = ["Range", "Step", "TraceFile", "read_trace"]
 
