@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from .errors import PCGError, TraceError, message
 from .fx.places import place_of_stack
@@ -40,8 +40,9 @@ def noted(error: BaseException) -> Iterator[None]:
     try:
         yield
     except Exception as wrong:  # whatever eager raises for wrong arguments
-        with suppress(AttributeError):  # Python 3.10 has no notes
-            wrong.add_note(message("pcg: wrong arguments", place_of_error(error), cure=_cure(error)))
+        # Python 3.10 has no notes.
+        note = getattr(wrong, "add_note", lambda text: None)
+        note(message("pcg: wrong arguments", place_of_error(error), cure=_cure(error)))
         raise
 
 
