@@ -13,7 +13,7 @@ __all__ = ["SOURCE", "TARGET", "add_arguments", "chart", "run"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The results that the README shows: of ``step``, or of ``throughput`` with the workload "single".
-SOURCE = ROOT / "benchmarks" / "results" / "step-1b-h200.json"
+SOURCE = ROOT / "benchmarks" / "results" / "single-1b-h200.json"
 TARGET = ROOT / "docs" / "images" / "ms-a-token.svg"
 
 #: For each command that can be drawn: what is drawn, the column, and the variants with their labels, in order.
@@ -32,10 +32,15 @@ _DRAWN: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "throughput": (
         "one request, 128 new tokens",
         "ms_per_token",
-        {"generate": "generate()", "static": "static cache", "pcg": "pcg"},
+        {
+            "generate": "generate()",
+            "static": "generate(), static cache",
+            "pcg": "pcg, generate_batch()",
+            "limit": "the same, GPU alone",
+        },
     ),
 }
-_WIDTH, _BAR, _STEP, _LEFT, _TOP = 720, 24, 36, 150, 44
+_WIDTH, _BAR, _STEP, _LEFT, _TOP = 720, 24, 36, 190, 44
 _STYLE = (
     "text{font:14px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}.title{font-weight:600}"
     ".note{font-size:12px;fill:#59636e}.other{fill:#8c959f}.pcg{fill:#0969da}.value{font-weight:600}"
@@ -61,6 +66,10 @@ def bars(data: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     _, column, labels = _DRAWN[data["command"]]
     rows = [row for row in data["rows"] if row.get("workload", "single") == "single" and row.get("n", 1) == 1]
     found = {row["variant"]: row[column] for row in rows if column in row and row.get("right", True)}
+    for row in rows:
+        if row["variant"] == "pcg" and "limit_tokens_per_s" in row:
+            # Its decode steps alone, launched without waiting for a token.
+            found["limit"] = 1e3 / row["limit_tokens_per_s"]
     return [(variant, label, found[variant]) for variant, label in labels.items() if variant in found]
 
 

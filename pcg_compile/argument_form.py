@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import CodeType
-from typing import Any, Self
+from typing import Any
 
 import sympy
 import torch
@@ -165,7 +165,9 @@ class ArgumentForm:
         self.check = TensorChecks(examples, self.sizes, self.strides).check if examples else None
 
     @classmethod
-    def of(cls, code: CodeType, given: Mapping[str, Any], seen: Mapping[str, Any], conditions: Sequence[Any]) -> Self:
+    def of(
+        cls, code: CodeType, given: Mapping[str, Any], seen: Mapping[str, Any], conditions: Sequence[Any]
+    ) -> ArgumentForm:
         """The form of a call.
 
         Args:

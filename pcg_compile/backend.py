@@ -28,7 +28,7 @@ from .distributed.lowering import (
     lowered,
     release_at_exit,
 )
-from .errors import OptionsError, SplitOpNotFound
+from .errors import SplitOpNotFound
 from .fx.assemble import make_plan
 from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
@@ -82,15 +82,11 @@ def watched(wrapper: Any) -> tuple[object, Options] | None:
     It is asked ahead of each trace: what compiling will wait for begins here.
 
     Raises:
-        OptionsError: a mode was given, which is none of pcg's.
+        OptionsError: a bad option, or a mode, which is none of pcg's.
     """
     backend = wrapper.compiler_fn
     if backend is pcg:
-        Options.parse(None, wrapper.kwargs.get("mode"))
-        try:
-            options = Options.parse(wrapper.kwargs.get("options"))
-        except OptionsError:
-            return None  # raised again where a graph is compiled
+        options = Options.parse(wrapper.kwargs.get("options"), wrapper.kwargs.get("mode"))
     elif getattr(backend, "watched", False):
         options = backend.options
     else:

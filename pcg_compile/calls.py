@@ -30,10 +30,11 @@ from .errors import PCGError
 from .fast_calls import TracedGraph
 from .fx.places import place_of_stack
 from .options import Options
+from .plain_errors import in_plain_words
 from .registry import RUNNING_CALL, RunningCall, add_runtime
 from .step import current_step
 from .torch_compat.dynamo_calls import traced_codes, traced_inputs
-from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused
+from .torch_compat.dynamo_graphs import breaks_since, breaks_so_far, dynamo_refused, refusal_since
 from .torch_compat.dynamo_traces import Marks, Trace, requested_marks, settings_of_trace
 from .torch_compat.fake_tensors import FakeTensorMode
 from .torch_compat.guards import guards_hold_at
@@ -76,7 +77,7 @@ class Call(RunningCall):
         self.trace: Trace | None = None
         #: The last graph that was handed over and can be captured.
         self.graph: TracedGraph | None = None
-        self.breaks = 0
+        self.breaks: Any = None
         #: A size, 0 or 1, and the larger one that a trace was shown instead; None where it was not.
         self.shown: tuple[int, int] | None = None
         #: Where the last graph's attributes lie, if there are any.
@@ -213,7 +214,8 @@ class Watch:
         """The call ends, perhaps with an error: counts it if no graph ran.
 
         Raises:
-            PCGError: under ``strict``, where Dynamo refused the function, or the call ran without a graph.
+            PCGError: under ``strict``, where Dynamo refused the function, or the call ran without a graph. In place of
+                Dynamo's errors: see :func:`in_plain_words`.
         """
         error = sys.exc_info()[1]
         if error is call.error_before:
@@ -226,6 +228,8 @@ class Watch:
             if self.whole and dynamo_refused(error):
                 reason = f"Dynamo makes no single graph of the function: {_first_line(str(error))}"
                 self.fall_back(reason, "", cause=error)
+            if (plain := in_plain_words(error)) is not None:
+                raise plain from None
             return
         self._trace_ended(call)
         reasons = list(self.left_out.values())
@@ -299,7 +303,7 @@ class Watch:
         breaks = breaks_since(call.breaks)
         if not breaks and call.traces > 1:
             return  # a function inside that computes nothing
-        reason = _first_line(breaks[-1][0]) if breaks else "Dynamo skips it"
+        reason = _first_line(breaks[-1][0]) if breaks else refusal_since(call.breaks) or "Dynamo skips it"
         stack = breaks[-1][1] if breaks else None
         place = str(place_of_stack(stack)) if stack else f"{trace.code.co_filename}:{trace.code.co_firstlineno}"
         self.left_out[trace.code] = (f"{trace.code.co_name} runs eagerly, no graph of it: {reason}", place)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from .cures import cure_of
 from .errors import PCGError, message
 from .stats import BucketStats, Fallback, Stats, sum_of_use
 from .torch_compat.profiling import in_range
@@ -196,7 +197,8 @@ class Counters:
     def _log(self, key: tuple[str, str]) -> None:
         if key not in self.logged:
             self.logged.add(key)
-            _LOG.warning("%s", _shown(key))
+            cure = cure_of(_shown(key))
+            _LOG.warning("%s%s", _shown(key), f"; to do: {cure}" if cure else "")
 
     def reset(self, callers: Sequence[object] | None = None) -> None:
         """Zeroes what happened, of some callers or all; the graph itself (graphs, pieces, ...) stays."""

@@ -21,6 +21,7 @@ __all__ = [
     "ProgramError",
     "SplitOpNotFound",
     "StaleAddress",
+    "TraceError",
     "UnsafePadding",
     "message",
 ]
@@ -52,6 +53,10 @@ class CaptureHazard(PCGError):
 
 class UnsafePadding(PCGError):
     """Under ``strict``, a piece whose real rows may depend on padding rows."""
+
+
+class TraceError(PCGError, RuntimeError):
+    """A call that Dynamo cannot trace: in most cases its arguments are wrong, and it fails without pcg too."""
 
 
 class BatchError(PCGError, ValueError):

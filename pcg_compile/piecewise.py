@@ -19,6 +19,7 @@ from .calls import Call, Watch
 from .errors import OptionsError, message
 from .fast_calls import FastCall
 from .options import Options, OptionsDict
+from .plain_errors import noted, place_of_error, why_untraceable
 from .registry import RUNNING_CALL, RunningCall, reset_backend
 from .torch_compat.dynamo_graphs import trace_failed
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
@@ -38,7 +39,7 @@ Dynamic = Mapping[str, int | tuple[int, ...]]
 
 
 class _Backend:
-    """One backend object for each decorated function: stats and reset find its graphs by it."""
+    """The backend of one decorated function: stats and reset find its graphs by it."""
 
     watched = True
 
@@ -167,12 +168,13 @@ class CompiledFunction:
 
     def _eagerly(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call that Dynamo cannot trace, counted. Wrong arguments then raise what they raise in eager."""
-        code = getattr(self.function, "__code__", None)
-        place = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
-        why = next((line for line in str(error).splitlines() if "got " in line), str(error).partition("\n")[0])
-        reason = f"Dynamo cannot trace this call, which runs eagerly: {why.rpartition('got ')[2].strip()}"
-        self.watch.fall_back(reason, place, cause=error)
-        return self.function(*args, **kwargs)
+        fallback = f"Dynamo cannot trace this call, which runs eagerly: {why_untraceable(error)}", place_of_error(error)
+        if self.options.strict:
+            self.watch.fall_back(*fallback)
+        with noted(error):
+            result = self.function(*args, **kwargs)
+        self.watch.fall_back(*fallback)
+        return result
 
     def _follow_weights(self, module: torch.nn.Module | None) -> None:
         """Starts over where graphs are of modules that have been replaced: Dynamo would not notice."""

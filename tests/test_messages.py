@@ -218,46 +218,6 @@ def test_options_are_checked_when_a_function_is_decorated(options, parts):
         assert all(part in str(raised.value) for part in parts)
 
 
-# -- mistakes that end in one message ---
-
-
-def _misspelt_role():
-    @pcg.split_op("messages::role", qo_indptrr="x")
-    def role(x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-
-def _generate_on_a_paged_model(compile_it=lambda model: model):
-    transformers = pytest.importorskip("transformers")
-    import pcg_compile.integrations.transformers  # noqa: F401 - registers "pcg"
-
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="pcg").eval()
-    compile_it(model).generate(IDS[None], max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("mistake", "error", "parts"),
-    [
-        (_misspelt_role, pcg.errors.OptionsError, ["no option 'qo_indptrr'", "Did you mean 'qo_indptr'?", "Write"]),
-        (_generate_on_a_paged_model, pcg.errors.BatchError, ["generate() makes no steps", "generate_batch(model, "]),
-        (lambda: _generate_on_a_paged_model(compiled), pcg.errors.BatchError, ["generate_batch(model, prompts)"]),
-        (lambda: torch.compile(Block().eval(), backend="pcg", mode="max-autotune")(IDS), pcg.errors.OptionsError,
-         ["mode='max-autotune'", "max_autotune = True"]),
-        (lambda: pcg.stats(nn.Linear(2, 2)), TypeError, ["was not compiled by pcg", "@pcg.piecewise"]),
-        (lambda: pcg.expect(nothing=1).__enter__(), TypeError, ["expect() counts steps", "nothing"]),
-    ],
-)  # fmt: skip
-def test_a_mistake_ends_in_one_message_of_pcgs_with_the_cure(mistake, error, parts):
-    with pytest.raises(error) as raised:
-        mistake()
-    text = str(raised.value)
-    assert all(part in text for part in parts), text
-    assert len(text.splitlines()) <= 5 and "Traceback" not in text and "torch._dynamo" not in text
-
-
 # -- how things print ---------------------------------------------------------------------------------------------
 
 

@@ -235,9 +235,8 @@ def test_split_ops_are_named_by_packet_and_overload():
         with pcg.expect(pieces=pieces):
             run = piecewise(function, split_ops=[name])
             torch.testing.assert_close(run(x), function(x))
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="aten::add.Scalar") as caught:
+    with pytest.raises(SplitOpNotFound, match="aten::add.Scalar"):
         piecewise(function, split_ops=["aten::add.Scalar"])(x)
-    assert isinstance(caught.value.inner_exception, SplitOpNotFound)
 
 
 def test_a_changed_flag_is_seen():
@@ -312,9 +311,8 @@ def test_views_of_arguments_are_views():
 def test_bad_options(bad):
     with pytest.raises(OptionsError):
         pcg.piecewise(**bad)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+    with pytest.raises(OptionsError):
         torch.compile(lambda x: x + 1, backend="pcg", options=bad)(torch.ones(2))
-    assert isinstance(caught.value.inner_exception, OptionsError)
 
 
 def test_gradients_fall_back_and_are_right(caplog):

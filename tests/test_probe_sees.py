@@ -221,5 +221,5 @@ def test_probed_stays_visible():
         compiled(torch.randn(3, 4))
     assert "probed" in str(pcg.explain(compiled))
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="opaque"), torch.no_grad():
+    with pytest.raises(pcg.errors.UnsafePadding, match="opaque"), torch.no_grad():
         pcg.piecewise(dynamic={"x": 0}, buckets=[4], compiler="eager", strict=True)(function)(torch.randn(3, 4))

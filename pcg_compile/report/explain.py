@@ -63,7 +63,12 @@ def _report(compiled: Any, owner: Any, args: Any, kwargs: Any) -> Report:
     if args or kwargs or not runtimes(owner):
         request = WarmUp(buckets=[], observe=observe)
         with warm_up_context(request), compile_for_all_sizes(lambda: mark_sizes(args, kwargs)), torch.no_grad():
-            compiled(*args, **kwargs)
+            try:
+                compiled(*args, **kwargs)
+            except Exception:
+                # It was called on a guess, and may raise anything without arguments: the report says "not compiled".
+                if args or kwargs:
+                    raise
     found = [_graph(runtime, timelines.get(id(runtime))) for runtime in runtimes(owner)]
     if timelines and found:
         function = getattr(compiled, "__pcg_function__", None)

@@ -11,12 +11,13 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..cures import cure_of
 from ..errors import Hazard
 from ..stats import COUNTS, Stats, bucket_table, percent, print_table
 from .items import ItemReport, number_range, without_numbers
 from .timeline import Timeline
 
-__all__ = ["GraphReport", "PassReport", "Report", "cure_of", "fold", "short", "summary"]
+__all__ = ["GraphReport", "PassReport", "Report", "fold", "short", "summary"]
 
 #: Kinds of ops that a row names.
 _MOST_OPS = 4
@@ -24,19 +25,6 @@ _MOST_OPS = 4
 _LONGEST_LAYER = 16
 #: Findings and fallbacks that a summary lists; the rest is counted.
 _MOST_LINES = 8
-
-#: What to do about a reason that does not say so itself. The first pattern that is found counts.
-CURES = (
-    (r"beyond the largest bucket", "add a larger bucket, or raise max_tokens"),
-    (r"exceed max_tokens", "raise max_tokens"),
-    (r"max_padding", "add a bucket in between: pcg.stats(model).suggest_buckets(8) fits them to the steps so far"),
-    (r"memory_budget", "raise memory_budget, or use fewer buckets"),
-    (r"^mixing|^opaque", "make that op a split op (@pcg.split_op): it then gets the real rows only"),
-    (r"Dynamo breaks the graph|no graph of it", "remove the graph break: print(pcg.check(model, *args)) lists them"),
-    (r"^a piece runs eagerly", "pcg-compile doctor says what the compiler lacks; else report the error"),
-    (r"has reached Dynamo's", "pass what changes as a tensor, or name its sizes: @pcg.piecewise(dynamic={...})"),
-    (r"overlaps another", "pass tensors that do not share memory"),
-)
 
 
 @dataclass(frozen=True)
@@ -132,6 +120,7 @@ def summary(report: Report) -> Iterator[str]:
             problems.append((_count(fall.count, "time"), fall.reason, fall.where))
     for who, reason, where in problems[:_MOST_LINES]:
         yield f"  {who}: {short(reason)}" + (f" (at {short(where)})" if where else "")
+from ..cures import cure_of
         cure = cure_of(reason)
         if cure is not None:
             yield f"    to do: {cure}"

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cures import cure_of
 from ..errors import PCGError, message
 from ..stats import percent, print_table
 from .items import number_range, without_numbers
-from .render import cure_of, short
+from .render import short
 
 __all__ = ["Range", "Step", "TraceFile", "read_trace"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "is_asked_for",
     "is_static_input",
     "keep_traced_function",
+    "refusal_since",
     "trace_failed",
     "traced_function",
 ]
@@ -35,6 +36,7 @@ attributes("torch._dynamo.config", _READ, "assume_static_by_default")
 attributes("torch.utils._sympy.symbol", _READ, "SymT symbol_is_type")
 attributes("torch._dynamo.pgo", _READ, "get_code_state auto_dynamic")
 _breaks = private("torch._dynamo.utils.graph_break_reasons", _READ)
+_counters = private("torch._dynamo.utils.counters", _READ)
 _pgo = private("torch._dynamo.pgo", _READ)
 _TensorifyState = private("torch._dynamo.symbolic_convert.TensorifyState", _READ)
 _TraceAgain = private("torch._dynamo.exc.TensorifyScalarRestartAnalysis", _READ)
@@ -44,6 +46,8 @@ _REFUSALS = exceptions(
     "torch._dynamo.exc", _READ, "Unsupported UserError FailOnRecompileLimitHit UncapturedHigherOrderOpError"
 )
 _FAILURES = exceptions("torch._dynamo.exc", _READ, "TorchRuntimeError InternalTorchDynamoError")
+_FAILED_OPS = exceptions("torch._dynamo.exc", _READ, "TorchRuntimeError")
+_OF_BACKENDS = exceptions("torch._dynamo.exc", _READ, "BackendCompilerFailed")
 
 
 def is_static_input(node: fx.Node) -> bool:
@@ -64,14 +68,20 @@ def graph_break_of(gm: fx.GraphModule) -> tuple[str, Any] | None:
     return (reason.reason, reason.user_stack) if getattr(reason, "graph_break", False) else None
 
 
-def breaks_so_far() -> int:
-    """How many breaks Dynamo has noted (2.11 to 2.13)."""
-    return len(_breaks)
+def breaks_so_far() -> tuple[int, Mapping[str, int]]:
+    """What :func:`breaks_since` and :func:`refusal_since` begin at (2.11 to 2.13)."""
+    return len(_breaks), dict(_counters["unimplemented"])
 
 
-def breaks_since(count: int) -> list[tuple[str, Any]]:
-    """The reason and the user's frames of each break after the first ``count`` (2.11 to 2.13)."""
-    return [(reason.reason, reason.user_stack) for reason in _breaks[count:]]
+def breaks_since(before: tuple[int, Mapping[str, int]]) -> list[tuple[str, Any]]:
+    """The reason and the user's frames of each break of a graph since then (2.11 to 2.13)."""
+    return [(reason.reason, reason.user_stack) for reason in _breaks[before[0] :]]
+
+
+def refusal_since(before: tuple[int, Mapping[str, int]]) -> str:
+    """What Dynamo has met since then and does not trace, "" for nothing; it notes no break where no graph is left."""
+    found = [text for text, times in _counters["unimplemented"].items() if times > before[1].get(text, 0)]
+    return found[-1].partition("\n")[0] if found else ""
 
 
 def dynamo_refused(error: BaseException | None) -> bool:
@@ -81,8 +91,23 @@ def dynamo_refused(error: BaseException | None) -> bool:
 
 
 def trace_failed(error: BaseException) -> bool:
-    """Whether an error of a call is one of Dynamo's trace of it: an op that fails on fake tensors (2.11 to 2.13)."""
+    """Whether an error of a call is one of Dynamo's trace of it (2.11 to 2.13)."""
     return isinstance(error, _FAILURES)
+
+
+def op_failed(error: BaseException) -> bool:
+    """Whether it is that of an op, which fails on fake tensors (2.11 to 2.13)."""
+    return isinstance(error, _FAILED_OPS)
+
+
+def error_of_backend(error: BaseException) -> BaseException | None:
+    """The error that a backend raised, of the one that Dynamo makes of it; None of others (2.11 to 2.13)."""
+    return getattr(error, "inner_exception", None) if isinstance(error, _OF_BACKENDS) else None
+
+
+def traced_stack(error: BaseException) -> Any:
+    """The user's frames where a trace failed, outermost first; None where Dynamo does not tell (2.11 to 2.13)."""
+    return getattr(error, "real_stack", None)
 
 
 @contextmanager
