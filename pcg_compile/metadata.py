@@ -110,7 +110,8 @@ def _packed(values: list[Any]) -> Ints:
         return np.asarray(values)
     try:
         # A copy: Dynamo does not take arrays that lie in bytes.
-        return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64).copy()
+        packed: Ints = np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64).copy()
+        return packed
     except struct.error:
         return np.asarray(values)
 

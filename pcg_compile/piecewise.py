@@ -141,8 +141,7 @@ class CompiledFunction:
                 self.watch.fall_back(*self.generator)
             with compile_for_all_sizes(lambda: self.mark(args, kwargs)):
                 result = self.compiled(*args, **kwargs)
-            if running.traces:
-                self._learn(running)
+            self._learn(running)
             return result
         except Exception as error:
             if isinstance(error, WeightsChanged) and not running.graphs:
@@ -190,11 +189,10 @@ class CompiledFunction:
 
     def _learn(self, running: Call) -> None:
         """Has later calls like one that was traced do without Dynamo."""
-        if self.guards != "inputs":
+        if self.guards != "inputs" or not running.traces:
             return
         try:
-            whole = running.traces == running.handed == 1 and not self.watch.left_out
-            graph = running.graph if whole else None
+            graph = running.graph if running.traces == running.handed == 1 and not self.watch.left_out else None
             self.fast = (FastCall.of(self.own, graph, running.module), *self.fast)
             self.slow = None
         except NoFastCall as reason:

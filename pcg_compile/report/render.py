@@ -120,8 +120,7 @@ def summary(report: Report) -> Iterator[str]:
             problems.append((_count(fall.count, "time"), fall.reason, fall.where))
     for who, reason, where in problems[:_MOST_LINES]:
         yield f"  {who}: {short(reason)}" + (f" (at {short(where)})" if where else "")
-from ..cures import cure_of
-        cure = cure_of(reason)
+        cure = cure_of(f"{reason} {where}")
         if cure is not None:
             yield f"    to do: {cure}"
     if len(problems) > _MOST_LINES:
@@ -132,11 +131,6 @@ from ..cures import cure_of
             yield f"  {graph.timeline.describe()}"
         if graph.entry_seconds is not None:
             yield f"  {1e6 * graph.entry_seconds:.0f} us from the call to the graph, {graph.entry}"
-
-
-def cure_of(reason: str) -> str | None:
-    """What to do about a reason that does not say so itself, or None."""
-    return next((cure for pattern, cure in CURES if re.search(pattern, reason)), None)
 
 
 def _headline(report: Report, pieces: Sequence[Any], exact: Sequence[Any], refusals: Sequence[str]) -> str:
