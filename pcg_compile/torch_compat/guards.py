@@ -9,6 +9,8 @@ from typing import Any
 
 import sympy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .fake_tensors import FakeTensorMode
 from .probe import attributes
@@ -26,7 +28,7 @@ attributes(
     "torch.fx.experimental.symbolic_shapes.ShapeEnv",
     "2.11 to 2.13",
     "guards axioms replacements divisible backed_var_to_val var_to_range var_to_range_sloc bound_sympy replace "
-    "simplify get_implications _update_version_counter",
+    "simplify get_implications size_like _update_version_counter",
     ShapeEnv,
 )
 
@@ -51,11 +53,15 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
 
     torch asks whether a size is 1 where it lays out a view, and Dynamo would trace again for that size. The graph is
     the same; its pieces are captured at larger sizes. Branches of the code itself, and whatever else Dynamo asks,
-    stay guards.
+    stay guards. That a size is not 0 becomes one: torch takes its symbols for positive, and answers whatever the code
+    asks about 0 without a guard.
     """
     env = fake_mode.shape_env
     if env is None:
         return []
+    for symbol in env.size_like & env.backed_var_to_val.keys():
+        env.var_to_range[symbol] &= ValueRanges(1, int_oo)
+        env._update_version_counter()
     taken = [
         guard
         for guard in env.guards
