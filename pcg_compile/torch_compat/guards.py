@@ -9,8 +9,6 @@ from typing import Any
 
 import sympy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from .fake_tensors import FakeTensorMode
 from .probe import attributes
@@ -60,8 +58,10 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
     if env is None:
         return []
     for symbol in env.size_like & env.backed_var_to_val.keys():
-        env.var_to_range[symbol] &= ValueRanges(1, int_oo)
-        env._update_version_counter()
+        bounds = env.var_to_range[symbol]
+        if bounds.lower < 1:
+            env.var_to_range[symbol] = type(bounds)(1, bounds.upper)
+            env._update_version_counter()
     taken = [
         guard
         for guard in env.guards
