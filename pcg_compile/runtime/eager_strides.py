@@ -33,7 +33,7 @@ def like_eager(d: Draft, node: fx.Node) -> torch.Tensor:
     if not symbols_of(fake) <= d.sizes.keys() or fake.layout != torch.strided:
         return fake
     shape, before = shape_at(fake, d.sizes), strides_at(fake, d.sizes)
-    if 1 not in shape or 0 in shape:
+    if all(n > 1 for n in shape):
         return fake
     strides = _strides(d, node, shape, before)
     if strides == before:
@@ -98,12 +98,13 @@ def _input(d: Draft, node: fx.Node, written: bool) -> torch.Tensor | None:
 
 def _rules(shape: Sequence[int], strides: Sequence[int], before: Sequence[int]) -> list[list[StrideRule]]:
     """What each stride may follow from; nothing where strides differ that addresses depend on."""
-    if any(n > 1 and a != b for n, a, b in zip(shape, strides, before, strict=True)):
+    empty = 0 in shape
+    if not empty and any(n > 1 and a != b for n, a, b in zip(shape, strides, before, strict=True)):
         return [[] for _ in shape]
     rules: list[list[StrideRule]] = []
     for size, stride, own in zip(shape, strides, before, strict=True):
         same: list[StrideRule] = [None] if stride == own else []
-        if size == 1:
+        if size == 1 or empty:
             same += [("of", d) for d, n in enumerate(shape) if n > 1 and before[d] * n == stride]
             same.append(("is", stride))
         rules.append(same)
