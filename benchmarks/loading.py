@@ -36,6 +36,10 @@ SETS: dict[str, tuple[Any, Any]] = {
     "six of ids": (lambda n, m: [_ids(n) for _ in range(6)], 0),
     "ids, mask, types [n, m]": (lambda n, m: [_ids(n, m) for _ in range(3)], (0, 1)),
     "ids, mask, types, positions [n, m]": (lambda n, m: [_ids(n, m) for _ in range(4)], (0, 1)),
+    "ids [n, m], large": (lambda n, m: [_ids(n, 4 * m)], (0, 1)),
+    "ids, mask [n, m], large": (lambda n, m: [_ids(n, 4 * m) for _ in range(2)], (0, 1)),
+    "ids, mask, types [n, m], large": (lambda n, m: [_ids(n, 4 * m) for _ in range(3)], (0, 1)),
+    "ids, mask, types, positions [n, m], large": (lambda n, m: [_ids(n, 4 * m) for _ in range(4)], (0, 1)),
 }
 
 
@@ -74,7 +78,7 @@ def _host_us(load: Any, repeats: int = 300) -> float:
 
 def main() -> None:
     """Prints a table."""
-    print(f"{'inputs':38} {'full':>5} {'us':>6} {'padded':>7} {'us':>6}")
+    print(f"{'inputs':41} {'full':>5} {'us':>6} {'padded':>7} {'us':>6}")
     for name, (make, dims) in SETS.items():
         torch._dynamo.reset()
         count = len(make(2, 2))
@@ -85,14 +89,16 @@ def main() -> None:
         results = ", ".join(f"{x} + 1" for x in arguments)
         exec(f"def function({', '.join(arguments)}):\n {alike or 'pass'}\n return {results}", {"torch": torch}, scope)
         dynamic = dict.fromkeys(arguments, dims)
-        compiled = pcg.piecewise(dynamic=dynamic, buckets=[64], compiler="eager")(scope["function"])
+        compiled = pcg.piecewise(dynamic=dynamic, buckets=[64, 256], max_padding=10, compiler="eager")(
+            scope["function"]
+        )
         row = []
         with torch.inference_mode():
             for n, m in ((64, 64), (50, 41)):
                 given = make(n, m)
                 compiled(*given)
                 (runtime,) = runtimes(compiled)
-                sizes = {n} if dims == 0 else {n, m}
+                sizes = set(given[0].shape) if dims else {n}
                 program = next(p for key, p in runtime.bindings[0].steps.items() if set(key) == sizes)
                 # Dynamo calls the first one l_x0_, or l_args_0_ where it wraps the function.
                 users = [s for s in runtime.plan.inputs if s.kind == "user"]
@@ -103,7 +109,7 @@ def main() -> None:
                 load = lambda program=program, args=args: program.load(args)
                 load()
                 row += [_launches(load), _host_us(load)]
-        print(f"{name:38} {row[0]:5} {row[1]:6.1f} {row[2]:7} {row[3]:6.1f}", flush=True)
+        print(f"{name:41} {row[0]:5} {row[1]:6.1f} {row[2]:7} {row[3]:6.1f}", flush=True)
 
 
 if __name__ == "__main__":

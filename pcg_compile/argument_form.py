@@ -277,6 +277,9 @@ class ArgumentForm:
         return sizes in self.known or self._holds_at(sizes)
 
     def _holds_at(self, sizes: tuple[int, ...]) -> bool:
+        # torch takes the symbol of a size for positive, and no condition says so.
+        if any(d >= 0 and n < 1 for (_, d), n in zip(self.sources, sizes, strict=True)):
+            return False
         values = {symbol: sympy.Integer(n) for symbol, n in zip(self.symbols, sizes, strict=True)}
         if any(condition.xreplace(values) != sympy.true for condition in self.conditions):
             return False

@@ -34,7 +34,7 @@ from .fx.changing_floats import REASON as CHANGES
 from .fx.changing_floats import isolate_numbers
 from .fx.facts import DataDecide, calls_of, same_calls, trace_facts, update_facts
 from .fx.graph_inputs import attributes_as_inputs, strange_tensor
-from .fx.inplace_shapes import shape_by_views
+from .fx.inplace_shapes import shape_by_views, without_idle_dropout
 from .fx.padding_decisions import decide_padding
 from .fx.places import place_of, place_of_stack
 from .fx.plan import PieceItem, Plan
@@ -184,7 +184,7 @@ def _stages(graph: _Graph) -> Callable[..., Any]:
 def trace(graph: _Graph) -> tuple[fx.GraphModule, PassContext]:
     """Traces what each node gives, dispatches and writes; returns a graph for passes to rewrite, and their context."""
     # Dynamo goes on using its own graph.
-    gm, source = copy_graph(graph.source), graph.source
+    gm, source = without_idle_dropout(copy_graph(graph.source)), graph.source
     numbers = isolate_numbers(gm, graph.floats) if graph.floats else []
     if numbers is None:
         raise Uncaptured(source.forward, "the graph returns a float that changes: it runs eagerly")

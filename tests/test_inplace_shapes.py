@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import pcg_compile as pcg
 
@@ -58,3 +60,50 @@ def test_shapes_that_change_in_place(place, change):
                 assert torch.equal(one, other) and strides(one) == strides(other), n
             assert [a is b for a in got for b in got] == [a is b for a in want for b in want]
     assert pcg.stats(compiled).replays > 0
+
+
+IDLE = {
+    "in evaluation": lambda x: F.dropout(x, 0.5, training=False),
+    "of nothing": lambda x: F.dropout(x, 0, True),
+    "a module": nn.Dropout(0.3).eval(),
+}
+
+
+@pytest.mark.parametrize("of", ["the argument", "a value"])
+@pytest.mark.parametrize("name", IDLE)
+def test_a_dropout_that_drops_nothing_gives_its_argument(name, of):
+    """torch's fake tensors show a copy: what is written to it would not reach the argument."""
+
+    def function(x):
+        x = x if of == "the argument" else x * 2
+        y = IDLE[name](x)
+        y.add_(1)
+        return y, x * 1
+
+    torch._dynamo.reset()
+    run = pcg.piecewise(compiler="eager", buckets=[4, 8])(function)
+    with torch.no_grad():
+        for n in (5, 1, 3):
+            ours = torch.randn(n, 4)
+            theirs = ours.clone()
+            got, want = run(ours), function(theirs)
+            torch.testing.assert_close((*got, ours), (*want, theirs))
+            assert (got[0] is ours) == (want[0] is theirs)
+
+
+def test_a_detached_view_of_a_parameter_requires_no_gradients():
+    layer = nn.Linear(4, 4)
+
+    def function(x):
+        weight, bias = layer.weight, layer.bias
+        return weight.detach(), bias.data[1:], weight.detach().view(-1), weight.t(), bias, x @ weight
+
+    torch._dynamo.reset()
+    run = pcg.piecewise(compiler="eager", buckets=[4, 8])(function)
+    with torch.no_grad():
+        for n in (3, 5):
+            x = torch.randn(n, 4)
+            got, want = run(x), function(x)
+            torch.testing.assert_close(got, want)
+            assert [t.requires_grad for t in got] == [t.requires_grad for t in want]
+            assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in zip(got[:5], want, strict=False))

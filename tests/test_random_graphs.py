@@ -1,4 +1,4 @@
-"""Random graphs: whatever is read, viewed or written around split ops, the values are eager's at every size."""
+"""Random graphs: whatever is read, viewed or written around split ops, values and strides are eager's at every size."""
 
 from __future__ import annotations
 
@@ -127,8 +127,7 @@ def test_values_are_eagers(steps, outputs, sizes):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
             for ours_out, their_out in zip(got, want, strict=True):
                 if isinstance(their_out, torch.Tensor):
-                    strides = [t.stride() for t in (ours_out, their_out)]
-                    assert all(a == b for size, a, b in zip(their_out.shape, *strides, strict=True) if size > 1)
+                    assert ours_out.stride() == their_out.stride()
 
 
 def test_the_generator_reaches_captured_graphs():

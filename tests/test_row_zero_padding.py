@@ -8,11 +8,13 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 import pcg_compile as pcg
 from pcg_compile.options import Options
 from pcg_compile.registry import runtimes
+from pcg_compile.runtime import row_padding
 from pcg_compile.runtime.buckets import BucketChooser
 
 ROWS = 24
@@ -37,6 +39,14 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["small", "large"])
+def entries(request, monkeypatch):
+    """Inputs too large to expand an index for, or not."""
+    if request.param == "large":
+        monkeypatch.setattr(row_padding, "_MOST_EXPANDED", 4)
+    return request.param
 
 
 def rows_of(n: int, draw: random.Random) -> list[torch.Tensor]:
@@ -68,7 +78,7 @@ def test_indices_of_several_inputs():
     assert stats.replays > 20 and not [f for f in stats.fallbacks if "beyond the largest" not in f.reason]
 
 
-def test_in_several_dimensions():
+def test_in_several_dimensions(entries):
     """Two inputs with sizes of their own, offsets of rows and of columns, and a dimension between padded ones."""
     table = torch.randn(100, generator=torch.Generator().manual_seed(1))
 
@@ -115,7 +125,7 @@ def test_what_a_split_op_gives_is_padded_alike():
     assert pcg.stats(compiled).replays > 0 and not pcg.stats(compiled).fallbacks
 
 
-def test_padding_is_row_zero_at_every_load():
+def test_padding_is_row_zero_at_every_load(entries):
     """Static memory after a load, whatever the step before left there. A load is one call for each input."""
     function = lambda ids, x, flags: (ids * 2, x + 1, ~flags)
     compiled = pcg.piecewise(dynamic={"ids": 0, "x": (0, 2), "flags": 1}, buckets=[4, 8], compiler="eager")(function)
@@ -137,8 +147,8 @@ def test_padding_is_row_zero_at_every_load():
 
 
 @pytest.mark.parametrize("trailing", [(), (3,)])
-def test_many_inputs_alike_are_loaded_together(trailing):
-    """In two calls, however many there are, and right whatever the order of sizes."""
+def test_many_inputs_alike_are_loaded_together(trailing, entries):
+    """However many there are, and right whatever the order of sizes."""
     function = lambda a, b, c, d, e: (a + b, c * d, e - a, TABLE[(a + b + c + d + e) % ROWS])
     compiled = pcg.piecewise(dynamic=dict.fromkeys("abcde", (0, 1)), buckets=[4, 8], compiler="eager")(function)
     with torch.no_grad():
@@ -150,6 +160,38 @@ def test_many_inputs_alike_are_loaded_together(trailing):
     loads = {tuple(load.name for load in program.loads) for program in runtime.bindings[0].steps.values()}
     # The table is an input too.
     assert loads == {("a, b, c, d, e, TABLE",), ("TABLE", "a, b, c, d, e")} and not pcg.stats(compiled).fallbacks
+
+
+class Launches(TorchDispatchMode):
+    """Counts ops that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "aten.expand" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count, launches", [(1, (1, 2)), (2, (2, 3)), (3, (3, 3)), (5, (2, 3))])
+def test_launches_of_a_load(count, launches, entries):
+    """At most one more than plain copies for inputs padded along two dimensions; two more for many large ones."""
+    names = "abcde"[:count]
+    scope = {"torch": torch}
+    alike = "; ".join(f"torch._check({x}.shape[{d}] == a.shape[{d}])" for x in names[1:] for d in (0, 1)) or "pass"
+    exec(f"def function({', '.join(names)}):\n {alike}\n return ({'+ 1, '.join(names)} + 1,)", scope)
+    compiled = pcg.piecewise(dynamic=dict.fromkeys(names, (0, 1)), buckets=[8], compiler="eager")(scope["function"])
+    given = [torch.randint(0, 9, (3, 5)) for _ in names]
+    with torch.inference_mode():
+        compiled(*given)
+        (runtime,) = runtimes(compiled)
+        (program,) = runtime.bindings[0].steps.values()
+        places = {spec.node.name.strip("l_"): spec.position for spec in runtime.plan.inputs if spec.kind == "user"}
+        args = [None] * (1 + max(spec.position for spec in runtime.plan.inputs))
+        for name, tensor in zip(names, given, strict=True):
+            args[places[name]] = tensor
+        with Launches() as calls:
+            program.load(args)
+    assert calls.count == launches[entries == "large"]
 
 
 def test_no_row_zero():

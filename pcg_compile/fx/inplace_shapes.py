@@ -1,7 +1,9 @@
-"""Ops that change a tensor's shape in place become views.
+"""Ops that change a tensor's shape in place become views; ops that give their argument itself are left out.
 
 ``t.unsqueeze_(0)`` changes the object ``t``, which a replay could not do to a static buffer, and from then on every
 name of the object has the new shape. In a graph the same is said by a view that all later readers of the object get.
+Dropout that drops nothing gives its argument, and what is written to its result is written to the argument; torch's
+fake tensors, and its decompositions, show a copy.
 """
 
 from __future__ import annotations
@@ -11,11 +13,32 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from .node_facts import NodeFacts, tensors_in
 
 #: What changes a shape in place and has a view that gives the same.
 _VIEWS = {f"{name}_": name for name in ("as_strided", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")}
+
+
+def without_idle_dropout(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph, with a dropout's argument in place of its result where it drops nothing."""
+    idle = [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=F.dropout)
+        if _drops_nothing(*node.args, **node.kwargs)
+    ]
+    for node in idle:
+        (argument,) = node.all_input_nodes
+        node.replace_all_uses_with(argument)
+        gm.graph.erase_node(node)
+    if idle:
+        gm.recompile()
+    return gm
+
+
+def _drops_nothing(input: fx.Node, p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
+    return training is False or (type(p) in (int, float) and p == 0)
 
 
 def shape_by_views(gm: fx.GraphModule, facts: Mapping[fx.Node, NodeFacts]) -> bool:

@@ -15,6 +15,7 @@ from ..fx.plan import InputSpec
 from ..fx.sizes import evaluate, expr_of, is_scalar, symbols_of
 from ..memory.views import assign, copier, real_rows
 from .draft import Draft
+from .eager_strides import like_eager
 from .program import Emit, Frame
 
 __all__ = ["emit_of"]
@@ -33,7 +34,9 @@ def emit_of(d: Draft) -> Emit:
     positions = {id(s.value): s.position for s in tensors if s.position >= 0}
     bases = {storage_of(s.value): s for s in tensors if s.position >= 0}
     from_step = {storage_of(s.value) for s in tensors if s.position < 0}
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, list[tuple[fx.Node, torch.Tensor]]] = {}
+    copied: dict[int, list[int]] = {}
+    eager = d.shared.options.compiler == "eager"
     makes: list[tuple[int, Make]] = []
     results = list(outputs)
     #: Results that are one object, as what an op in place gives and was given are.
@@ -46,6 +49,11 @@ def emit_of(d: Draft) -> Emit:
             results[i] = d.plan.attribute(leaf)
             continue
         value = d.plan.value(leaf)
+        # What kernels gave between captured graphs is laid out as eager's already.
+        given = not isinstance(value, torch.Tensor) or (
+            eager and leaf not in d.static and storage_of(value) not in bases
+        )
+        eagers = value if given else like_eager(d, leaf)
         if is_scalar(value):
             if symbols_of(value) <= d.sizes.keys():
                 results[i] = evaluate(value, d.sizes)
@@ -60,16 +68,17 @@ def emit_of(d: Draft) -> Emit:
         elif id(value) in positions:
             makes.append((i, partial(_argument, d.frame, positions[id(value)])))
         elif d.bucket is not None and storage_of(value) in bases:
-            makes.append((i, _view_of_argument(d, value, bases[storage_of(value)])))
+            makes.append((i, _view_of_argument(d, leaf, eagers, bases[storage_of(value)])))
         elif leaf not in d.static:
-            makes.append((i, _from_frame(d, leaf)))
+            makes.append((i, _from_frame(d, leaf, eagers if eagers is not value else None)))
         elif d.shared.options.outputs == "view" or storage_of(value) in from_step:
             # Not the tensor that the next step uses: the caller may change its shape in place.
-            makes.append((i, real_rows(d.static[leaf], value, d.sizes).detach))
+            makes.append((i, real_rows(d.static[leaf], eagers, d.sizes).detach))
         else:
-            groups.setdefault(storage_of(value), []).append(i)
+            groups.setdefault(storage_of(value), []).append((leaf, eagers))
+            copied.setdefault(storage_of(value), []).append(i)
         first[id(value)] = i
-    copies = [(indices, _copier(d, [outputs[i] for i in indices])) for indices in groups.values()]
+    copies = [(copied[storage], _copier(d, group)) for storage, group in groups.items()]
     back = [
         (spec.position, real_rows(d.static[spec.node], spec.value, d.sizes))
         for spec in d.copied
@@ -102,17 +111,15 @@ def _emit(
     return results if as_list else tuple(results)
 
 
-def _copier(d: Draft, nodes: Sequence[fx.Node]) -> Callable[[], list[torch.Tensor]]:
-    fakes = [d.plan.value(node) for node in nodes]
-    views = [real_rows(d.static[node], fake, d.sizes) for node, fake in zip(nodes, fakes, strict=True)]
-    return copier(list(zip(views, fakes, strict=True)), d.sizes)
+def _copier(d: Draft, group: Sequence[tuple[fx.Node, torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+    return copier([(real_rows(d.static[node], fake, d.sizes), fake) for node, fake in group], d.sizes)
 
 
 def _argument(frame: Frame, position: int) -> Any:
     return frame.args[position]
 
 
-def _view_of_argument(d: Draft, fake: torch.Tensor, base: InputSpec) -> Make:
+def _view_of_argument(d: Draft, node: fx.Node, fake: torch.Tensor, base: InputSpec) -> Make:
     """A result that is a view of an argument in eager is one here, after what was written came back.
 
     It keeps its place in the argument, wherever that lies in its storage now.
@@ -120,10 +127,12 @@ def _view_of_argument(d: Draft, fake: torch.Tensor, base: InputSpec) -> Make:
     apart = fake.storage_offset() * fake.itemsize - base.value.storage_offset() * base.value.itemsize
     numbers = (fake.shape, fake.stride(), apart)
     layout = evaluate(numbers, d.sizes) if symbols_of(numbers) <= d.sizes.keys() else None
-    frame = d.frame
+    frame, detached = d.frame, _is_detached(node)
 
     def view() -> torch.Tensor:
         argument: torch.Tensor = frame.args[base.position]
+        if detached:
+            argument = argument.detach()
         # Strides of the argument may be numbers of their own, and data may tell where a slice ends.
         shape, strides, distance = layout or evaluate(numbers, {**_strides(base.value, argument), **frame.sizes})
         if argument.dtype == fake.dtype:
@@ -136,14 +145,27 @@ def _view_of_argument(d: Draft, fake: torch.Tensor, base: InputSpec) -> Make:
     return view
 
 
+def _is_detached(node: fx.Node) -> bool:
+    """Whether a view of an argument came through ``detach()`` or ``data``: without gradients, views keep that flag."""
+    while node.op != "placeholder" and node.all_input_nodes:
+        if getattr(node.target, "__name__", node.target) in ("detach", "detach_", "_get_data_attr"):
+            return True
+        node = node.all_input_nodes[0]
+    return False
+
+
 def _strides(fake: torch.Tensor, real: torch.Tensor) -> dict[sympy.Symbol, int]:
     """The symbols that stand for strides of a tensor."""
     found = zip(map(expr_of, fake.stride()), real.stride(), strict=True)
     return {expr: stride for expr, stride in found if isinstance(expr, sympy.Symbol)}
 
 
-def _from_frame(d: Draft, node: fx.Node) -> Make:
-    """A result that nothing static holds; a copy of it, where it is a view of what the next step overwrites."""
+def _from_frame(d: Draft, node: fx.Node, eagers: torch.Tensor | None = None) -> Make:
+    """A result that nothing static holds; a copy of it, where it is a view of what the next step overwrites.
+
+    Args:
+        eagers: what it is laid out like where a compiler chose other strides in dimensions of size 1.
+    """
     slot, frame = d.late(node), d.frame
     ours = {t.untyped_storage().data_ptr() for t in d.static.values()} if d.bucket is not None else set()
     users = {
@@ -156,6 +178,8 @@ def _from_frame(d: Draft, node: fx.Node) -> Make:
 
     def result() -> Any:
         kept = frame.values[slot]
+        if eagers is not None:
+            kept = kept.as_strided(eagers.shape, eagers.stride(), kept.storage_offset())
         if not copies:
             return kept
         # clone() would close the gaps of a view.

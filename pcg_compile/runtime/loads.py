@@ -16,7 +16,7 @@ from ..memory.views import expanded_dims, looks_like, real_rows, unexpanded
 from ..torch_compat.cuda import FEW_COPIES, foreach_copy
 from .draft import Draft
 from .program import Frame, Load, LookUpRows, PadInput
-from .row_padding import PaddedLoad, RowsOf, fill_padding, padded_load
+from .row_padding import PaddedLoad, RowsOf, fill_padding, is_large, padded_load
 
 __all__ = ["add_loads"]
 
@@ -103,7 +103,13 @@ def _alike(d: Draft) -> list[list[InputSpec]]:
         if special or not symbols_of(value) or strides_at(value, d.at) != _contiguous(shape):
             continue
         groups.setdefault((value.dtype, *map(expr_of, value.shape)), []).append(spec)
-    return [group for group in groups.values() if len(group) > FEW_COPIES]
+    return [group for group in groups.values() if len(group) > (1 if _is_large(d, group[0]) else FEW_COPIES)]
+
+
+def _is_large(d: Draft, spec: InputSpec) -> bool:
+    """Whether one load of a group of inputs takes fewer launches than one for each of two inputs."""
+    dynamic = [n for n in spec.value.shape if symbols_of(n)]
+    return len(dynamic) > 1 and is_large(evaluate(n, d.at) for n in dynamic)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -131,10 +137,9 @@ def _stacked(d: Draft, loads: _Loads, group: list[InputSpec]) -> Load | None:
     shape, slot = (len(group), *shape_at(group[0].value, d.sizes)), ("inputs", group[0].position)
     stack = d.binding.place(("stack", slot), ("stack", slot), shape, _contiguous(shape), group[0].value.dtype)
     apart = d.static[group[1].node].storage_offset() - d.static[group[0].node].storage_offset()
-    target = first.target.as_strided((len(group), *first.target.shape), (apart, *first.target.stride()))
     for spec in group:
         del loads.padded[spec.position]
-    load = PaddedLoad(group, target, [None, *first.index], [], stack)
+    load = first.side_by_side(group, apart, stack)
     return Load(partial(load.run, d.frame), _names(group))
 
 

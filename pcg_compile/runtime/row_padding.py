@@ -8,7 +8,7 @@ captured graphs is padded likewise. Where there are no rows, padding is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,7 +22,7 @@ from ..fx.sizes import shape_at
 from ..memory.views import expanded_dims, tails, unexpanded
 from .program import Frame
 
-__all__ = ["PaddedLoad", "fill_padding", "padded_load", "repeat_row_zero"]
+__all__ = ["PaddedLoad", "fill_padding", "is_large", "padded_load", "repeat_row_zero"]
 
 Sizes = Mapping[sympy.Symbol, int]
 #: Entries to take by (real, bucket) sizes of the padded dimensions.
@@ -36,9 +36,12 @@ _MOST_EXPANDED = 2**13
 class PaddedLoad:
     """Copies an argument into static memory and pads it, in one launch; many arguments of one shape in two.
 
+    An argument that is large and padded along several dimensions takes a launch for each of these.
+
     Attributes:
         specs: of the arguments. target: static memory, its padded dimensions first where they are not neighbors.
         index: for each dimension the entries to take, None for all.
+        tails: padding that is copied behind the gather, in order, and what it repeats.
         expanded: dimensions along which all entries of the static memory are one: the first entry is copied.
         stack: memory for the real rows of many arguments, whose static memory lies side by side.
     """
@@ -47,6 +50,7 @@ class PaddedLoad:
     target: torch.Tensor
     index: list[torch.Tensor | None]
     expanded: list[int]
+    tails: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     stack: torch.Tensor | None = None
 
     def run(self, frame: Frame) -> None:
@@ -60,6 +64,17 @@ class PaddedLoad:
             if source.dtype is not self.target.dtype:
                 source = source.to(self.target.dtype)
         torch.ops.aten.index.Tensor_out(source, self.index, out=self.target)
+        for tail, first in self.tails:
+            tail.copy_(first)
+
+    def side_by_side(self, specs: Sequence[InputSpec], apart: int, stack: torch.Tensor) -> PaddedLoad:
+        """The load of many arguments like its own, whose static memory lies ``apart`` elements from the next."""
+
+        def all_of(one: torch.Tensor) -> torch.Tensor:
+            return one.as_strided((len(specs), *one.shape), (apart, *one.stride()))
+
+        tails = [(all_of(tail), all_of(first)) for tail, first in self.tails]
+        return PaddedLoad(specs, all_of(self.target), [None, *self.index], [], tails, stack)
 
 
 def padded_load(
@@ -74,6 +89,14 @@ def padded_load(
     padded = [d for d, n in enumerate(real) if d not in expanded and n != target.shape[d]]
     if not padded:
         return None
+    tails: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if len(padded) > 1 and is_large(target.shape[d] for d in padded):
+        *outer, inner = padded
+        for d in outer:
+            tail = target.narrow(d, real[d], target.shape[d] - real[d])
+            tails.insert(0, (tail, target.narrow(d, 0, 1).expand_as(tail)))
+            target = target.narrow(d, 0, real[d])
+        padded = [inner]
     key = tuple((real[d], target.shape[d]) for d in padded)
     if key not in rows:
         rows[key] = rows_to_take(key, target.device)
@@ -83,22 +106,25 @@ def padded_load(
     if padded != list(range(padded[0], padded[-1] + 1)):
         # Indexed dimensions with others between them come first in the result.
         target = target.permute(*padded, *(d for d in range(target.dim()) if d not in padded))
-    return PaddedLoad([spec], target, index, expanded)
+    return PaddedLoad([spec], target, index, expanded, tails)
+
+
+def is_large(shape: Iterable[int]) -> bool:
+    """Whether an index of several dimensions of a bucket would be too large to expand."""
+    return prod(shape) > _MOST_EXPANDED
 
 
 def rows_to_take(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
     """For each padded dimension of (real, bucket) sizes the entries to gather: the real ones, then the first again.
 
-    On a GPU, a gather along several dimensions first copies indices whose strides differ. Small ones are expanded here,
-    which saves those launches; where they are large, the gather itself takes longer than a launch.
+    On a GPU, a gather along several dimensions first copies indices whose strides differ, so they are expanded here.
     """
     entries = []
     for i, (real, bucket) in enumerate(sizes):
         rows = torch.arange(bucket, device=device)
         rows[real:] = 0
         entries.append(rows.view(-1, *[1] * (len(sizes) - 1 - i)))
-    small = prod(bucket for _, bucket in sizes) <= _MOST_EXPANDED
-    if len(entries) > 1 and small and device.type == "cuda":
+    if len(entries) > 1 and device.type == "cuda":
         return [rows.contiguous() for rows in torch.broadcast_tensors(*entries)]
     return entries
 

@@ -22,6 +22,10 @@ from .capture import CapturedGraph, Engine, StaticReplay, first_line, no_autocas
 __all__ = ["Shared"]
 
 
+#: A stride: None for the fake tensor's, ("of", d) for all entries of dimension d, or ("is", number).
+StrideRule = tuple[str, int] | None
+
+
 @dataclass
 class Shared:
     """The plan of a graph, and what runs it.
@@ -30,6 +34,8 @@ class Shared:
         agreement: for a graph with collectives, what ranks must decide together.
         number: of Dynamo's compilation of the graph.
         grew: whether a step has captured something since ``memory_budget`` was last looked at.
+        stride_rules: by a result and the sizes that are 1, the runs so far and the rules for each of its strides; see
+            Note [Dimensions of size 1].
     """
 
     plan: Plan
@@ -41,6 +47,7 @@ class Shared:
     agreement: Agreement | None = None
     number: Any = field(default_factory=compile_id)
     grew: bool = False
+    stride_rules: dict[Hashable, tuple[int, list[list[StrideRule]]]] = field(default_factory=dict)
     _boxed: dict[fx.GraphModule, Callable[[list[Any]], Any]] = field(default_factory=dict)
 
     def boxed(self, module: fx.GraphModule) -> Callable[[list[Any]], Any]:

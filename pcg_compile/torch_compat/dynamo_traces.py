@@ -58,7 +58,7 @@ _MARK: ContextVar[Callable[[], Marks] | None] = ContextVar("pcg_mark", default=N
 
 
 class compile_for_all_sizes:
-    """If Dynamo compiles inside, marked sizes cover 0 and 1 too, and branches on them become guards (2.11 to 2.13).
+    """If Dynamo compiles inside, marked sizes cover 1 too, and branches on it become guards (2.11 to 2.13).
 
     ``mark`` returns the dynamic dimensions of the arguments, see :data:`Marks`; it is called only then,
     so a call that compiles nothing costs an assignment.
@@ -191,8 +191,9 @@ def settings_of_trace(
     - Two calls that mark code for a profiler are left out, some 10 us a step.
     - Inductor's freezing is off: it would hold a second copy of the weights.
     - With ``dynamic=True`` a first trace has floats as constants, as it has them without.
-    - Marked dimensions are dynamic; ``for_all_sizes``, for 0 and 1 too, with branches on those as guards. Others of
-      size 1 are fixed then: Dynamo makes a size dynamic that was another one before, and one that broadcasts is not.
+    - Marked dimensions are dynamic; ``for_all_sizes``, for 1 too, with branches on it as guards. Dimensions of size 0
+      are fixed then, and others of size 1: Dynamo makes a size dynamic that was another one before, and one that
+      broadcasts is not.
     - Where the ``outermost`` function of a call computes nothing, Dynamo compiles that too. Else it would leave the
       function to Python for all later calls, whatever they do.
     - With ``free_tensors``, weights are attributes of the graph: the code that Dynamo writes does not fetch them.
@@ -215,7 +216,9 @@ def settings_of_trace(
         stack.callback(_forget_constants, frozenset(_TensorifyState.force_specializations))
         if for_all_sizes:
             stack.enter_context(_config.patch(backed_size_oblivious=True))
-            for tensor, dims in _broadcast(trace.arguments, marks):
+            # torch takes a symbol for positive and drops branches on 0 without a guard: 0 is a number.
+            marks = [(tensor, [d for d in dims if tensor.shape[d]], surely) for tensor, dims, surely in marks]
+            for tensor, dims in _fixed(trace.arguments, marks):
                 stack.callback(_unmark, tensor, {k: v for k, v in vars(tensor).items() if "_dynamo_" in k})
                 torch._dynamo.mark_static(tensor, dims)
         for tensor, dims, surely in marks:
@@ -224,12 +227,12 @@ def settings_of_trace(
         return stack.pop_all().close
 
 
-def _broadcast(arguments: Mapping[str, Any], marks: Marks) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """The tensors among arguments that have unmarked dimensions of size 1, and those dimensions."""
+def _fixed(arguments: Mapping[str, Any], marks: Marks) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """The tensors among arguments that have dimensions of size 0, or unmarked ones of size 1, and those dimensions."""
     marked = {id(tensor): dims for tensor, dims, _ in marks}
     for leaf in tree_leaves(list(arguments.values())):
         if isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter):
-            dims = [d for d, n in enumerate(leaf.shape) if n == 1 and d not in marked.get(id(leaf), ())]
+            dims = [d for d, n in enumerate(leaf.shape) if n < 2 and d not in marked.get(id(leaf), ())]
             if dims:
                 yield leaf, dims
 

@@ -26,7 +26,7 @@ attributes(
     "torch.fx.experimental.symbolic_shapes.ShapeEnv",
     "2.11 to 2.13",
     "guards axioms replacements divisible backed_var_to_val var_to_range var_to_range_sloc bound_sympy replace "
-    "simplify get_implications _update_version_counter",
+    "simplify get_implications size_like _update_version_counter",
     ShapeEnv,
 )
 
@@ -51,11 +51,17 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
 
     torch asks whether a size is 1 where it lays out a view, and Dynamo would trace again for that size. The graph is
     the same; its pieces are captured at larger sizes. Branches of the code itself, and all else that Dynamo asks,
-    stay guards.
+    stay guards. That a size is not 0 becomes one: torch takes its symbols for positive, and answers whatever the code
+    asks about 0 without a guard.
     """
     env = fake_mode.shape_env
     if env is None:
         return []
+    for symbol in env.size_like & env.backed_var_to_val.keys():
+        bounds = env.var_to_range[symbol]
+        if bounds.lower < 1:
+            env.var_to_range[symbol] = type(bounds)(1, bounds.upper)
+            env._update_version_counter()
     taken = [
         guard
         for guard in env.guards

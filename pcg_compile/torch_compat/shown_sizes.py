@@ -105,7 +105,7 @@ def _larger_hints(env: Any, small: Sequence[sympy.Symbol]) -> dict[sympy.Symbol,
 
 
 def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tuple[int, int]] | None:
-    """Shows a trace tensors of more rows where marked sizes are 0 or 1; None where that cannot be (2.11 to 2.13).
+    """Shows a trace tensors of more rows where marked sizes are 1; None where that cannot be (2.11 to 2.13).
 
     torch lays a view of one row out for that row alone, and a trace is to serve all sizes. ``arguments`` is what
     Dynamo traces instead of the frame's own variables; the call itself gets what its caller passed. Dynamo does not
@@ -114,7 +114,7 @@ def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tupl
     Returns:
         The marks of what is shown, the size that the call has, and the one that is shown instead.
     """
-    real = {tensor.shape[d] for tensor, dims, _ in marks for d in dims if tensor.shape[d] < 2}
+    real = {tensor.shape[d] for tensor, dims, _ in marks for d in dims if tensor.shape[d] == 1}
     leaves = [leaf for value in arguments.values() for leaf in _tensor_leaves(value)]
     taken = {int(size) for tensor in leaves for size in tensor.shape}
     # A size of its own: which symbols stand for it is known by the value that they were shown.
@@ -124,7 +124,7 @@ def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tupl
     larger: dict[int, torch.Tensor] = {}
     shown: Marks = []
     for tensor, dims, surely in marks:
-        small = {d for d in dims if tensor.shape[d] < 2}
+        small = {d for d in dims if tensor.shape[d] == 1}
         if small and id(tensor) not in larger:
             grown = _with_more_rows(tensor, small, free[0])
             if grown is None:

@@ -126,7 +126,7 @@ def _compare(
     given = {name: value for name, value in options.items() if value is not None}
     try:
         theirs = own(module, q, k, v, mask, scaling=scale, dropout=0.0, **given)[0]
-    except Exception:  # What it asks of its module or arguments is its own; that it cannot be asked is no verdict.
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # What it needs is its own: no verdict.
         return
     scores = (q * scale) @ k.repeat_interleave(heads // kv_heads, 1).transpose(2, 3)
     softcap = options.get("softcap")
