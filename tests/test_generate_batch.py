@@ -103,7 +103,7 @@ def test_identical_prompts_share_their_pages(model):
 
     class Counting(Session):
         def _launch(self, scheduled):
-            computed.append(int(scheduled.lengths.sum()))
+            computed.append(sum(scheduled.lengths))
             return super()._launch(scheduled)
 
     want = greedily(model, prompt, 6)
@@ -334,18 +334,19 @@ def test_pages_are_counted_and_evicted():
     pool = PagePool(cache)
     tokens = list(range(10))
     first = [pool.take() for _ in range(3)]
-    node = pool.match(tokens, None).node
+    parent = pool.match(tokens, None).parent
     for i in range(2):
-        node = pool.publish(node, first[i], tokens[4 * i : 4 * i + 4])
-    pool.publish_partial(node, first[2], tokens[8:])
+        parent = pool.publish(parent, first[i], tokens[4 * i : 4 * i + 4])
+    pool.publish_partial(parent, first[2], tokens[8:])
     match = pool.match([*tokens, 50], None)
-    assert match.pages == first[:2] and (match.source, match.copied, match.tokens) == (first[2], 2, 10)
+    assert match.pages == first[:2] and (match.source, match.tokens) == (first[2], 10)
+    assert pool.match([*tokens[:9], 50, 51], None).tokens == 9
     assert pool.match([*tokens, 50], "adapter").pages == []
-    pool.release(first), pool.release(match.pages)
+    pool.release(first), pool.release(match.pages), pool.release(match.pages)
     assert pool.available == 5
     again = pool.match(tokens, None)
     assert again.pages == first[:2] and again.source is None
     pool.release(again.pages)
-    assert len({pool.take() for _ in range(5)}) == 5 and not pool.available
+    assert len({pool.take().number for _ in range(5)}) == 5 and not pool.available
     pool.close()
     assert cache.free_pages == 5

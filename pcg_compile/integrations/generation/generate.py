@@ -258,7 +258,7 @@ def _tell(session: Session, notify: Any, request: Request, token: int | None) ->
             session.cancel(request.id)
     except Exception as error:
         # A streamer is the caller's code: what it raises is the error of its request.
-        session.fail(request, error) if not request.finished else setattr(request, "error", error)
+        session.fail(request, error)
 
 
 def _engine(
