@@ -61,16 +61,18 @@ class _Windows:
         self.wall += time.perf_counter() - self.started
         found, self.profile = self.profile, None
         found.__exit__(None, None, None)
-        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
+        # Named ranges of pcg's steps are events of the device too, and no kernels.
+        kernels = [e for e in found.events() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
         last = 0.0
         for start, stop in spans:
             self.busy += max(0.0, stop - max(start, last)) * 1e-6
             last = max(last, stop)
         self.profiled += self.length
+        for e in kernels:
+            self.kernels[e.name[:60]] += e.time_range.end - e.time_range.start
         for e in found.key_averages():
-            if e.device_type.name == "CUDA":
-                self.kernels[e.key[:60]] += e.self_device_time_total
-            else:
+            if e.device_type.name != "CUDA":
                 self.ops[e.key[:60]] += e.self_cpu_time_total
 
 

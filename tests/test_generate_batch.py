@@ -153,7 +153,7 @@ def test_samples_of_one_prompt(model):
     outputs = generate_batch(
         model, PROMPTS[:3], do_sample=True, num_return_sequences=3, max_new_tokens=5, seeds=list(range(9)), **SMALL
     )
-    assert list(outputs)[:4] == ["req_0_0", "req_0_1", "req_0_2", "req_1_0"]
+    assert list(outputs)[:4] == ["req_0__child#0", "req_0__child#1", "req_0", "req_1__child#0"]
     assert len({tuple(t) for t in tokens(outputs)}) > 3
 
 
@@ -281,6 +281,11 @@ def test_accelerate_gives_a_model_the_method(model):
         ({"beams": 4}, "does not know beams"),
         ({"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
         ({"stop_strings": [""], "tokenizer": object()}, "a stop string is empty"),
+        ({"stop_strings": ["x"] * 65, "tokenizer": object()}, "65 stop strings"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5: it is above 0, at most 1"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0: it is 0 or more"),
+        ({"do_sample": True, "top_k": -3}, "top_k is -3: it is 1 or more"),
+        ({"repetition_penalty": 0.0}, "penalty is 0.0: it is above 0"),
         ({"adapters": ["a", "b"]}, "adapters has 2 entries for 1 prompts"),
         ({"adapters": ["a"]}, "prompt 0 names the adapter 'a', which is not loaded"),
         ({"seeds": [1, 2]}, "seeds has 2 entries for 1 results"),

@@ -15,6 +15,7 @@ from ...attention import PagedKVCache
 from ...piecewise import piecewise
 from ...runtime.buckets import default_table
 from .merging import MergedLayers
+from .ranks import Ranks
 from .requests import Request
 from .sampler import SamplingState, make_sampler
 
@@ -45,6 +46,7 @@ class Engine:
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.state = SamplingState(slots, self.device)
         self.busy = False
+        self.ranks = Ranks.of(model)
         self._merged = MergedLayers(model)
         self._picks_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._forwards: dict[tuple[bool, bool, bool], Callable[..., torch.Tensor]] = {}

@@ -134,6 +134,13 @@ class PagePool:
         """Lets others copy the first tokens of a page that is still filling up."""
         self._partial[page] = parent, tuple(tokens)
 
+    def forget(self) -> None:
+        """Empties the index; pages in use stay so."""
+        for page in self._index.values():
+            page.key = None
+        self._free += [page.number for page in self._idle]
+        self._index, self._idle, self._partial = {}, {}, {}
+
     def close(self) -> None:
         """Gives every page back to the cache."""
         self.cache.free(self._all)

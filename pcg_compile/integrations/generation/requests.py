@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from ...errors import OptionsError
 from .pages import Page
 
 __all__ = ["Request", "Sampling"]
@@ -20,6 +21,15 @@ class Sampling:
     min_p: float = 0.0
     penalty: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, range_ in (
+            ("temperature", self.temperature >= 0, "0 or more"), ("top_k", (self.top_k or 1) >= 1, "1 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"), ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("penalty", self.penalty > 0, "above 0"),
+        ):  # fmt: skip
+            if not fits:
+                raise OptionsError(f"{name} is {getattr(self, name)}: it is {range_}")
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:

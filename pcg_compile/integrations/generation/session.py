@@ -14,6 +14,7 @@ from ...batch import Batch, step
 from ...errors import GenerationError, OptionsError, message
 from .engine import ROWS, Engine, routers_of
 from .pages import PagePool
+from .ranks import Ending
 from .requests import Request
 from .scheduler import NeedsResults, Scheduler, Step
 
@@ -57,6 +58,7 @@ class Session:
         self.requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
         self._ended: deque[Request] = deque()
+        self._endings: list[Ending] = []
         #: What requests so far need of the sampler, and whether one had an adapter: few variants are compiled.
         self._variant, self._adapted = (False, False, False), False
         #: The last step's batch and rows, for a step that follows it.
@@ -94,16 +96,12 @@ class Session:
         self.scheduler.waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request with what it has. Unknown or finished ones are left alone."""
-        request = self.requests.get(request_id)
-        if request is not None and not request.finished:
-            self._finish(request)
+        """Ends a request with what it has, ahead of the next step. Unknown or finished ones are left alone."""
+        self._endings.append((request_id, None))
 
     def fail(self, request: Request, error: BaseException) -> None:
-        """Ends a request with an error; the others go on."""
-        request.error = error
-        if not request.finished:
-            self._finish(request)
+        """Ends a request with an error, ahead of the next step; the others go on."""
+        self._endings.append((request.id, error))
 
     def run(self, tokens: bool = True) -> Iterator[tuple[Request, int | None]]:
         """Runs steps until nothing is left; yields each request with each new token, and with None when it ends.
@@ -119,11 +117,13 @@ class Session:
             while self._ended:
                 yield self._ended.popleft(), None
             if launched is None and last is None and not self.scheduler.running and not self.scheduler.waiting:
-                return
+                if not self._end_some():
+                    return
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _launch_next(self) -> _Launched | None:
+        self._end_some()
         concerned: list[Request] = []
         try:
             concerned, copies = self.scheduler.admit()
@@ -145,6 +145,21 @@ class Session:
             for request in concerned:
                 self.fail(request, error)
             return None
+
+    def _end_some(self) -> bool:
+        """Ends what was cancelled or has failed, here or on another rank; whether there was anything."""
+        endings, self._endings = self.engine.ranks.share(self._endings), []
+        for name, error in endings:
+            request = self.requests.get(name)
+            if request is None:
+                continue
+            if error is not None:
+                request.error = request.error or error
+                # Ranks may have come to different places in a step that failed.
+                self.pool.forget()
+            if not request.finished:
+                self._finish(request)
+        return bool(endings)
 
     def _admit(self, requests: list[Request], copies: list[tuple[int, int]]) -> None:
         now = time.perf_counter()
