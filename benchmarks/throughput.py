@@ -22,8 +22,10 @@ __all__ = ["add_arguments", "run"]
 
 _WORKLOADS = ("nano", "llama", "grpo", "single")
 _VARIANTS = ("pcg", "transformers", "static", "generate")
-#: Requests that one call of ``generate()`` pads to one length, and their new tokens at the most.
-_PADDED, _PADDED_NEW = 32, 256
+#: Requests that one call of ``generate()`` pads to one length.
+_PADDED = 32
+#: New tokens of a request with the slower variants at the most.
+_MOST_NEW = 128
 _TARGETS = ["q_proj", "v_proj"]
 _NOTES = {
     "nano": "256 requests, 100 to 1,024 tokens in and out, a model of Qwen3-0.6B's shape (bench.py of nano-vllm)",
@@ -32,9 +34,9 @@ _NOTES = {
     "single": "one request, 128 new tokens, a Llama of 1B parameters",
     "pcg": "pcg_compile.integrations.transformers.generate_batch",
     "transformers": "generate_batch of transformers with its best attention that is installed, all requests with the "
-    "mean of new tokens; one run after one of 4 tokens, by the same manager",
+    "mean of new tokens, at most 128; one run after one of 4 tokens, by the same manager",
     "static": 'generate(cache_implementation="static") on up to 32 of the requests, padded on the left, with the mean of '
-    "new tokens, at most 256; one run after the first",
+    "new tokens, at most 128; one run after the first",
     "generate": "the same without a static cache",
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
     "busy": "share of the wall time in which a kernel runs, by torch's profiler, in windows of up to 32 steps of a run",
@@ -256,6 +258,10 @@ class _Pcg:
         self.folder.cleanup()
 
 
+def _new_of(workload: Workload) -> int:
+    return min(round(sum(workload.news) / len(workload.news)), _MOST_NEW)
+
+
 class _Transformers:
     """transformers' own continuous batching."""
 
@@ -270,7 +276,7 @@ class _Transformers:
             f"flash_attention_{i}" for i in (3, 2) if getattr(import_utils, f"is_flash_attn_{i}_available", bool)()
         ]
         self.attention = better[0] if better else "sdpa"
-        self.requests, self.new = len(workload.prompts), round(sum(workload.news) / len(workload.news))
+        self.requests, self.new = len(workload.prompts), _new_of(workload)
         self.tokens = self.new * self.requests * workload.samples
         self.config = GenerationConfig(
             do_sample=workload.samples > 1, num_return_sequences=workload.samples, eos_token_id=-1, pad_token_id=0
@@ -309,7 +315,7 @@ class _Generate:
     def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
         prompts = [prompt for prompt in workload.prompts for _ in range(workload.samples)][:_PADDED]
         self.model, self.requests, self.warm_up = model, len(prompts), self
-        self.new = min(round(sum(workload.news) / len(workload.news)), _PADDED_NEW)
+        self.new = _new_of(workload)
         self.tokens, longest = self.requests * self.new, max(map(len, prompts))
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         self.ids = torch.tensor(padded, device=args.device)
