@@ -74,7 +74,7 @@ class Engine:
         key = (draws, filters, penalizes)
         if key in self._forwards:
             return self._forwards[key]
-        model, merged, sample, picks_rows = self.model, self._merged, make_sampler(*key), self._picks_rows
+        merged, sample, picks_rows = self._merged, make_sampler(*key), self._picks_rows
 
         def forward(
             ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, last: torch.Tensor,
@@ -82,8 +82,7 @@ class Engine:
         ) -> torch.Tensor:  # fmt: skip
             ids = torch.where(ids < 0, last[(-1 - ids).clamp_min(0)], ids)
             keep = {"logits_to_keep": rows} if picks_rows else {}
-            logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
-            merged.forget()
+            logits = merged.forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
             logits = logits if picks_rows else logits[rows]
             chosen, logprobs = sample(logits, slots, positions[rows] + 1, floats, longs, seen)
             return torch.stack([chosen, logprobs.view(torch.int32).long()])

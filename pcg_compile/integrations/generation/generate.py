@@ -37,8 +37,15 @@ _UNSUPPORTED: dict[Any, str] = {
     "begin_suppress_tokens exponential_decay_length_penalty prompt_lookup_num_tokens dola_layers max_time",
 }
 
-#: Registry: what was compiled for a model, while the model lives.
-_ENGINES: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()
+
+
+class _Holder:
+    """What was compiled for a model, an attribute of the model: it lives as long, and copies have none."""
+
+    engine: Engine | None = None
+
+    def __reduce__(self) -> Any:
+        return _Holder, ()
 
 
 @torch.no_grad()
@@ -148,7 +155,10 @@ def accelerate(model: Any, **defaults: Any) -> Any:
 
 def _config(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
     config = copy.deepcopy(given if given is not None else model.generation_config)
-    unknown = config.update(**kwargs)
+    try:
+        unknown = config.update(**kwargs)
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
     if unknown:
         raise OptionsError(message(f"generate_batch() does not know {', '.join(sorted(unknown))}"))
     for neutral, names in _UNSUPPORTED.items():
@@ -287,21 +297,22 @@ def _engine(
     sizes = [-(-request.limit // page_size) for request in requests]
     # A power of two, so later calls that need a few more pages find room.
     wanted = num_pages or 1 << sum(sizes).bit_length()
-    engine = _ENGINES.get(model)
+    holder = vars(model).setdefault("_pcg_generation", _Holder())
+    engine = holder.engine
     if engine is not None:
         cache = engine.cache
         fits = cache.num_pages == wanted if num_pages else cache.num_pages >= min(wanted, _most_pages(model, cache))
         same = (cache.dtype, cache.device, cache.page_size) == (parameter.dtype, parameter.device, page_size)
         if fits and same and (engine.options, engine.most_tokens) == (chosen, most_tokens):
             return engine
-        del _ENGINES[model], engine, cache
+        holder.engine = engine = cache = None
     if num_pages is None:
         most = _most_pages(model, cache_for(model, num_pages=2, page_size=page_size))
         wanted = max(min(wanted, most), 1 + max(sizes))
     slots = min(_SLOTS, most_tokens)
     cache = cache_for(model, num_pages=wanted, page_size=page_size, max_requests=slots)
-    engine = _ENGINES[model] = Engine(model, cache, slots, most_tokens, chosen)
-    return engine
+    holder.engine = Engine(model, cache, slots, most_tokens, chosen)
+    return holder.engine
 
 
 def _most_pages(model: Any, cache: Any) -> int:

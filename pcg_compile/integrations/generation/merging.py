@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,13 +21,18 @@ __all__ = ["MergedLayers"]
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class _Products:
+    """Products of one forward, with their inputs, by layer; one attribute, so a traced call changes one alone."""
+
+    values: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
 class _Merged(nn.Module):
     """Several linear layers as one, on the same memory: their weights move to where they lie one below the other."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], products: _Products, place: int) -> None:
         super().__init__()
-        self.layers = layers
-        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.layers, self.products, self.place = layers, products, place
         self.register_buffer("weight", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
 
@@ -46,9 +52,12 @@ class _Merged(nn.Module):
                     part.data = place.copy_(part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.last is None or self.last[0] is not x:
-            self.last = x, functional.linear(x, self.weight, self.bias)
-        return self.last[1]
+        values = self.products.values
+        if values is None:
+            return functional.linear(x, self.weight, self.bias)
+        if self.place not in values or values[self.place][0] is not x:
+            values[self.place] = x, functional.linear(x, self.weight, self.bias)
+        return values[self.place][1]
 
 
 class _Part(nn.Module):
@@ -71,7 +80,7 @@ class MergedLayers:
         self.model = model
         self._merged: dict[tuple[nn.Linear, ...], tuple[_Merged, list[_Part]]] = {}
         self._installed: list[tuple[nn.Module, str, nn.Linear]] = []
-        self._forget: list[_Merged] = []
+        self._products, self._places = _Products(), count()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -82,7 +91,7 @@ class MergedLayers:
             layers = tuple(getattr(module, name) for name in names)
             found = known.get(layers)
             if found is None:
-                merged, begin, parts = _Merged(layers), 0, []
+                merged, begin, parts = _Merged(layers, self._products, next(self._places)), 0, []
                 for layer in layers:
                     parts.append(_Part(merged, layer, begin))
                     begin += layer.out_features
@@ -92,24 +101,25 @@ class MergedLayers:
             for name, layer, part in zip(names, layers, found[1], strict=True):
                 setattr(module, name, part)
                 self._installed.append((module, name, layer))
-        self._forget = [merged for merged, _ in self._merged.values()]
 
     def remove(self) -> None:
         """Puts the layers back."""
         for module, name, layer in self._installed:
             setattr(module, name, layer)
         self._installed = []
-        self.forget()
+        self._products.values = None
 
-    def forget(self) -> None:
-        """Ends a forward: an input that comes again is a new one."""
-        for merged in self._forget:
-            merged.last = None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model; each merged layer computes one product an input."""
+        self._products.values = {}
+        found = self.model(*args, **kwargs)
+        self._products.values = None
+        return found
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    # Two parameters on one memory must stay there together.
-    shared = Counter(parameter.data_ptr() for parameter in model.parameters())
+    # What two layers have in common must stay so.
+    shared = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
     found = []
     for module in model.modules():
         if not type(module).__module__.startswith("transformers.models."):
