@@ -35,8 +35,8 @@ _NOTES = {
     "pcg": "pcg_compile.integrations.transformers.generate_batch",
     "transformers": "generate_batch of transformers with its best attention that is installed, all requests with the "
     "mean of new tokens, at most 128; one run after one of 4 tokens, by the same manager",
-    "static": 'generate(cache_implementation="static") on up to 32 of the requests, padded on the left, with the mean of '
-    "new tokens, at most 128; one run after the first",
+    "static": 'generate(cache_implementation="static") on up to 32 of the requests, padded on the left, with the mean '
+    "of new tokens, at most 128; one run after the first",
     "generate": "the same without a static cache",
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
     "busy": "share of the wall time in which a kernel runs, by torch's profiler, in windows of up to 32 steps of a run",

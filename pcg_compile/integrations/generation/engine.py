@@ -82,7 +82,9 @@ class Engine:
         ) -> torch.Tensor:  # fmt: skip
             ids = torch.where(ids < 0, last[(-1 - ids).clamp_min(0)], ids)
             keep = {"logits_to_keep": rows} if picks_rows else {}
-            logits = merged.forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[0]
+            logits = merged.forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep).logits[
+                0
+            ]
             logits = logits if picks_rows else logits[rows]
             chosen, logprobs = sample(logits, slots, positions[rows] + 1, floats, longs, seen)
             return torch.stack([chosen, logprobs.view(torch.int32).long()])

@@ -38,7 +38,6 @@ _UNSUPPORTED: dict[Any, str] = {
 }
 
 
-
 class _Holder:
     """What was compiled for a model, an attribute of the model: it lives as long, and copies have none."""
 

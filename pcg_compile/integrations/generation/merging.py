@@ -134,10 +134,9 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 def _fit(layers: Sequence[Any]) -> bool:
     """Whether layers differ in their widths alone, each on memory of its own, or all on one that they share."""
     bytes_of_all = sum(layer.weight.nbytes for layer in layers)
-    return (
-        len({(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in layers}) == 1
-        and all(one.weight.untyped_storage().nbytes() in (one.weight.nbytes, bytes_of_all) for one in layers)
-    )
+    return len(
+        {(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in layers}
+    ) == 1 and all(one.weight.untyped_storage().nbytes() in (one.weight.nbytes, bytes_of_all) for one in layers)
 
 
 def _is_plain(layer: Any, shared: Counter[int]) -> bool:

@@ -35,7 +35,9 @@ class SamplingState:
 
     def set(self, slot: int, settings: Sampling, vocabulary: int) -> None:
         """Notes the settings of a slot on the host. Greedy requests leave no token out, whatever they say."""
-        top_p, min_p, top_k = (settings.top_p, settings.min_p, settings.top_k) if settings.needs[1] else (1.0, 0.0, None)
+        top_p, min_p, top_k = (
+            (settings.top_p, settings.min_p, settings.top_k) if settings.needs[1] else (1.0, 0.0, None)
+        )
         self.host_floats[:, slot] = settings.temperature, top_p, min_p, settings.penalty
         self.host_longs[:, slot] = min(top_k or vocabulary, vocabulary), settings.seed
 

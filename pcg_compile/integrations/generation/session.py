@@ -116,9 +116,9 @@ class Session:
                 yield from read if tokens else ()
             while self._ended:
                 yield self._ended.popleft(), None
-            if launched is None and last is None and not self.scheduler.running and not self.scheduler.waiting:
-                if not self._end_some():
-                    return
+            idle = launched is None and last is None and not self.scheduler.running and not self.scheduler.waiting
+            if idle and not self._end_some():
+                return
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
