@@ -11,7 +11,7 @@ import pcg_compile as pcg
 from pcg_compile.integrations.generation import Session, generate_batch
 
 RANK = dist.get_rank()
-SMALL = {"max_batch_tokens": 16, "options": {"buckets": [4, 8, 16]}, "max_new_tokens": 8}
+SMALL = {"max_batch_tokens": 16, "options": {"buckets": [16]}, "max_new_tokens": 8, "num_pages": 10, "page_size": 8}
 
 
 def generated(outputs):
@@ -25,11 +25,10 @@ def generation(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     for one in (whole, model):
         one.generation_config.eos_token_id, one.generation_config.pad_token_id = None, 0
-    found = {"want": generated(generate_batch(whole, prompts, **SMALL))}
-    found["got"] = generated(generate_batch(model, prompts, **SMALL))
-    # Every rank draws seeds of its own; all use those of the first. A cache of 5 pages preempts.
-    torch.manual_seed(RANK)
-    found["sampled"] = generated(generate_batch(model, prompts, do_sample=True, num_pages=6, page_size=8, **SMALL))
+    ids = [torch.tensor([prompt]) for prompt in prompts]
+    with torch.no_grad():
+        alone = [whole.generate(one, max_new_tokens=8, do_sample=False)[0, one.shape[1] :].tolist() for one in ids]
+    found = {"want": alone, "got": generated(generate_batch(model, prompts, **SMALL))}
 
     def streamer(name, token):
         if RANK == 1 and token is not None:
@@ -60,6 +59,8 @@ def generation(folder):
         found["step"] = str(error).splitlines()[0]
         found["after_step"] = [output.error is None for output in error.outputs.values()]
     Session._launch = launch
-    found["again"] = generated(generate_batch(model, prompts, **SMALL))
+    # Every rank would draw seeds of its own; all use those of the first.
+    torch.manual_seed(RANK)
+    found["sampled"] = generated(generate_batch(model, prompts, do_sample=True, **SMALL))
     cache = model._pcg_generation.engine.cache
     return found | {"free": cache.free_pages, "pages": cache.num_pages - 1}
