@@ -22,17 +22,22 @@ __all__ = ["add_arguments", "run"]
 
 _WORKLOADS = ("nano", "llama", "grpo", "single")
 _VARIANTS = ("pcg", "transformers", "static", "generate")
-#: One request at a time, so for the workload of one request only.
-_ALONE = ("static", "generate")
+#: Requests that one call of ``generate()`` pads to one length.
+_PADDED = 32
+#: New tokens of a request with the slower variants at the most.
+_MOST_NEW = 128
+_TARGETS = ["q_proj", "v_proj"]
 _NOTES = {
     "nano": "256 requests, 100 to 1,024 tokens in and out, a model of Qwen3-0.6B's shape (bench.py of nano-vllm)",
     "llama": "64 requests of the same kind, a Llama of 1B parameters",
     "grpo": "32 prompts, 8 samples each, one LoRA adapter of rank 16, a Llama of 1B parameters",
     "single": "one request, 128 new tokens, a Llama of 1B parameters",
     "pcg": "pcg_compile.integrations.transformers.generate_batch",
-    "transformers": "generate_batch of transformers with its best attention that is installed",
-    "static": 'generate(cache_implementation="static"), one request at a time',
-    "generate": "generate() as it is, one request at a time",
+    "transformers": "generate_batch of transformers with its best attention that is installed, all requests with the "
+    "mean of new tokens, at most 128; one run after one of 4 tokens, by the same manager",
+    "static": 'generate(cache_implementation="static") on up to 32 of the requests, padded on the left, with the mean '
+    "of new tokens, at most 128; one run after the first",
+    "generate": "the same without a static cache",
     "limit": "256 (or all) requests that decode at the middle of their lengths, launched without waiting for a token",
     "busy": "share of the wall time in which a kernel runs, by torch's profiler, in windows of up to 32 steps of a run",
     "host_us": "the host's time for a step in the same run, without waiting for the device: median, largest tenth",
@@ -70,12 +75,7 @@ def run(args: argparse.Namespace) -> None:
             workload = _workload(name, args.tiny, args.quick)
             model = _model(name, args)
             for variant in variants:
-                if variant in _ALONE and name != "single":
-                    continue
-                if variant != "pcg" and workload.adapter:
-                    continue
-                row: dict[str, Any] = {"workload": name, "variant": variant, "requests": len(workload.prompts)}
-                row |= {"samples": workload.samples, "new_tokens": workload.tokens}
+                row: dict[str, Any] = {"workload": name, "variant": variant}
                 try:
                     row |= _measure(_RUN[variant], model, workload, args)
                 except Exception as failure:
@@ -135,22 +135,32 @@ def _measure(make: Callable[..., Any], model: Any, workload: Workload, args: arg
     serve = make(model, workload, args)
     try:
         started = time.perf_counter()
-        serve()
+        serve.warm_up()
         first = time.perf_counter() - started
         times = []
-        for _ in range(1 if args.quick else 3):
+        for _ in range(1 if args.quick else serve.runs):
             synchronize(args.device)
             started = time.perf_counter()
             tokens = serve()
             synchronize(args.device)
             times.append(time.perf_counter() - started)
-        if tokens != workload.tokens:
-            raise RuntimeError(f"{tokens} new tokens, {workload.tokens} wanted")
+        if tokens != serve.tokens:
+            raise RuntimeError(f"{tokens} new tokens, {serve.tokens} wanted")
         seconds = statistics.median(times)
-        row = {"tokens_per_s": round(tokens / seconds, 1), "ms_per_token": round(1e3 * seconds / tokens, 4)}
+        row = {"requests": serve.requests, "samples": workload.samples, "new_tokens": tokens}
+        row |= {"tokens_per_s": round(tokens / seconds, 1), "ms_per_token": round(1e3 * seconds / tokens, 4)}
         return row | {"seconds": round(seconds, 3), "first_s": round(first, 2)} | serve.remarks(tokens / seconds)
     finally:
         serve.close()
+
+
+def _save_adapter(model: Any, folder: str, device: torch.device) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with device:
+        base = type(model)(model.config)
+    config = LoraConfig(r=16, target_modules=_TARGETS, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(folder)
 
 
 class _Pcg:
@@ -161,6 +171,7 @@ class _Pcg:
         from pcg_compile.integrations.transformers import cache_for
 
         self.workload, self.model, self.args = workload, model, args
+        self.requests, self.tokens, self.runs, self.warm_up = len(workload.prompts), workload.tokens, 3, self
         self.folder = tempfile.TemporaryDirectory()
         self.adapter = self._add_adapter() if workload.adapter else None
         lengths = [len(prompt) + new for prompt, new in zip(workload.prompts, workload.news, strict=True)]
@@ -173,14 +184,8 @@ class _Pcg:
         self.request, self.sampling = Request, Sampling
 
     def _add_adapter(self) -> str:
-        from peft import LoraConfig, get_peft_model
-
-        targets = ["q_proj", "v_proj"]
-        with self.args.device:
-            base = type(self.model)(self.model.config)
-        config = LoraConfig(r=16, target_modules=targets, init_lora_weights=False)
-        get_peft_model(base, config).save_pretrained(self.folder.name)
-        self.pool = pcg.lora.AdapterPool(self.model, max_adapters=2, max_rank=16, target_modules=targets)
+        _save_adapter(self.model, self.folder.name, self.args.device)
+        self.pool = pcg.lora.AdapterPool(self.model, max_adapters=2, max_rank=16, target_modules=_TARGETS)
         self.pool.load("adapter", self.folder.name)
         return "adapter"
 
@@ -198,12 +203,11 @@ class _Pcg:
                     session.add(self.request(f"{i}.{sample}", i, prompt, new, sampling, adapter=self.adapter))
             if watch is not None:
                 watch(session)
-            for _ in session.run(tokens=False):
-                pass
-            errors = [request.error for request in session.requests.values() if request.error is not None]
-            if errors:
-                raise errors[0]
-        return sum(len(request.generated) for request in session.requests.values())
+            requests = [request for request, _ in session.run(tokens=False)]
+        errors = [request.error for request in requests if request.error is not None]
+        if errors:
+            raise errors[0]
+        return sum(len(request.generated) for request in requests)
 
     def remarks(self, rate: float) -> dict[str, Any]:
         """Fallbacks, and the share of the limit."""
@@ -227,6 +231,7 @@ class _Pcg:
         adapters = [self.adapter] * count if self.adapter else None
         batch = pcg.Batch([1] * count, lengths, pages, adapters=adapters, ids=[5] * count)
         rows, forward, state = engine.send(range(count)), engine.forward(work.samples > 1), engine.state
+        engine.begin()
         with attending_through_pcg(self.model), pcg.step(batch, engine.cache):
             ids, positions = batch.ids, batch.positions
 
@@ -241,6 +246,7 @@ class _Pcg:
                 one()
             synchronize(self.args.device)
             seconds = (time.perf_counter() - started) / steps
+        engine.end()
         for some in pages:
             engine.cache.free(some)
         return count / seconds
@@ -252,8 +258,14 @@ class _Pcg:
         self.folder.cleanup()
 
 
+def _new_of(workload: Workload) -> int:
+    return min(round(sum(workload.news) / len(workload.news)), _MOST_NEW)
+
+
 class _Transformers:
     """transformers' own continuous batching."""
+
+    runs = 1
 
     def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
         from transformers import GenerationConfig
@@ -264,40 +276,58 @@ class _Transformers:
             f"flash_attention_{i}" for i in (3, 2) if getattr(import_utils, f"is_flash_attn_{i}_available", bool)()
         ]
         self.attention = better[0] if better else "sdpa"
-        # One number of new tokens a call: the mean, so the number of tokens is the same.
-        self.new = round(sum(workload.news) / len(workload.news))
-        self.config = GenerationConfig(max_new_tokens=self.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        self.requests, self.new = len(workload.prompts), _new_of(workload)
+        self.tokens = self.new * self.requests * workload.samples
+        self.config = GenerationConfig(
+            do_sample=workload.samples > 1, num_return_sequences=workload.samples, eos_token_id=-1, pad_token_id=0
+        )
+        if workload.adapter:
+            with tempfile.TemporaryDirectory() as folder:
+                _save_adapter(model, folder, args.device)
+                model.load_adapter(folder, "adapter")
 
-    def __call__(self) -> int:
-        found = self.model.generate_batch(self.workload.prompts, generation_config=self.config, progress_bar=False)
-        made = sum(len(output.generated_tokens) for output in found.values())
-        # Rounded to whole tokens a request.
-        return self.workload.tokens if made == self.new * len(self.workload.prompts) else made
+    def warm_up(self) -> int:
+        """Makes the manager, and captures what it captures."""
+        return self(4)
+
+    def __call__(self, new: int | None = None) -> int:
+        found = self.model.generate_batch(
+            self.workload.prompts, generation_config=self.config, progress_bar=False, persistent_manager=True,
+            max_new_tokens=new or self.new,
+        )  # fmt: skip
+        return sum(len(output.generated_tokens) for output in found.values())
 
     def remarks(self, rate: float) -> dict[str, Any]:
         """Its attention."""
         return {"attention": self.attention}
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Ends the manager."""
+        self.model.destroy_cached_continuous_batching_manager()
 
 
 class _Generate:
     """generate(), with the cache that ``settings`` name; transformers compiles for a static one."""
 
     settings: Mapping[str, Any] = {}
+    runs = 1
 
     def __init__(self, model: Any, workload: Workload, args: argparse.Namespace) -> None:
-        self.model, self.workload, self.device = model, workload, args.device
+        prompts = [prompt for prompt in workload.prompts for _ in range(workload.samples)][:_PADDED]
+        self.model, self.requests, self.warm_up = model, len(prompts), self
+        self.new = _new_of(workload)
+        self.tokens, longest = self.requests * self.new, max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        self.ids = torch.tensor(padded, device=args.device)
+        self.mask = (self.ids > 0).long()
 
     @torch.no_grad()
     def __call__(self) -> int:
-        tokens = 0
-        for prompt, new in zip(self.workload.prompts, self.workload.news, strict=True):
-            ids = torch.tensor([prompt], device=self.device)
-            found = self.model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **self.settings)
-            tokens += found.shape[1] - len(prompt)
-        return tokens
+        found = self.model.generate(
+            self.ids, attention_mask=self.mask, max_new_tokens=self.new, min_new_tokens=self.new, do_sample=False,
+            **self.settings,
+        )  # fmt: skip
+        return int(found.numel() - self.ids.numel())
 
     def remarks(self, rate: float) -> dict[str, Any]:
         """Nothing to say."""

@@ -22,7 +22,7 @@ class _Windows:
     def __init__(self, every: int, length: int, device: torch.device) -> None:
         self.every, self.length, self.device = every, length, device
         self.steps = self.profiled = 0
-        self.busy = self.wall = self.started = 0.0
+        self.busy = self.wall = 0.0
         self.host: list[float] = []
         self.kernels: Counter[str] = Counter()
         self.ops: Counter[str] = Counter()
@@ -53,24 +53,27 @@ class _Windows:
 
         synchronize(self.device)
         self.profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]).__enter__()
-        self.started = time.perf_counter()
 
     def end(self) -> None:
         """Ends it."""
         synchronize(self.device)
-        self.wall += time.perf_counter() - self.started
         found, self.profile = self.profile, None
         found.__exit__(None, None, None)
-        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
-        last = 0.0
+        # Named ranges of pcg's steps are events of the device too, and no kernels.
+        kernels = [e for e in found.events() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+        # From the first kernel on: a window begins with an idle device, which waits for its first step's launch.
+        last = spans[0][0] if spans else 0.0
+        self.wall -= last * 1e-6
         for start, stop in spans:
             self.busy += max(0.0, stop - max(start, last)) * 1e-6
             last = max(last, stop)
+        self.wall += last * 1e-6
         self.profiled += self.length
+        for e in kernels:
+            self.kernels[e.name[:60]] += e.time_range.end - e.time_range.start
         for e in found.key_averages():
-            if e.device_type.name == "CUDA":
-                self.kernels[e.key[:60]] += e.self_device_time_total
-            else:
+            if e.device_type.name != "CUDA":
                 self.ops[e.key[:60]] += e.self_cpu_time_total
 
 

@@ -247,6 +247,8 @@ if __name__ == "__main__":
         import parallel_adapters
 
         function = getattr(parallel_adapters, name)
+    elif name == "generation":
+        from parallel_generation import generation as function
     else:
         function = globals()[name]
     result = function(*arguments)

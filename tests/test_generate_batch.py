@@ -38,11 +38,11 @@ def greedily(model, prompt, most):
 
 
 def free_pages(model):
-    return generation.generate._ENGINES[model].cache.free_pages
+    return model._pcg_generation.engine.cache.free_pages
 
 
 def all_pages(model):
-    return generation.generate._ENGINES[model].cache.num_pages - 1
+    return model._pcg_generation.engine.cache.num_pages - 1
 
 
 def test_greedy_equals_generate(model):
@@ -56,7 +56,7 @@ def test_greedy_equals_generate(model):
         want = logprobs[len(prompt) - 1 : -1].gather(-1, torch.tensor(output.generated_tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-4, rtol=1e-4)
     assert free_pages(model) == all_pages(model)
-    engine = generation.generate._ENGINES[model]
+    engine = model._pcg_generation.engine
     stats = pcg.stats(engine.forward())
     assert stats.replays > 0 and stats.graphs == 1 and not stats.fallbacks, stats
 
@@ -103,7 +103,7 @@ def test_identical_prompts_share_their_pages(model):
 
     class Counting(Session):
         def _launch(self, scheduled):
-            computed.append(int(scheduled.lengths.sum()))
+            computed.append(sum(scheduled.lengths))
             return super()._launch(scheduled)
 
     want = greedily(model, prompt, 6)
@@ -153,7 +153,7 @@ def test_samples_of_one_prompt(model):
     outputs = generate_batch(
         model, PROMPTS[:3], do_sample=True, num_return_sequences=3, max_new_tokens=5, seeds=list(range(9)), **SMALL
     )
-    assert list(outputs)[:4] == ["req_0_0", "req_0_1", "req_0_2", "req_1_0"]
+    assert list(outputs)[:4] == ["req_0__child#0", "req_0__child#1", "req_0", "req_1__child#0"]
     assert len({tuple(t) for t in tokens(outputs)}) > 3
 
 
@@ -223,7 +223,7 @@ def test_an_error_in_a_step_fails_its_requests_alone(model):
 
 def test_weights_updated_in_place_are_used_at_once(model):
     first = tokens(generate_batch(model, PROMPTS[:2], max_new_tokens=6, **SMALL))
-    forward = generation.generate._ENGINES[model].forward()
+    forward = model._pcg_generation.engine.forward()
     captured = pcg.stats(forward).captured
     with torch.no_grad():
         for parameter in model.parameters():
@@ -281,6 +281,12 @@ def test_accelerate_gives_a_model_the_method(model):
         ({"beams": 4}, "does not know beams"),
         ({"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
         ({"stop_strings": [""], "tokenizer": object()}, "a stop string is empty"),
+        ({"stop_strings": ["x"] * 65, "tokenizer": object()}, "65 stop strings"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5: it is above 0, at most 1"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0: it is 0 or more"),
+        ({"do_sample": True, "top_k": -3}, "top_k is -3: it is 1 or more"),
+        ({"repetition_penalty": 0.0}, "penalty is 0.0: it is above 0"),
+        ({"num_return_sequences": 2}, "Greedy methods"),
         ({"adapters": ["a", "b"]}, "adapters has 2 entries for 1 prompts"),
         ({"adapters": ["a"]}, "prompt 0 names the adapter 'a', which is not loaded"),
         ({"seeds": [1, 2]}, "seeds has 2 entries for 1 results"),
@@ -334,18 +340,135 @@ def test_pages_are_counted_and_evicted():
     pool = PagePool(cache)
     tokens = list(range(10))
     first = [pool.take() for _ in range(3)]
-    node = pool.match(tokens, None).node
+    parent = pool.match(tokens, None).parent
     for i in range(2):
-        node = pool.publish(node, first[i], tokens[4 * i : 4 * i + 4])
-    pool.publish_partial(node, first[2], tokens[8:])
+        parent = pool.publish(parent, first[i], tokens[4 * i : 4 * i + 4])
+    pool.publish_partial(parent, first[2], tokens[8:])
     match = pool.match([*tokens, 50], None)
-    assert match.pages == first[:2] and (match.source, match.copied, match.tokens) == (first[2], 2, 10)
+    assert match.pages == first[:2] and (match.source, match.tokens) == (first[2], 10)
+    assert pool.match([*tokens[:9], 50, 51], None).tokens == 9
     assert pool.match([*tokens, 50], "adapter").pages == []
-    pool.release(first), pool.release(match.pages)
+    pool.release(first), pool.release(match.pages), pool.release(match.pages)
     assert pool.available == 5
     again = pool.match(tokens, None)
     assert again.pages == first[:2] and again.source is None
     pool.release(again.pages)
-    assert len({pool.take() for _ in range(5)}) == 5 and not pool.available
+    assert len({pool.take().number for _ in range(5)}) == 5 and not pool.available
     pool.close()
     assert cache.free_pages == 5
+
+
+# -- transformers' interface ----------------------------------------------------------------------------------------
+
+
+def test_arguments_and_results_are_those_of_transformers(model):
+    """Each argument of transformers' method, at its place or by its name; each field of its results."""
+    import dataclasses
+    import inspect
+
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+    theirs = list(inspect.signature(type(model).generate_batch).parameters.values())[2:]
+    mine = list(inspect.signature(generate_batch).parameters.values())[2:]
+    for one, other in zip(theirs, mine, strict=False):
+        if one.kind is not inspect.Parameter.VAR_KEYWORD:
+            assert (one.name, one.default, one.kind) == (other.name, other.default, other.kind)
+    generation.accelerate(model, max_batch_tokens=32)
+    config = model.generation_config
+    config.max_new_tokens = 4
+    config.do_sample, config.num_return_sequences = True, 2
+    outputs = model.generate_batch(PROMPTS[:2], config, None, True, False, False, False)
+    assert list(outputs) == ["req_0__child#0", "req_0", "req_1__child#0", "req_1"]
+    for name, output in outputs.items():
+        assert type(output) is GenerationOutput and output.request_id == name and output.is_finished()
+        assert output.error is None and len(output.logprobs) == len(output.generated_tokens) == 4
+        assert output.timestamps == sorted(output.timestamps) and len(output.timestamps) == 4
+        assert output.created_time <= output.lifespan[0] <= output.timestamps[0] <= output.lifespan[1] + 1
+        named = {"request_id", "prompt_ids", "generated_tokens", "logprobs", "error", "status", "created_time"}
+        assert {field.name for field in dataclasses.fields(output)} == named | {"lifespan", "timestamps"}
+    assert model.generate_batch([]) == {}
+
+
+def test_only_sampled_logits_are_computed(model):
+    rows, head = [], model.lm_head.forward
+    generate_batch(model, PROMPTS[:1], max_new_tokens=2, **SMALL)
+    forward = model._pcg_generation.engine.forward()
+    stats = pcg.stats(forward)
+    model.lm_head.forward = lambda hidden: rows.append(hidden.shape[-2]) or head(hidden)
+    model._pcg_generation.engine = None
+    torch._dynamo.reset()
+    generate_batch(model, [PROMPTS[2]], max_new_tokens=2, max_batch_tokens=64, options={"compiler": "eager"})
+    assert stats.replays > 0 and rows and max(map(int, rows)) <= 16 < len(PROMPTS[2])
+
+
+def test_a_model_and_its_engine_are_freed(model):
+    import gc
+    import weakref
+    from copy import deepcopy
+
+    generate_batch(model, PROMPTS[:1], max_new_tokens=2, **SMALL)
+    assert deepcopy(model)._pcg_generation.engine is None
+    alone = weakref.ref(llama("sdpa"))
+    assert alone() is None
+    other = llama("sdpa")
+    other.generation_config.eos_token_id = None
+    generate_batch(other, PROMPTS[:1], max_new_tokens=2, **SMALL)
+    gone = weakref.ref(other)
+    del other
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+# -- linear layers that run as one ------------------------------------------------------------------------------------
+
+
+def test_layers_of_one_input_share_memory_and_the_model_is_as_before(model, tmp_path):
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM
+
+    attention = model.model.layers[0].self_attn
+    before, modules, states = deepcopy(model), list(model.modules()), list(model.state_dict())
+    want = [greedily(model, prompt, 5) for prompt in PROMPTS[:3]]
+    assert tokens(generate_batch(model, PROMPTS[:3], max_new_tokens=5, **SMALL)) == want
+    storages = {id(m): m.weight.untyped_storage().data_ptr() for m in (attention.q_proj, attention.k_proj)}
+    assert len(set(storages.values())) == 1
+    assert list(map(id, model.modules())) == list(map(id, modules)) and list(model.state_dict()) == states
+    for parameter, other in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, other) and parameter.is_contiguous() and parameter.requires_grad
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before.parameters(), strict=True))
+    # Training, and what load_state_dict and a cast do, go on as on memory of their own.
+    ids = torch.tensor([PROMPTS[2]])
+    for one in (model, before):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        one(ids, labels=ids).loss.backward()
+        optimizer.step()
+    for parameter, other in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+    assert tokens(generate_batch(model, PROMPTS[:3], max_new_tokens=5, **SMALL)) == [
+        greedily(before, prompt, 5) for prompt in PROMPTS[:3]
+    ]
+    model.double()
+    assert tokens(generate_batch(model, PROMPTS[:3], max_new_tokens=5, **SMALL)) == [
+        greedily(before.double(), prompt, 5) for prompt in PROMPTS[:3]
+    ]
+
+
+def test_layers_that_are_not_plain_are_left_alone(model):
+    from pcg_compile.integrations.generation.merging import MergedLayers
+
+    layers = [layer.self_attn for layer in model.model.layers]
+    layers[0].k_proj.register_forward_hook(lambda module, args, output: output * 2)
+    layers[1].v_proj.weight = layers[1].k_proj.weight
+    merged = MergedLayers(model)
+    with torch.inference_mode():
+        merged.install()
+    names = {name for module, name, _ in merged._installed}
+    merged.remove()
+    assert names == {"gate_proj", "up_proj"}
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    want = [greedily(model, prompt, 5) for prompt in PROMPTS[:3]]
+    assert tokens(generate_batch(model, PROMPTS[:3], max_new_tokens=5, **SMALL)) == want

@@ -136,7 +136,7 @@ def _stacked(d: Draft, loads: _Loads, group: list[InputSpec]) -> Load | None:
         return None
     shape, slot = (len(group), *shape_at(group[0].value, d.sizes)), ("inputs", group[0].position)
     stack = d.binding.place(("stack", slot), ("stack", slot), shape, _contiguous(shape), group[0].value.dtype)
-    apart = d.static[group[1].node].storage_offset() - d.static[group[0].node].storage_offset()
+    apart: Any = d.static[group[1].node].storage_offset() - d.static[group[0].node].storage_offset()
     for spec in group:
         del loads.padded[spec.position]
     load = first.side_by_side(group, apart, stack)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ...errors import GenerationError, OptionsError, message
 from .engine import Engine, attending_through_pcg, routers_of
+from .ranks import Ranks
 from .requests import Request, Sampling
 from .session import Session
 
@@ -24,22 +26,25 @@ __all__ = ["accelerate", "generate_batch"]
 _MOST_TOKENS, _SLOTS = 8192, 256
 #: Share of the free memory of a GPU that a cache takes; bytes of one on a CPU.
 _SHARE, _CPU_BYTES = 0.6, 1 << 30
-#: Arguments of transformers' own method that have no meaning here.
-_IGNORED = frozenset({"record_timestamps", "persistent_manager", "warmup"})
-#: Settings of a GenerationConfig that change results, by the values that leave them alone.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1), "penalty_alpha": (None, 0), "typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0), "top_h": (None,), "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None,),
-    "min_length": (None, 0), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,), "sequence_bias": (None,), "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []), "guidance_scale": (None, 1), "watermarking_config": (None,),
-    "exponential_decay_length_penalty": (None,), "prompt_lookup_num_tokens": (None,), "dola_layers": (None,),
-    "max_time": (None,),
-}  # fmt: skip
+#: Stop strings of a request at the most: each is searched for after each token.
+_MOST_STOPS = 64
+#: Settings of a GenerationConfig that change results, by the value, beside None, that leaves them alone.
+_UNSUPPORTED: dict[Any, str] = {
+    0: "penalty_alpha epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size min_length "
+    "min_new_tokens",
+    1: "num_beams typical_p encoder_repetition_penalty guidance_scale",
+    (): "top_h bad_words_ids forced_bos_token_id forced_eos_token_id sequence_bias suppress_tokens watermarking_config "
+    "begin_suppress_tokens exponential_decay_length_penalty prompt_lookup_num_tokens dola_layers max_time",
+}
 
-#: Registry: what was compiled for a model, while the model lives.
-_ENGINES: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()
+
+class _Holder:
+    """What was compiled for a model, an attribute of the model: it lives as long, and copies have none."""
+
+    engine: Engine | None = None
+
+    def __reduce__(self) -> Any:
+        return _Holder, ()
 
 
 @torch.no_grad()
@@ -47,28 +52,38 @@ def generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
     generation_config: GenerationConfig | None = None,
+    continuous_batching_config: Any = None,
+    record_timestamps: bool = False,
+    progress_bar: bool = False,
+    persistent_manager: bool = False,
+    warmup: bool = True,
     *,
     adapters: Sequence[str | None] | None = None,
     seeds: Sequence[int] | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
-    progress_bar: bool = False,
     num_pages: int | None = None,
     page_size: int = 16,
     max_batch_tokens: int = _MOST_TOKENS,
     options: dict[str, Any] | None = None,
-    continuous_batching_config: Any = None,
     **kwargs: Any,
 ) -> dict[str, GenerationOutput]:
     """Generates for many prompts at once: continuous batching with chunked prefill and shared prefixes.
 
+    The arguments of transformers' own method come first. On a model that is split over processes, all ranks call it
+    alike.
+
     Args:
         model: a causal language model of transformers, in any attention implementation and mode. Inside, it attends
-            through pcg and is in eval mode; afterwards it is as before.
+            through pcg and is in eval mode; afterwards it is as before, but for where weights of linear layers that
+            run as one lie in memory.
         prompts: token ids of each prompt, at least one each.
         generation_config: as for ``model.generate``; the model's own where None. Used: ``max_new_tokens`` (or
             ``max_length``), ``eos_token_id``, ``stop_strings`` (with ``tokenizer``), ``do_sample``, ``temperature``,
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_return_sequences``.
+        continuous_batching_config, persistent_manager, warmup: accepted for compatibility with transformers; pcg sizes
+            its cache itself and keeps what it has captured.
+        record_timestamps: whether results have the time at which the host read each token.
         adapters: a LoRA adapter's name for each prompt, None for the base model; see
             :class:`pcg_compile.lora.AdapterPool`.
         seeds: one for each result, in order; None draws them from torch's generator. A result depends on its seed and
@@ -79,7 +94,6 @@ def generate_batch(
         num_pages, page_size: of the cache; sized by the prompts and the device's memory where None.
         max_batch_tokens: tokens of a step; longer prompts run in chunks.
         options: of the backend, as for ``torch.compile(backend="pcg")``.
-        continuous_batching_config: accepted for compatibility with transformers; pcg sizes its cache itself.
         kwargs: settings of the generation config, such as ``max_new_tokens``.
 
     Returns:
@@ -90,22 +104,24 @@ def generate_batch(
         OptionsError: a setting, prompt or adapter that cannot be served, before anything runs.
         GenerationError: a step or the streamer raised; ``outputs`` holds every result, the failed ones with ``error``.
     """
-    kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
     config = _config(model, generation_config, kwargs)
-    if not len(prompts):
-        return {}
     requests = _requests(model, prompts, config, adapters, seeds, tokenizer)
+    if not requests:
+        return {}
     notify = _notifier(streamer, len(requests))
+    times: dict[str, list[float]] = {request.id: [] for request in requests}
     with attending_through_pcg(model):
         engine = _engine(model, requests, num_pages, page_size, max_batch_tokens, options)
-        longest = max(len(request.prompt) + request.most for request in requests)
+        longest, each = max(request.limit for request in requests), notify is not None or record_timestamps
         with Session(engine, longest, tokenizer) as session, tqdm(total=len(requests), disable=not progress_bar) as bar:
             for request in requests:
                 session.add(request)
-            for request, token in session.run(tokens=notify is not None):
+            for request, token in session.run(tokens=each):
+                if token is not None:
+                    times[request.id].append(time.perf_counter())
                 _tell(session, notify, request, token)
                 bar.update(token is None)
-    outputs = {request.id: _output(request) for request in requests}
+    outputs = {one.id: _output(one, times[one.id] if record_timestamps else None) for one in requests}
     failed = [request for request in requests if request.error is not None]
     if failed:
         first = failed[0]
@@ -126,14 +142,11 @@ def accelerate(model: Any, **defaults: Any) -> Any:
             message(f"pcg.accelerate() takes a generating model of transformers, not {type(model).__name__}",
                     cure="model = pcg.accelerate(AutoModelForCausalLM.from_pretrained(...))")
         )  # fmt: skip
-
     reference = weakref.ref(model)
 
     @functools.wraps(generate_batch)
-    def bound(inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> dict[str, GenerationOutput]:
-        if args:
-            kwargs.setdefault("continuous_batching_config", args[0])
-        return generate_batch(reference(), inputs, generation_config, **{**defaults, **kwargs})
+    def bound(inputs: Any, *args: Any, **kwargs: Any) -> dict[str, GenerationOutput]:
+        return generate_batch(reference(), inputs, *args, **{**defaults, **kwargs})
 
     model.generate_batch = bound
     return model
@@ -141,46 +154,47 @@ def accelerate(model: Any, **defaults: Any) -> Any:
 
 def _config(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
     config = copy.deepcopy(given if given is not None else model.generation_config)
-    unknown = config.update(**kwargs)
+    try:
+        unknown = config.update(**kwargs)
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
     if unknown:
         raise OptionsError(message(f"generate_batch() does not know {', '.join(sorted(unknown))}"))
-    for name, neutral in _UNSUPPORTED.items():
-        value = getattr(config, name, None)
-        if not any(value is n or value == n for n in neutral):
-            raise OptionsError(
-                message(f"generate_batch() does not support {name}={value!r}",
-                        why="Supported: greedy search, temperature, top_k, top_p, min_p, repetition_penalty.",
-                        cure=f"Use model.generate(), or leave {name} out.")
-            )  # fmt: skip
+    for neutral, names in _UNSUPPORTED.items():
+        for name in names.split():
+            value = getattr(config, name, None)
+            if value is not None and value != neutral and value != []:
+                raise OptionsError(
+                    message(f"generate_batch() does not support {name}={value!r}",
+                            why="Supported: greedy search, temperature, top_k, top_p, min_p, repetition_penalty.",
+                            cure=f"Use model.generate(), or leave {name} out.")
+                )  # fmt: skip
     return config
 
 
 def _requests(
     model: Any, prompts: Any, config: GenerationConfig, adapters: Any, seeds: Any, tokenizer: Any
 ) -> list[Request]:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     samples = config.num_return_sequences or 1
-    stops = config.stop_strings or ()
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
-    if stops and tokenizer is None:
-        raise OptionsError(message("stop_strings need a tokenizer", cure="generate_batch(..., tokenizer=tokenizer)"))
-    if any(not stop for stop in stops):
-        raise OptionsError(message("a stop string is empty", why="It would end every request at once."))
     ends = config.eos_token_id
     ends = frozenset(() if ends is None else (ends if isinstance(ends, (list, tuple)) else (int(ends),)))
-    if adapters is not None and len(adapters) != len(prompts):
-        raise OptionsError(f"adapters has {len(adapters)} entries for {len(prompts)} prompts")
-    if seeds is not None and len(seeds) != len(prompts) * samples:
-        raise OptionsError(f"seeds has {len(seeds)} entries for {len(prompts) * samples} results")
+    stops = _stops(config.stop_strings, tokenizer)
+    for name, given, count, of in (
+        ("adapters", adapters, len(prompts), "prompts"), ("seeds", seeds, len(prompts) * samples, "results"),
+    ):  # fmt: skip
+        if given is not None and len(given) != count:
+            raise OptionsError(f"{name} has {len(given)} entries for {count} {of}")
     _check_adapters(model, adapters)
-    drawn = seeds if seeds is not None else torch.randint(2**62, (len(prompts) * samples,)).tolist()
+    if seeds is None:
+        (seeds, *_) = Ranks.of(model).gather(torch.randint(2**62, (len(prompts) * samples,)).tolist())
     requests = []
     for index, prompt in enumerate(prompts):
         ids = _ids_of(prompt, index, vocabulary)
         most = config.max_new_tokens
         if most is None:
-            most = (config.max_length or 20) - (len(ids) if config.max_length else 0)
+            most = config.max_length - len(ids) if config.max_length else 20
         if most < 1:
             raise OptionsError(f"prompt {index} has {len(ids)} tokens, and max_length leaves none to generate")
         if limit is not None and len(ids) + most > limit:
@@ -189,9 +203,9 @@ def _requests(
                         cure=f"Pass max_new_tokens={max(1, limit - len(ids))} at the most, or a shorter prompt.")
             )  # fmt: skip
         for sample in range(samples):
-            place = index * samples + sample
-            name = f"req_{index}" if samples == 1 else f"req_{index}_{sample}"
-            sampling = _sampling(config, int(drawn[place]))
+            # As transformers names them.
+            name = f"req_{index}" if sample == samples - 1 else f"req_{index}__child#{sample}"
+            sampling = _sampling(config, int(seeds[index * samples + sample]))
             adapter = adapters[index] if adapters is not None else None
             requests.append(Request(name, index, ids, int(most), sampling, ends, stops, adapter))
     return requests
@@ -210,8 +224,19 @@ def _ids_of(prompt: Any, index: int, vocabulary: int) -> list[int]:
     return ids
 
 
+def _stops(given: Any, tokenizer: Any) -> tuple[str, ...]:
+    stops = (given,) if isinstance(given, str) else tuple(given or ())
+    if stops and tokenizer is None:
+        raise OptionsError(message("stop_strings need a tokenizer", cure="generate_batch(..., tokenizer=tokenizer)"))
+    if any(not stop for stop in stops):
+        raise OptionsError(message("a stop string is empty", why="It would end every request at once."))
+    if len(stops) > _MOST_STOPS:
+        raise OptionsError(message(f"{len(stops)} stop strings", why=f"At most {_MOST_STOPS}: each token is searched."))
+    return stops
+
+
 def _sampling(config: GenerationConfig, seed: int) -> Sampling:
-    penalty = float(config.repetition_penalty or 1.0)
+    penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
     if not config.do_sample or config.temperature == 0:
         return Sampling(penalty=penalty, seed=seed)
     temperature = 1.0 if config.temperature is None else float(config.temperature)
@@ -258,7 +283,7 @@ def _tell(session: Session, notify: Any, request: Request, token: int | None) ->
             session.cancel(request.id)
     except Exception as error:
         # A streamer is the caller's code: what it raises is the error of its request.
-        session.fail(request, error) if not request.finished else setattr(request, "error", error)
+        session.fail(request, error)
 
 
 def _engine(
@@ -268,44 +293,45 @@ def _engine(
 
     parameter = next(model.parameters())
     chosen = {"compiler": "inductor" if parameter.is_cuda else "eager", "max_tokens": most_tokens, **(options or {})}
-    longest, slots = max(len(request.prompt) + request.most for request in requests), min(_SLOTS, most_tokens)
-    needed = 1 + sum(-(-(len(request.prompt) + request.most) // page_size) for request in requests)
-    engine = _ENGINES.get(model)
-    wanted = num_pages if num_pages is not None else needed
+    sizes = [-(-request.limit // page_size) for request in requests]
+    # A power of two, so later calls that need a few more pages find room.
+    wanted = num_pages or 1 << sum(sizes).bit_length()
+    holder: _Holder = vars(model).setdefault("_pcg_generation", _Holder())
+    engine = holder.engine
     if engine is not None:
         cache = engine.cache
-        fits = (
-            cache.num_pages == wanted if num_pages is not None else cache.num_pages >= min(wanted, _most_pages(cache))
-        )
+        fits = cache.num_pages == wanted if num_pages else cache.num_pages >= min(wanted, _most_pages(model, cache))
         same = (cache.dtype, cache.device, cache.page_size) == (parameter.dtype, parameter.device, page_size)
         if fits and same and (engine.options, engine.most_tokens) == (chosen, most_tokens):
             return engine
-        del _ENGINES[model]
-    probe = cache_for(model, num_pages=2, page_size=page_size)
-    pages = wanted if num_pages is not None else max(min(wanted, _most_pages(probe)), 1 + -(-longest // page_size))
-    del probe
-    cache = cache_for(model, num_pages=pages, page_size=page_size, max_requests=slots)
-    engine = _ENGINES[model] = Engine(model, cache, slots, most_tokens, chosen)
-    return engine
+        holder.engine = engine = cache = None
+    if num_pages is None:
+        most = _most_pages(model, cache_for(model, num_pages=2, page_size=page_size))
+        wanted = max(min(wanted, most), 1 + max(sizes))
+    slots = min(_SLOTS, most_tokens)
+    cache = cache_for(model, num_pages=wanted, page_size=page_size, max_requests=slots)
+    holder.engine = Engine(model, cache, slots, most_tokens, chosen)
+    return holder.engine
 
 
-def _most_pages(cache: Any) -> int:
-    """Pages that a cache like this one may have."""
+def _most_pages(model: Any, cache: Any) -> int:
+    """Pages that a cache like this one may have, on the rank with the least memory."""
     page: int = sum(t[0].numel() * t.element_size() for t in (*cache.k, *cache.v))
-    if cache.device.type == "cpu":
-        return max(2, _CPU_BYTES // page)
-    return max(2, int(_SHARE * torch.cuda.mem_get_info(cache.device)[0]) // page)
+    on_gpu = cache.device.type == "cuda"
+    room = int(_SHARE * torch.cuda.mem_get_info(cache.device)[0]) if on_gpu else _CPU_BYTES
+    rooms: list[int] = Ranks.of(model).gather(room // page)
+    return max(2, min(rooms))
 
 
-def _output(request: Request) -> GenerationOutput:
-    status = RequestStatus.FAILED if request.error is not None else RequestStatus.FINISHED
+def _output(request: Request, times: list[float] | None) -> GenerationOutput:
     return GenerationOutput(
         request.id,
         prompt_ids=list(request.prompt),
         generated_tokens=request.generated,
         logprobs=request.logprobs,
         error=None if request.error is None else f"{type(request.error).__name__}: {request.error}",
-        status=status,
+        status=RequestStatus.FINISHED if request.error is None else RequestStatus.FAILED,
         created_time=request.started,
         lifespan=(request.started, request.ended),
+        timestamps=times,
     )

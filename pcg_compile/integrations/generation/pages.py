@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...attention import PagedKVCache
 
-__all__ = ["Match", "PagePool"]
+__all__ = ["Match", "Page", "PagePool"]
+
+#: A page by what it holds: the page before it, or what else the keys and values depend on, and its tokens.
+Key = tuple[Hashable, tuple[int, ...]]
 
 
-@dataclass
-class Match:
+class Page:
+    """A page in use or in the index; the one that takes its number later is another object.
+
+    Attributes:
+        number: its place in the cache. readers: sequences that read it. key: what the index has it under, or None.
+    """
+
+    __slots__ = ("key", "number", "readers")
+
+    def __init__(self, number: int) -> None:
+        self.number, self.readers = number, 1
+        self.key: Key | None = None
+
+
+class Match(NamedTuple):
     """The longest prefix of a sequence that is in the cache.
 
     Attributes:
-        pages: full pages, in order; each has one reference more.
-        node: the index's node behind them, for :meth:`PagePool.publish`.
-        source: a page whose first ``copied`` tokens continue the prefix and are to be copied, or None.
+        pages: full pages, in order; each has one reader more.
+        parent: what the index has the next page behind, for :meth:`PagePool.publish`.
+        source: a page whose first tokens continue the prefix and are to be copied, or None.
         tokens: tokens in ``pages`` and the copy together.
     """
 
-    pages: list[int]
-    node: int
-    source: int | None
-    copied: int
+    pages: list[Page]
+    parent: Hashable
+    source: Page | None
     tokens: int
 
 
@@ -42,17 +56,11 @@ class PagePool:
         self.cache, self.page_size = cache, cache.page_size
         self._all = cache.allocate(cache.free_pages)
         self._free = list(self._all)
-        self._references: dict[int, int] = {}
-        self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._page_of: dict[int, int] = {}
-        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._index: dict[Key, Page] = {}
         #: Indexed pages without readers, the longest unused first.
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        #: By node, the tokens in pages that are still filling up, those of a prompt; and the node of each such page.
-        self._partial: dict[int, dict[int, tuple[int, ...]]] = {}
-        self._partial_node: dict[int, int] = {}
-        self._roots: dict[Hashable, int] = {}
-        self._next = 0
+        self._idle: dict[Page, None] = {}
+        #: Pages that are still filling up, with the prompt's tokens in them.
+        self._partial: dict[Page, Key] = {}
 
     @property
     def available(self) -> int:
@@ -64,29 +72,29 @@ class PagePool:
         """All pages."""
         return len(self._all)
 
-    def take(self) -> int:
-        """A page of one's own; ``available`` tells whether there is one."""
+    def take(self) -> Page:
+        """A page for one sequence; ``available`` tells whether there is one."""
         if self._free:
-            page = self._free.pop()
-        else:
-            page, _ = self._idle.popitem(last=False)
-            self._forget(page)
-        self._references[page] = 1
-        return page
+            return Page(self._free.pop())
+        page = next(iter(self._idle))
+        del self._idle[page]
+        assert page.key is not None
+        # Pages behind it stay in the index, out of reach, until they are needed.
+        del self._index[page.key]
+        return Page(page.number)
 
-    def release(self, pages: Sequence[int]) -> None:
+    def release(self, pages: Sequence[Page]) -> None:
         """Ends one sequence's use of its pages."""
         # The last first: a prefix outlives what follows it in the index.
         for page in reversed(pages):
-            self._references[page] -= 1
-            if self._references[page]:
+            page.readers -= 1
+            if page.readers:
                 continue
-            del self._references[page]
-            self._drop_partial(page)
-            if page in self._key_of:
+            self._partial.pop(page, None)
+            if page.key is not None:
                 self._idle[page] = None
             else:
-                self._free.append(page)
+                self._free.append(page.number)
 
     def match(self, tokens: Sequence[int], kind: Hashable) -> Match:
         """The longest cached prefix of ``tokens``, the last token left out: its logits are wanted.
@@ -94,72 +102,58 @@ class PagePool:
         Args:
             kind: what else the keys and values depend on, such as the adapter.
         """
-        node, size = self._root(kind), self.page_size
-        pages: list[int] = []
-        most = len(tokens) - 1
-        while (len(pages) + 1) * size <= most:
-            found = self._nodes.get((node, tuple(tokens[len(pages) * size : (len(pages) + 1) * size])))
-            if found is None:
+        size, most = self.page_size, len(tokens) - 1
+        parent: Hashable = ("root", kind)
+        pages: list[Page] = []
+        for start in range(0, most - size + 1, size):
+            page = self._index.get((parent, tuple(tokens[start : start + size])))
+            if page is None:
                 break
-            node = found
-            pages.append(self._page_of[node])
-        for page in pages:
-            self._references[page] = self._references.get(page, 0) + 1
             self._idle.pop(page, None)
+            page.readers += 1
+            pages.append(page)
+            parent = page
         start = len(pages) * size
         rest, source, copied = tuple(tokens[start : min(start + size, most)]), None, 0
-        for page, held in self._partial.get(node, {}).items():
-            same = _common(rest, held)
+        for page, (before, held) in self._partial.items():
+            same = common(rest, held) if before == parent else 0
             if same > copied:
                 source, copied = page, same
-        return Match(pages, node, source, copied, start + copied)
+        return Match(pages, parent, source, start + copied)
 
-    def publish(self, node: int, page: int, tokens: Sequence[int]) -> int:
-        """Indexes a full page behind ``node``; returns the node of the page, or of one that holds the same."""
-        key = (node, tuple(tokens))
-        known = self._nodes.get(key)
-        if known is not None:
-            return known
-        self._next += 1
-        self._nodes[key], self._page_of[self._next], self._key_of[page] = self._next, page, key
-        self._drop_partial(page)
-        return self._next
+    def publish(self, parent: Hashable, page: Page, tokens: Sequence[int]) -> Page:
+        """Indexes a full page behind ``parent``; returns the page that the index has for it, which may be another."""
+        self._partial.pop(page, None)
+        key = parent, tuple(tokens)
+        found = self._index.setdefault(key, page)
+        if found is page:
+            page.key = key
+        return found
 
-    def publish_partial(self, node: int, page: int, tokens: Sequence[int]) -> None:
+    def publish_partial(self, parent: Hashable, page: Page, tokens: Sequence[int]) -> None:
         """Lets others copy the first tokens of a page that is still filling up."""
-        self._partial.setdefault(node, {})[page] = tuple(tokens)
-        self._partial_node[page] = node
+        self._partial[page] = parent, tuple(tokens)
+
+    def forget(self) -> None:
+        """Empties the index; pages in use stay so."""
+        for page in self._index.values():
+            page.key = None
+        self._free += [page.number for page in self._idle]
+        self._index, self._idle, self._partial = {}, {}, {}
 
     def close(self) -> None:
         """Gives every page back to the cache."""
         self.cache.free(self._all)
         self._all, self._free = [], []
 
-    def _root(self, kind: Hashable) -> int:
-        if kind not in self._roots:
-            self._next += 1
-            self._roots[kind] = self._next
-        return self._roots[kind]
 
-    def _forget(self, page: int) -> None:
-        key = self._key_of.pop(page)
-        node = self._nodes.pop(key)
-        del self._page_of[node]
-        for partial in self._partial.pop(node, {}):
-            del self._partial_node[partial]
-
-    def _drop_partial(self, page: int) -> None:
-        node = self._partial_node.pop(page, None)
-        if node is not None:
-            del self._partial[node][page]
-            if not self._partial[node]:
-                del self._partial[node]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of tokens that two sequences, both lists or both tuples, begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

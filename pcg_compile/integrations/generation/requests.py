@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
+from ...errors import OptionsError
+from .pages import Page
 
-__all__ = ["Ints", "Request", "Sampling"]
-
-Ints = npt.NDArray[np.int64]
+__all__ = ["Request", "Sampling"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How a request's tokens are chosen. Temperature 0 is greedy."""
 
@@ -23,10 +22,20 @@ class Sampling:
     penalty: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, fits, range_ in (
+            ("temperature", self.temperature >= 0, "0 or more"), ("top_k", (self.top_k or 1) >= 1, "1 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"), ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("penalty", self.penalty > 0, "above 0"),
+        ):  # fmt: skip
+            if not fits:
+                raise OptionsError(f"{name} is {getattr(self, name)}: it is {range_}")
+
     @property
-    def filters(self) -> bool:
-        """Whether tokens are left out before one is drawn."""
-        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0)
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether a token is drawn, whether some tokens are left out first, and whether there is a penalty."""
+        draws = self.temperature > 0
+        return draws, draws and (self.top_k is not None or self.top_p < 1 or self.min_p > 0), self.penalty != 1
 
 
 @dataclass(eq=False)
@@ -37,9 +46,9 @@ class Request:
         id: its name in the results. index: the place of its prompt among those given.
         prompt: token ids. most: new tokens at the most. ends: ids that end it. stops: strings that end it.
         adapter: a LoRA adapter's name, or None.
+        tokens, logprobs: prompt and generated tokens, and log probabilities of the generated ones, as far as the host
+            has read them.
         error: why it failed, or None. finished: whether it wants no more tokens.
-        slot: its row of the scheduler's arrays while it runs, else -1. pages: its pages, in order.
-        kept: prompt and generated tokens when it began to run last, or ended. kept_logprobs: of the generated ones.
     """
 
     id: str
@@ -54,23 +63,24 @@ class Request:
     finished: bool = False
     started: float = -1.0
     ended: float = -1.0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    # The scheduler's, while the request runs:
+    #: Its row in tables, else -1; its pages, in order.
     slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    kept_logprobs: list[float] = field(default_factory=list)
-    #: While it runs: its rows of ids and log probabilities, and the number of tokens that the host has read.
-    rows: tuple[Ints, npt.NDArray[np.float32], Ints] | None = None
-    #: Index nodes of its full pages: the last one's, and how many pages are published.
-    node: int = 0
+    pages: list[Page] = field(default_factory=list)
+    #: Tokens when it began to run; tokens whose keys and values are written or about to be; sampled tokens that are
+    #: still on the device.
+    first: int = 0
+    cached: int = 0
+    in_flight: int = 0
+    #: Pages that the index has, and what it has the next one behind.
     published: int = 0
+    parent: Hashable = None
 
     def __post_init__(self) -> None:
-        self.kept = self.kept or list(self.prompt)
-
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and generated tokens, as far as the host has read them."""
-        return self.kept if self.rows is None else self.rows[0][: self.rows[2][0]].tolist()
+        self.tokens = self.tokens or list(self.prompt)
 
     @property
     def generated(self) -> list[int]:
@@ -78,9 +88,11 @@ class Request:
         return self.tokens[len(self.prompt) :]
 
     @property
-    def logprobs(self) -> list[float]:
-        """Log probabilities of the new tokens."""
-        if self.rows is None:
-            return self.kept_logprobs
-        new: list[float] = self.rows[1][len(self.prompt) : self.rows[2][0]].tolist()
-        return new
+    def total(self) -> int:
+        """Tokens, those included that are still on the device."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def limit(self) -> int:
+        """Tokens at the most."""
+        return len(self.prompt) + self.most

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+
+from .requests import Sampling
 
 __all__ = ["SamplingState", "make_sampler"]
 
@@ -18,23 +21,32 @@ class SamplingState:
     Attributes:
         floats: ``[4, slots]`` float32: temperature, 0 for greedy; top_p and min_p, 1 and 0 for all tokens; the
             repetition penalty, 1 for none. longs: ``[2, slots]`` int64: top_k, the vocabulary's size for all tokens;
-            seed.
+            seed. host_floats, host_longs: the same on the host.
         last: ``[slots]`` int64, the token that each slot sampled last.
         seen: ``[slots, vocabulary]`` bool, tokens that a penalty applies to; ``[slots, 1]`` while no request has one.
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
+        self.host_floats, self.host_longs = np.zeros((4, slots), np.float32), np.zeros((2, slots), np.int64)
         self.floats = torch.zeros(4, slots, device=device)
         self.longs = torch.zeros(2, slots, dtype=torch.int64, device=device)
         self.last = torch.zeros(slots, dtype=torch.int64, device=device)
         self.seen = torch.zeros(slots, 1, dtype=torch.bool, device=device)
 
+    def set(self, slot: int, settings: Sampling, vocabulary: int) -> None:
+        """Notes the settings of a slot on the host. Greedy requests leave no token out, whatever they say."""
+        top_p, min_p, top_k = (
+            (settings.top_p, settings.min_p, settings.top_k) if settings.needs[1] else (1.0, 0.0, None)
+        )
+        self.host_floats[:, slot] = settings.temperature, top_p, min_p, settings.penalty
+        self.host_longs[:, slot] = min(top_k or vocabulary, vocabulary), settings.seed
 
-def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+
+def make_sampler(draws: bool, filters: bool, penalizes: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Returns ``sample(logits, slots, counter, ...) -> (tokens, logprobs)`` for batches that need only so much.
 
-    ``sampling``: some request has a temperature. ``filtering``: some has top_k, top_p or min_p. ``penalizing``: some
-    has a repetition penalty. A request gets the same token from each variant that covers its settings.
+    ``draws``: some request has a temperature. ``filters``: some has top_k, top_p or min_p. ``penalizes``: some has a
+    repetition penalty. A request gets the same token from each variant that covers its settings.
 
     The function takes ``logits [rows, vocabulary]``, ``slots [rows]`` int64, ``counter [rows]`` int64 (the number of
     tokens before the one that is sampled) and ``floats``, ``longs`` and ``seen`` of :class:`SamplingState`. It returns
@@ -51,27 +63,24 @@ def make_sampler(sampling: bool, filtering: bool, penalizing: bool) -> Callable[
         seen: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.float()
-        if penalizing:
+        if penalizes:
             factor = floats[3][slots][:, None]
             penalized = torch.where(scores < 0, scores * factor, scores / factor)
             scores = torch.where(seen[slots], penalized, scores)
-        best = scores.argmax(-1)
-        if not sampling:
-            return best, _logprob(scores, best)
-        heat = floats[0][slots][:, None]
-        greedy = heat <= 0
-        scores = torch.where(greedy, scores, scores / torch.where(greedy, 1.0, heat))
-        if filtering:
-            scores = _filtered(scores, longs[0][slots], floats[1][slots][:, None], floats[2][slots][:, None])
-        noise = _gumbel(longs[1][slots], counter, scores.shape[-1])
-        tokens = torch.where(greedy[:, 0], best, (scores + noise).argmax(-1))
-        return tokens, _logprob(scores, tokens)
+        noisy = scores
+        if draws:
+            heat = floats[0][slots][:, None]
+            greedy = heat <= 0
+            scores = scores / torch.where(greedy, 1.0, heat)
+            if filters:
+                scores = _filtered(scores, longs[0][slots], floats[1][slots][:, None], floats[2][slots][:, None])
+            noisy = scores + torch.where(greedy, 0.0, _gumbel(longs[1][slots], counter, scores.shape[-1]))
+        # Two passes over the vocabulary: the largest ones, and the sum.
+        tokens, top = noisy.argmax(-1), scores.amax(-1)
+        chosen = scores.gather(-1, tokens[:, None])[:, 0] if draws else top
+        return tokens, chosen - top - (scores - top[:, None]).exp().sum(-1).log()
 
     return sample
-
-
-def _logprob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
 
 
 def _filtered(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
