@@ -304,7 +304,8 @@ def _engine(
         same = (cache.dtype, cache.device, cache.page_size) == (parameter.dtype, parameter.device, page_size)
         if fits and same and (engine.options, engine.most_tokens) == (chosen, most_tokens):
             return engine
-        holder.engine = engine = cache = None
+        holder.engine = engine = None
+        del cache
     if num_pages is None:
         most = _most_pages(model, cache_for(model, num_pages=2, page_size=page_size))
         wanted = max(min(wanted, most), 1 + max(sizes))
