@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .argument_form import ArgumentForm, Binder, Product
-from .fast_calls import FastCall
+from .fast_calls import OTHER, FastCall
 from .fx.graph_data import decode, decode_expression, graph_from_data, import_name
 from .registry import RUNNING_CALL, RunningCall, runtimes_of_caller
 from .torch_compat.dynamo_calls import GlobalState, function_of_code
@@ -64,10 +64,6 @@ class SavedProgram(FastCall):
                 if self._run is None:
                     self._run = self._made()
                 run = self._run
-        if self.content["weights"] is not None:
-            running = RUNNING_CALL.get()
-            assert running is not None and running.weights is not None
-            return run(*args, *running.weights)
         return run(*args)
 
     def _made(self) -> Callable[..., Any]:
@@ -125,11 +121,8 @@ class ModuleCalls:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not calls_hooks(self.model):
             complete, more = completed_call(self.model, args, kwargs)
-            weights = self.program.weights_of(self.model, complete, more)
-            if weights is not None:
-                token = RUNNING_CALL.set(RunningCall(self.owner, self.owner, self.model, weights))
-                try:
-                    return self.program.function(*complete, **more)
-                finally:
-                    RUNNING_CALL.reset(token)
+            call = RunningCall(self.owner, self.owner, self.model, True)
+            result = self.program.call(call, complete, more, complete)
+            if result is not OTHER:
+                return result
         return self.otherwise(*args, **kwargs)

@@ -81,19 +81,15 @@ class RunningCall:
         owner: whose graphs it uses: a decorated function's backend, or what torch.compile made of one.
         caller: whom its figures belong to: the module that a decorated method was called on, else the owner.
         module: the module that a function is called on; None for others.
-        weights: the tensors that are attributes of its graph, where they were looked up for this call.
+        fast: whether nobody has evaluated Dynamo's guards.
     """
 
-    __slots__ = ("caller", "module", "owner", "weights")
+    __slots__ = ("caller", "fast", "module", "owner")
 
     def __init__(
-        self,
-        owner: object,
-        caller: object,
-        module: torch.nn.Module | None = None,
-        weights: Sequence[torch.Tensor] | None = None,
+        self, owner: object, caller: object, module: torch.nn.Module | None = None, fast: bool = False
     ) -> None:
-        self.owner, self.caller, self.module, self.weights = owner, caller, module, weights
+        self.owner, self.caller, self.module, self.fast = owner, caller, module, fast
 
 
 #: The innermost running call of this thread or task.

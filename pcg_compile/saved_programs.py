@@ -247,7 +247,7 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
         compiled: Any = torch.compile(model, backend="pcg", options=content["options"], dynamic=content["dynamic"])
         program = _program(content, code, function, module, others, path)
         owner = wrapper_of(compiled)
-        program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner))
+        program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner, program.weights))
         compiled.forward = ModuleCalls(program, model, owner, compiled.forward)
         return compiled
     if decorated is not None:
@@ -261,7 +261,7 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
         decorated = wrapper.__pcg_function__
     backend = decorated.backend
     program = _program(content, code, decorated.own, module, others, path)
-    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend))
+    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend, program.weights))
     decorated.fast = (program, *decorated.fast)
     return wrapper
 
