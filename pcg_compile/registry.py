@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -241,7 +241,11 @@ def stats(compiled: Any = None) -> Stats:
     Raises:
         TypeError: ``compiled`` was not compiled by pcg, nor is any part of it.
     """
-    return Stats.total([entry.counters.snapshot(callers) for entry, callers in _entries(compiled)])
+    entries = _entries(compiled)
+    of_graphs = [runtime.caches(callers) for entry, callers in entries if (runtime := entry.runtime()) is not None]
+    caches = {id(cache): cache for found in of_graphs for cache in found}
+    total = Stats.total([entry.counters.snapshot(callers) for entry, callers in entries])
+    return replace(total, workspaces=sum(cache.workspace_nbytes() for cache in caches.values()))
 
 
 def expect(compiled: Any = None, /, **increase: int) -> Any:

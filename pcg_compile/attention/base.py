@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -153,6 +153,10 @@ class AttentionImpl(ABC):
     @abstractmethod
     def plan(self, prepared: Prepared) -> Any:
         """What :meth:`bind`'s callables need for one batch: from host arrays and device metadata, without a sync."""
+
+    def workspaces(self) -> Sequence[Any]:
+        """Tensors that this shape keeps for its plans, beside those that shapes share (``cache.workspaces``)."""
+        return ()
 
     def enqueue(self, plan: Any) -> None:  # noqa: B027 - most implementations have none
         """The plan's own work on the device, ahead of all layers; part of a full CUDA graph."""

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..errors import BatchError, OptionsError, message
 from .base import AttentionImpl, AttentionShape, Layer
@@ -111,6 +112,11 @@ class PagedKVCache(StepMetadata):
                 raise OptionsError(message(f"PagedKVCache({name}={given!r})", why=why))
             per_head = scale.to(self.device).expand(self.num_kv_heads)
             return [per_head.clone() for _ in range(self.num_layers)]
+
+    def workspace_nbytes(self) -> int:
+        """Bytes that attention has taken for partial results and plans, beside the cache itself."""
+        held = tree_leaves([self.workspaces, *(impl.workspaces() for impl in self._impls.values())])
+        return sum(tensor.nbytes for tensor in held)
 
     def layer(self, index: int, sinks: torch.Tensor | None, slopes: torch.Tensor | None) -> Layer:
         """What attention reads of a layer beside its keys and values."""

@@ -12,7 +12,7 @@ FA2, not FA3: it splits long KV sequences over thread blocks, which decode reque
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,6 +179,9 @@ class FlashInferAttention(AttentionImpl):
                 pinned.sent()
             qo_indptr, kv_indptr, last_page_len, _, kv_indices = prepared.arrays
             return _Plan((floats, self._ints, info), (qo_indptr, kv_indptr, kv_indices, last_page_len))
+
+    def workspaces(self) -> Sequence[Any]:
+        return [self._ints]
 
     def _grow(self, error: str) -> bool:
         """Doubles the workspace that a plan overflowed; False where that was not what went wrong."""

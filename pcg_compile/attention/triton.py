@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,6 +124,9 @@ class TritonAttention(AttentionImpl):
                 schedule = self._schedules[key] = kernels.new_schedule(key[1])
         schedule = schedule._replace(most=most)
         return _Plan(kernels, schedule, requests, qo_indptr, kv_indptr, kv_lens, kv_indices, spans)
+
+    def workspaces(self) -> Sequence[Any]:
+        return [schedule[:2] for schedule in self._schedules.values()]
 
     def enqueue(self, plan: _Plan) -> None:
         with torch.cuda.device(self.device) if self._elsewhere() else nullcontext():

@@ -237,6 +237,11 @@ class GraphState:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
         return sizes[0] if len(sizes) == 1 else sizes
 
+    def caches(self, callers: Sequence[object] | None = None) -> list[Any]:
+        """The caches that steps of some callers, or all, have used."""
+        bindings = self.bindings if callers is None else [b for one in callers for b in self.bindings_of(one)]
+        return [cache for b in bindings if b.cache is not None and (cache := b.cache()) is not None]
+
     def nbytes(self, caller: object | None = None) -> int:
         """Bytes that captured graphs and their static memory hold, of one caller or all."""
         return self.shared.engine.nbytes() + sum(binding.nbytes() for binding in self.bindings_of(caller))
