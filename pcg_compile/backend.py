@@ -132,7 +132,7 @@ class _Graph:
 def compile_graph(
     gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, weights: Weights | None = None
 ) -> Any:
-    """Compiles one Dynamo graph for its owner (see :class:`_Graph`); calls leave out the inputs that are ``weights``."""
+    """Compiles one Dynamo graph for its owner (see :class:`_Graph`); calls of it leave out ``weights``."""
     watch_traces()
     floats = {node.name: value for node, value in changing_floats(gm, traced_code()).items()}
     graph_handed()
