@@ -14,6 +14,8 @@ import torch
 from .argument_form import ArgumentForm, Binder, Product
 from .fast_calls import OTHER, FastCall
 from .fx.graph_data import decode, decode_expression, graph_from_data, import_name
+from .lora.packed import renumbered
+from .lora.routing import routers_of
 from .registry import RUNNING_CALL, RunningCall, runtimes_of_caller
 from .torch_compat.dynamo_calls import GlobalState, function_of_code
 from .torch_compat.inductor import inductor_misses
@@ -41,6 +43,8 @@ class SavedProgram(FastCall):
         form = _form_of(content["form"], list(self.trace.symbols.values()), self.conditions)
         weights = Weights.at(content["weights"] or [], module, others)
         weights.of(module)
+        roots = [*([module] if module is not None else []), *others]
+        self._pools = dict(zip(content["pools"], (router.id for router in routers_of(*roots)), strict=True))
         names = {name: _imported(value) for name, value in content["globals"].items() if value}
         self._graph = next(name for name, value in content["globals"].items() if not value)
         names[self._graph] = self._run_graph
@@ -69,6 +73,8 @@ class SavedProgram(FastCall):
     def _made(self) -> Callable[..., Any]:
         content, trace = self.content, self.trace
         gm = graph_from_data(content["graph"])
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.pcg.lora):
+            node.args = (*node.args[:-1], renumbered(node.args[-1], self._pools))
         inputs = []
         for node, data in zip(gm.graph.find_nodes(op="placeholder"), content["inputs"], strict=True):
             if len(data) == 2:

@@ -10,6 +10,7 @@ is safe, and take a fraction of what tracing and compiling take. Captured graphs
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import marshal
 import os
@@ -29,6 +30,7 @@ from .errors import OptionsError, ProgramError, message
 from .fast_calls import TracedGraph
 from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
 from .loaded_programs import ModuleCalls, SavedProgram
+from .lora.routing import routers_of
 from .options import Options
 from .piecewise import CompiledFunction, decorate, modules_of
 from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, versions
@@ -40,7 +42,8 @@ from .weights import WeightsChanged
 
 __all__ = ["load", "save"]
 
-_FORMAT = 1
+_FORMAT = 2
+_PARTS = ("program.json", "code", "inductor", "digest")
 #: What reading a file raises that is no program, or not all of one.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError,
@@ -49,7 +52,7 @@ _DAMAGE = (
 #: What a file must have.
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("versions", "device", "options", "model", "form", "globals"), dict),
-    **dict.fromkeys(("sources", "graph", "inputs", "symbols", "conditions", "layouts", "state"), list),
+    **dict.fromkeys(("sources", "graph", "inputs", "symbols", "conditions", "layouts", "state", "pools"), list),
     **dict.fromkeys(("way", "guards", "name"), str),
     "dynamic": (dict, bool, type(None)),
     "weights": (list, type(None)),
@@ -85,11 +88,16 @@ def save(compiled: Any, path: str | os.PathLike[str]) -> None:
             raise _refused("what Inductor compiled: its caches are off, and it keeps nothing that could be saved")
         artifacts = saved[0]
     beside = f"{os.fspath(path)}.{os.getpid()}"
+    parts = (json.dumps(content).encode(), marshal.dumps(code), artifacts)
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("program.json", json.dumps(content))
-        file.writestr("code", marshal.dumps(code))
-        file.writestr("inductor", artifacts)
+        for name, part in zip(_PARTS, (*parts, _digest(parts)), strict=True):
+            file.writestr(name, part)
     os.replace(beside, path)
+
+
+def _digest(parts: Sequence[bytes]) -> bytes:
+    """What tells a file that was changed after it was written; it proves nothing about who wrote it."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def _refused(what: str) -> ProgramError:
@@ -176,6 +184,7 @@ def _content(
         "form": _form_data(form),
         "state": list(traced.state.saved()),
         "weights": traced.weights.places if traced.weights is not None else None,
+        "pools": [router.id for router in routers_of(*_roots(model, others))],
         "globals": globals_of_code(traced.code, plain.__globals__, [code.co_names for code in traced.codes]),
     }
     return content, traced.code
@@ -269,7 +278,10 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes]:
     try:
         with zipfile.ZipFile(path) as file:
-            content = json.loads(file.read("program.json"))
+            *parts, digest = map(file.read, _PARTS)
+            if _digest(parts) != digest:
+                raise ValueError("it was changed after it was written")
+            content = json.loads(parts[0])
             if content["format"] != _FORMAT:
                 raise different("the format of programs", content["format"], _FORMAT, path)
             if content["versions"]["Python"] != platform.python_version():
@@ -278,10 +290,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes
             for name, kinds in _CONTENT.items():
                 if not isinstance(content[name], kinds):
                     raise ValueError(f"{name} is a {type(content[name]).__name__}")
-            code = marshal.loads(file.read("code"))
+            code = marshal.loads(parts[1])
             if not isinstance(code, CodeType):
                 raise ValueError("its code is none")
-            return content, code, file.read("inductor")
+            return content, code, parts[2]
     except FileNotFoundError:
         raise
     except _DAMAGE as error:
