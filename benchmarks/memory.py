@@ -16,7 +16,7 @@ from .common import Results, one_line
 from .compiled import Compiled
 from .limit import Breakable
 from .models import make_cache, make_lists, make_model, shape_of
-from .variants import Eager, NotHere, Pcg, PcgFullGraph, Variant, World
+from .variants import NotHere, Pcg, PcgFullGraph, Variant, World
 
 __all__ = ["add_arguments", "run"]
 
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 _NOTES = {
-    "device_mib": "memory of the process on the device: rise from behind an eager step of the largest size",
-    "workspaces_mib": "of these, what attention keeps for partial results and plans (pcg.stats(...).workspaces)",
-    "graphs_mib": "the others: captured graphs, static memory",
-    "allocated_mib": "rise of what torch has allocated, workspaces left out",
+    "device_mib": "memory of the process on the device: rise while the buckets are captured, for the second time, so "
+    "kernels are loaded and workspaces made",
+    "reserved_mib": "of these, what torch has reserved",
     "peak_mib": "most that torch had reserved meanwhile, over what it had before",
+    "workspaces_mib": "not among them: what attention keeps for partial results and plans (pcg.stats(...).workspaces)",
 }
 
 
@@ -66,31 +66,41 @@ def _measure(world: World, way: str) -> dict[str, Any]:
     if isinstance(variant, Breakable):
         compiled = world.built["compile"] = Compiled(world)
         compiled.build(largest)
+        variant.build(largest)
     else:
-        with Eager(world).enter(largest) as call:
-            call()
-    before = _now(world)
+        variant.build(largest)
+        pcg.reset(variant.model)
+
+    def capture() -> Any:
+        if isinstance(variant, Breakable):
+            return _capture_breakable(world, variant)
+        batch = largest.batch()
+        with pcg.step(batch, world.cache):
+            pcg.warmup(variant.model, largest.ids, batch.positions, buckets=list(world.sizes), progress=False)
+        return None
+
+    if isinstance(variant, Breakable):
+        capture()
+        variant.done()
+    before = _now(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    variant.build(largest)
-    kept = _capture_breakable(world, variant) if isinstance(variant, Breakable) else variant
-    after = _now(world)
+    kept = capture()
     peak = torch.cuda.max_memory_reserved(world.device) if world.device.type == "cuda" else 0
-    device, allocated, workspaces, reserved = (new - old for new, old in zip(after, before, strict=True))
+    after = _now(world.device)
+    del kept
     row = {
-        "device_mib": device,
-        "workspaces_mib": workspaces,
-        "graphs_mib": device - workspaces,
-        "allocated_mib": allocated - workspaces,
-        "reserved_mib": reserved,
-        "peak_mib": peak - (after[3] - reserved),
+        "device_mib": after[0] - before[0],
+        "reserved_mib": after[1] - before[1],
+        "peak_mib": peak - before[1],
+        "workspaces_mib": world.cache.workspace_nbytes(),
     }
+    found: dict[str, Any] = {name: round(value / 2**20, 1) for name, value in row.items()}
     if not isinstance(variant, Breakable):
         stats = pcg.stats(variant.model)
-        print("\n".join(f.reason for f in stats.fallbacks), end="")
-        assert world.device.type == "cpu" or stats.workspaces == world.cache.workspace_nbytes()
-    del kept
-    return {name: round(value / 2**20, 1) for name, value in row.items()}
+        assert stats.workspaces == world.cache.workspace_nbytes()
+        found |= {"captured": stats.captured, "fallbacks": [f.reason for f in stats.fallbacks] or None}
+    return found
 
 
 def _capture_breakable(world: World, variant: Breakable) -> list[Any]:
@@ -119,14 +129,12 @@ def _capture_breakable(world: World, variant: Breakable) -> list[Any]:
     return [*kept, inputs]
 
 
-def _now(world: World) -> tuple[int, int, int, int]:
-    """Bytes of the process on the device, allocated, of workspaces, reserved."""
+def _now(device: torch.device) -> tuple[int, int]:
+    """Bytes of the process on the device, and of these what torch has reserved."""
     gc.collect()
-    workspaces = world.cache.workspace_nbytes()
-    if world.device.type != "cuda":
-        return 0, 0, workspaces, 0
-    torch.cuda.synchronize(world.device)
+    if device.type != "cuda":
+        return 0, 0
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(world.device)
-    allocated, reserved = (f(world.device) for f in (torch.cuda.memory_allocated, torch.cuda.memory_reserved))
-    return total - free, allocated, workspaces, reserved
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, torch.cuda.memory_reserved(device)

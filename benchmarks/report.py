@@ -189,7 +189,7 @@ def _serve(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _memory(rows: Sequence[Row]) -> list[Panel]:
-    return [("bars", series(rows, "buckets", "graphs_mib", "way"), ("buckets", "MiB", "memory of warming up"))]
+    return [("bars", series(rows, "buckets", "device_mib", "way"), ("buckets", "MiB", "memory of warming up"))]
 
 
 def _startup(rows: Sequence[Row]) -> list[Panel]:
