@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .argument_form import ArgumentForm, Binder, Product
+from .argument_form import ArgumentForm, Binder
 from .fast_calls import OTHER, FastCall
 from .fx.graph_data import decode, decode_expression, graph_from_data, import_name
 from .lora.packed import renumbered
@@ -34,13 +34,15 @@ class SavedProgram(FastCall):
         content: Mapping[str, Any],
         code: CodeType,
         function: Any,
+        compile_graph: Callable[..., Callable[..., Any]],
         module: torch.nn.Module | None,
         others: Sequence[torch.nn.Module],
     ) -> None:
         self.content = content
         self.trace = RestoredTrace([tuple(symbol) for symbol in content["symbols"]])
         self.conditions = [decode_expression(one, self.trace.symbols) for one in content["conditions"]]
-        form = _form_of(content["form"], list(self.trace.symbols.values()), self.conditions)
+        fields = {name: decode(value, {}) for name, value in content["form"].items()}
+        form = ArgumentForm(**fields, symbols=tuple(self.trace.symbols.values()), conditions=self.conditions)
         weights = Weights.at(content["weights"] or [], module, others)
         weights.of(module)
         roots = [*([module] if module is not None else []), *others]
@@ -54,10 +56,6 @@ class SavedProgram(FastCall):
         )
         self._lock = threading.Lock()
         self._run: Callable[..., Any] | None = None
-        self._compile: Callable[[Any, list[Any]], Callable[..., Any]] | None = None
-
-    def compile_with(self, compile_graph: Callable[[Any, list[Any]], Callable[..., Any]]) -> None:
-        """Sets what makes a program of a graph."""
         self._compile = compile_graph
 
     def _run_graph(self, *args: Any) -> Any:
@@ -88,22 +86,14 @@ class SavedProgram(FastCall):
             inputs.append(value)
         layouts = [decode_expression(one, trace.symbols) for one in content["layouts"]]
         before = inductor_misses()
-        assert self._compile is not None
         with trace.running(self.conditions, layouts):
-            run = self._compile(gm, inputs)
+            run = self._compile(gm, inputs, weights=self.weights)
         again = inductor_misses() - before
         if again and content["options"]["compiler"] == "inductor":
             running = RUNNING_CALL.get()
             for runtime in runtimes_of_caller(running.caller if running is not None else None):
                 runtime.shared.counters.fall_back(f"Inductor compiled {again} pieces of a saved program again")
         return run
-
-
-def _form_of(data: Mapping[str, Any], symbols: Sequence[Any], conditions: Sequence[Any]) -> ArgumentForm:
-    found = {name: decode(value, {}) for name, value in data.items() if name != "derived"}
-    found["constants"] = [(i, import_name(c[""]) if isinstance(c, dict) else c) for i, c in found["constants"]]
-    derived = [(i, d, stride, Product(factor, tuple(places))) for i, d, stride, factor, places in data["derived"]]
-    return ArgumentForm(**found, derived=derived, symbols=tuple(symbols), conditions=list(conditions))
 
 
 def _imported(value: Sequence[str]) -> Any:

@@ -24,7 +24,7 @@ from .lora.packed import renumbered
 from .lora.routing import routers_of
 from .version import __version__
 
-__all__ = ["check_sources", "compare", "device_data", "different", "model_data", "sources_data", "versions"]
+__all__ = ["check_sources", "compare", "device_data", "different", "model_data", "sources_data", "unfit", "versions"]
 
 _TORCH, _OWN = (os.path.dirname(str(file)) + os.sep for file in (torch.__file__, __file__))
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
@@ -227,9 +227,14 @@ def different(what: str, saved: Any, here: Any, path: Any) -> ProgramError:
     if isinstance(saved, list) and isinstance(here, list):
         # What differs, of long lists of attributes.
         saved, here = [s for s in saved if s not in here] or saved, [h for h in here if h not in saved] or here
+    return unfit(f"{what} is {here} here, and was {saved} when it was saved", path)
+
+
+def unfit(text: str, path: Any) -> ProgramError:
+    """The error for a program that means nothing here."""
     return ProgramError(
         message(
-            f"{os.fspath(path)} does not fit: {what} is {here} here, and was {saved} when it was saved",
+            f"{os.fspath(path)} does not fit: {text}",
             why="A program is right only for what it was made for.",
             cure="Compile the model as usual, and save it again: pcg.save(compiled, path)",
         )

@@ -18,12 +18,13 @@ import platform
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import CodeType
 from typing import Any
 
 import torch
 
-from .argument_form import ArgumentForm, NoFastCall, named_constant
+from .argument_form import ArgumentForm, NoFastCall
 from .backend import compile_graph
 from .counters import Counters
 from .errors import OptionsError, ProgramError, message
@@ -33,7 +34,7 @@ from .loaded_programs import ModuleCalls, SavedProgram
 from .lora.routing import routers_of
 from .options import Options
 from .piecewise import CompiledFunction, decorate, modules_of
-from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, versions
+from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, unfit, versions
 from .registry import graphs_of
 from .torch_compat.dynamo_calls import globals_of_code, name_of_source
 from .torch_compat.dynamo_wrappers import wrapper_of
@@ -45,18 +46,7 @@ __all__ = ["load", "save"]
 _FORMAT = 2
 _PARTS = ("program.json", "code", "inductor", "digest")
 #: What reading a file raises that is no program, or not all of one.
-_DAMAGE = (
-    zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError,
-    RecursionError,
-)  # fmt: skip
-#: What a file must have.
-_CONTENT: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("versions", "device", "options", "model", "form", "globals"), dict),
-    **dict.fromkeys(("sources", "graph", "inputs", "symbols", "conditions", "layouts", "state", "pools"), list),
-    **dict.fromkeys(("way", "guards", "name"), str),
-    "dynamic": (dict, bool, type(None)),
-    "weights": (list, type(None)),
-}
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError)
 _TRUST = "A program holds code: load only files that you trust."
 
 
@@ -206,11 +196,8 @@ def _input_data(node: Any, spec: Any, traced: TracedGraph) -> list[Any]:
 
 
 def _form_data(form: ArgumentForm) -> dict[str, Any]:
-    found = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
-    del found["symbols"], found["conditions"]
-    derived = [[i, d, stride, product.factor, list(product.places)] for i, d, stride, product in form.derived]
-    found["constants"] = [(i, {"": named_constant(c)} if named_constant(c) else c) for i, c in form.constants]
-    return {name: encode(value) for name, value in found.items() if name != "derived"} | {"derived": derived}
+    names = [field.name for field in dataclasses.fields(form) if field.name not in ("symbols", "conditions")]
+    return {name: encode(getattr(form, name)) for name in names}
 
 
 def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
@@ -252,11 +239,18 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
         compare(name, there.get(name, "missing"), here.get(name, "missing"), path)
     if artifacts:
         torch.compiler.load_cache_artifacts(artifacts)
+
+    def program_of(function: Any, owner: object) -> SavedProgram:
+        compile_it = partial(compile_graph, options=saved, owner=owner)
+        try:
+            return SavedProgram(content, code, function, compile_it, module, others)
+        except (WeightsChanged, ImportError) as error:
+            raise unfit(str(error), path) from error
+
     if content["way"] == "torch.compile":
         compiled: Any = torch.compile(model, backend="pcg", options=content["options"], dynamic=content["dynamic"])
-        program = _program(content, code, function, module, others, path)
         owner = wrapper_of(compiled)
-        program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner, program.weights))
+        program = program_of(function, owner)
         compiled.forward = ModuleCalls(program, model, owner, compiled.forward)
         return compiled
     if decorated is not None:
@@ -268,9 +262,7 @@ def load(model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
             dynamic = {name: tuple(dims) if isinstance(dims, list) else dims for name, dims in dynamic.items()}
         wrapper = decorate(function, dynamic, content["guards"], saved)
         decorated = wrapper.__pcg_function__
-    backend = decorated.backend
-    program = _program(content, code, decorated.own, module, others, path)
-    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend, program.weights))
+    program = program_of(decorated.own, decorated.backend)
     decorated.fast = (program, *decorated.fast)
     return wrapper
 
@@ -287,13 +279,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes
             if content["versions"]["Python"] != platform.python_version():
                 # Its code could not even be read; the caller compares versions first.
                 return content, (lambda: None).__code__, b""
-            for name, kinds in _CONTENT.items():
-                if not isinstance(content[name], kinds):
-                    raise ValueError(f"{name} is a {type(content[name]).__name__}")
-            code = marshal.loads(parts[1])
-            if not isinstance(code, CodeType):
-                raise ValueError("its code is none")
-            return content, code, parts[2]
+            return content, marshal.loads(parts[1]), parts[2]
     except FileNotFoundError:
         raise
     except _DAMAGE as error:
@@ -324,23 +310,3 @@ def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.
     if module is None and isinstance(getattr(function, "__self__", None), torch.nn.Module):
         module = function.__self__
     return function, module
-
-
-def _program(
-    content: Mapping[str, Any],
-    code: CodeType,
-    function: Any,
-    module: torch.nn.Module | None,
-    others: Sequence[torch.nn.Module],
-    path: Any,
-) -> SavedProgram:
-    try:
-        return SavedProgram(content, code, function, module, others)
-    except (WeightsChanged, KeyError, ValueError, TypeError, ImportError, AttributeError) as error:
-        raise ProgramError(
-            message(
-                f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error})",
-                why=_TRUST,
-                cure="Write it again: pcg.save(compiled, path)",
-            )
-        ) from error

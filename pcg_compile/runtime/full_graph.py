@@ -139,6 +139,7 @@ class FullGraph:
                 numbers = [self.at[s] for s in item.piece.symbols]
                 results = self.functions[item.index](*numbers, *(env[node] for node in item.piece.inputs))
                 env.update(zip(item.outputs, results, strict=True))
+                del results  # the next piece may use the memory of what it does not read
             elif item.op.bind_full_graph is None:
                 self._run_split_op(item, env)
             for node in self._ends.get(item.index, ()):
@@ -177,11 +178,6 @@ class FullGraph:
     def _number(self, argument: Any) -> Any:
         return evaluate(self.shared.plan.value(argument), self.at) if isinstance(argument, fx.Node) else argument
 
-    def give_up(self) -> None:
-        """Has steps run piece by piece from now on."""
-        self.wanted = False
-        self.captured_graphs.clear()
-
     # -- warm-up ----------------------------------------------------------------------------------------------
 
     def warm_up(self, between_pieces: Callable[[], Any]) -> None:
@@ -205,7 +201,7 @@ class FullGraph:
             counters.bucket(self.name).attention = f"{chosen} ({times})"
         _set_longest(step, None)
         if not self.wanted:
-            self.give_up()
+            self.captured_graphs.clear()
         elif step is not None and paged:
             for _ in step.each_kind(self.at_tokens()):
                 self.run()
