@@ -245,3 +245,14 @@ def test_results_are_copied_out_of_memory_that_results_are_copied_to():
     alone = SimpleNamespace(outputs={"a": memory[:4]})
     assert FullGraph._apart(alone, memory[:4], memory[:4]) is not None
     assert FullGraph._apart(alone, memory[8:], memory[:4]).data_ptr() == memory[8:].data_ptr()
+
+
+def test_workspaces_of_attention_are_reported_apart():
+    model = Model().eval()
+    compiled = piecewise(model)
+    traffic = Traffic()
+    traffic.check(model, compiled, {1: 5})
+    assert pcg.stats(compiled).workspaces == 0 and "workspaces" not in str(pcg.stats(compiled))
+    traffic.caches[1].workspaces["partial results"] = {16: torch.empty(1 << 18)}
+    assert pcg.stats(compiled).workspaces == 1 << 20
+    assert "attention's workspaces: 1.0 MiB" in str(pcg.stats(compiled))
