@@ -15,6 +15,7 @@ import torch
 import pcg_compile as pcg
 from pcg_compile.registry import runtimes
 from pcg_compile.step import require_step
+from pcg_compile.torch_compat.cuda import data_ptrs_equal
 
 from .common import Results, median_us
 from .models import SHAPES, Lists, Llama, dtype_of, make_cache, make_lists, make_model, share
@@ -60,10 +61,10 @@ def run(args: argparse.Namespace) -> None:
 
 _NOTES = {
     "call_us": "the compiled model, its program emptied: guards, entry, inputs in, outputs out",
-    "first_launch_us": "from the caller's line to the launch of the first kernel, which copies the inputs: all checks",
-    "entry_us": "of these, what comes before pcg's runtime",
-    "runtime_us": "of these, pcg's runtime: choice of the program, address check, inputs in, outputs out",
-    "address_check_us": "of these, the comparison of all addresses",
+    "entry_us": "from the caller's line to pcg's runtime",
+    "first_launch_us": "to the launch of the first kernel, which copies the inputs",
+    "first_replay_us": "to the first replay: inputs launched, weights and addresses compared",
+    "address_check_us": "of these, the comparison of the addresses of all parameters",
     "glue_us": "a program of as many calls as the model's that do nothing, less these calls",
     "batch_us": "Batch() from Python lists; batch_of_arrays_us: from arrays",
     "step_us": "entering and leaving the step, positions to the device included",
@@ -85,67 +86,60 @@ def _entry(compiled: Any, cache: pcg.PagedKVCache, lists: Lists, repeats: int) -
         call()
         call()
         (runtime,) = runtimes(compiled)
-        program = next(p for b in runtime.bindings for sizes, p in b.steps.items() if _TOKENS in sizes)
-        arguments = _arguments(runtime, call)
+        binding, program = next((b, p) for b in runtime.bindings for s, p in b.steps.items() if _TOKENS in s)
         body, pieces = program.body, program.replays
         calls = body.calls
         full = median_us(call, max(3, repeats // 20), cache.device)
         body.calls = ()
         emptied = median_us(call, repeats)
-        launched = _first_launch_us(program, call, repeats)
-        inside = median_us(lambda: runtime(*arguments), repeats)
-        check = median_us(lambda: runtime.binding(arguments, require_step("a benchmark")), repeats)
+        marks = _marks(runtime, program, call, repeats)
+        parameters = [parameter() for parameter, _ in binding.parameters]
+        addresses = [address for _, address in binding.parameters]
+        places = list(range(len(parameters)))
+        check = median_us(lambda: data_ptrs_equal(list(parameters), addresses, places), repeats)
         body.calls = (_nothing,) * len(calls)
-        nothing = median_us(lambda: runtime(*arguments), repeats)
+        nothing = median_us(call, repeats)
         loop = median_us(lambda: [call() for call in body.calls], repeats)
         body.calls = calls
     return {
         "pieces": pieces,
         "calls": len(calls),
-        "arguments": len(arguments),
+        "parameters": len(parameters),
         "full_us": full,
         "call_us": emptied,
-        "first_launch_us": launched,
-        "entry_us": round(emptied - inside, 2),
-        "runtime_us": inside,
+        **marks,
         "address_check_us": check,
-        "glue_us": round(nothing - loop, 2),
+        "glue_us": round(nothing - emptied - loop, 2),
     }
 
 
-def _first_launch_us(program: Any, call: Callable[[], Any], repeats: int) -> float:
-    """Host time from a call to the beginning of its program."""
-    times: list[float] = []
-    loads = program._load_calls
-    program._load_calls = (lambda: times.append(time.perf_counter() - began), *loads)
+def _marks(runtime: Any, program: Any, call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Host time from a call until it reaches pcg's runtime, its first launch, and its first replay."""
+    times: dict[str, list[float]] = {"entry_us": [], "first_launch_us": [], "first_replay_us": []}
+    began, loads, sizes_of = 0.0, program._load_calls, runtime.sizes_of
+
+    def reached(name: str) -> None:
+        times[name].append(time.perf_counter() - began)
+
+    def entered(args: Any) -> Any:
+        reached("entry_us")
+        return sizes_of(args)
+
+    runtime.sizes_of = entered
+    program._load_calls = (lambda: reached("first_launch_us"), *loads)
+    program.body.calls = (lambda: reached("first_replay_us"),)
     try:
         for _ in range(repeats):
             began = time.perf_counter()
             call()
     finally:
-        program._load_calls = loads
-    return round(1e6 * statistics.median(times), 2)
+        del runtime.sizes_of
+        program._load_calls, program.body.calls = loads, ()
+    return {name: round(1e6 * statistics.median(found), 2) for name, found in times.items()}
 
 
 def _nothing() -> None:
     return None
-
-
-def _arguments(runtime: Any, call: Callable[[], Any]) -> list[Any]:
-    """What Dynamo passes to the runtime."""
-    seen: list[Any] = []
-    original = runtime.sizes_of
-
-    def spy(args: Any) -> Any:
-        seen[:] = args
-        return original(args)
-
-    runtime.sizes_of = spy
-    try:
-        call()
-    finally:
-        del runtime.sizes_of
-    return seen
 
 
 def _metadata(shape: Any, device: torch.device, requests: int, repeats: int) -> dict[str, Any]:

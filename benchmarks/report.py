@@ -172,14 +172,24 @@ def _step(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _host(rows: Sequence[Row]) -> list[Panel]:
-    parts = ("entry_us", "runtime_us", "address_check_us", "glue_us")
-    entry = {part: [(row["way"], row[part]) for row in rows if row["what"] == "entry"] for part in parts}
+    parts = ("entry_us", "first_launch_us", "first_replay_us", "address_check_us")
+    entry = {p: [(r["way"], r[p]) for r in rows if r["what"] == "entry" and p in r] for p in parts}
     times = ("batch_us", "batch_of_arrays_us", "step_us", "prepare_us", "plan_us", "total_us")
     metadata = {t: [(r["requests"], r[t]) for r in rows if r["what"] == "metadata" and t in r] for t in times}
     return [
         ("bars", {k: v for k, v in entry.items() if v}, ("", "us", "a call, without what it runs")),
         ("lines", {k: v for k, v in metadata.items() if v}, ("requests", "us", "a step's metadata")),
     ]
+
+
+def _serve(rows: Sequence[Row]) -> list[Panel]:
+    loops = {"at once": "at_once_ms", "late": "late_ms", "no wait": "no_wait_ms"}
+    named = [{**row, "name": f"{row['way']}, {loop}", "ms": row[key]} for row in rows for loop, key in loops.items()]
+    return [("bars", series(named, "requests", "ms", "name"), ("requests", "ms", "a decode step"))]
+
+
+def _memory(rows: Sequence[Row]) -> list[Panel]:
+    return [("bars", series(rows, "buckets", "device_mib", "way"), ("buckets", "MiB", "memory of warming up"))]
 
 
 def _startup(rows: Sequence[Row]) -> list[Panel]:
@@ -249,6 +259,8 @@ def _lora(rows: Sequence[Row]) -> list[Panel]:
 _PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "step": _step,
     "host": _host,
+    "serve": _serve,
+    "memory": _memory,
     "startup": _startup,
     "capture": _capture,
     "padding": _padding,

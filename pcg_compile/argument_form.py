@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -13,10 +12,11 @@ from typing import Any
 import sympy
 import torch
 
+from .fx.graph_data import named_constant
 from .fx.sizes import expr_of
 from .torch_compat.dynamo_calls import TensorChecks
 
-__all__ = ["ArgumentForm", "Binder", "NoFastCall", "Product", "named_constant"]
+__all__ = ["ArgumentForm", "Binder", "NoFastCall"]
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -47,12 +47,6 @@ def _values(name: str, value: Any, found: dict[str, Any], containers: list[Any])
 def _repeats(values: Sequence[Any]) -> bool:
     """Whether one object is there twice."""
     return len(values) > 1 and len(set(map(id, values))) < len(values)
-
-
-def named_constant(value: Any) -> str:
-    """The dotted name of an object that is one for all calls and processes, such as the mask of every step; or ""."""
-    module, _, name = getattr(type(value), "constant_name", "").rpartition(".")
-    return f"{module}.{name}" if module and getattr(sys.modules.get(module), name, None) is value else ""
 
 
 def _shown(name: str) -> str:
@@ -101,28 +95,17 @@ class Binder:
         return values if used == len(kwargs) else None
 
 
-@dataclass(frozen=True)
-class Product:
-    """A size or stride: a factor times sizes, by their places."""
+def _product(expr: Any, places: Mapping[sympy.Symbol, int]) -> tuple[int, tuple[int, ...]]:
+    """A size or stride as a factor times sizes, these by their places.
 
-    factor: int
-    places: tuple[int, ...]
-
-    @classmethod
-    def of(cls, expr: Any, places: Mapping[sympy.Symbol, int]) -> Product:
-        """The product that an expression is.
-
-        Raises:
-            NoFastCall: it is none.
-        """
-        coefficient, rest = sympy.sympify(expr).as_coeff_Mul()
-        factors: list[Any] = [] if rest == 1 else list(sympy.Mul.make_args(rest))
-        if not coefficient.is_Integer or not all(factor in places for factor in factors):
-            raise NoFastCall(f"an argument has a size or stride {expr}, which is no product of sizes")
-        return cls(int(coefficient), tuple(places[factor] for factor in factors))
-
-    def at(self, sizes: Sequence[int]) -> int:
-        return self.factor * prod([sizes[i] for i in self.places])
+    Raises:
+        NoFastCall: it is no such product.
+    """
+    coefficient, rest = sympy.sympify(expr).as_coeff_Mul()
+    factors = [] if rest == 1 else list(sympy.Mul.make_args(rest))
+    if not coefficient.is_Integer or not all(factor in places for factor in factors):
+        raise NoFastCall(f"an argument has a size or stride {expr}, which is no product of sizes")
+    return int(coefficient), tuple(places[factor] for factor in factors)
 
 
 @dataclass
@@ -135,7 +118,8 @@ class ArgumentForm:
         tensors: (place, dtype, device, whether it requires gradients, is a parameter, comes from inference mode);
             sizes, strides: of each tensor, None where they may differ, or Dynamo has not looked.
         symbols: the dynamic sizes; sources: where each comes from: (place, dimension), or (place, -1) for an int.
-        derived: what follows from these: (place, dimension, whether it is a stride, product); dimension -1 for an int.
+        derived: what follows from these: (place, dimension, whether it is a stride, factor, places of sizes), the
+            product of these; dimension -1 for an int.
         conditions: on the symbols.
     """
 
@@ -149,7 +133,7 @@ class ArgumentForm:
     strides: list[list[int | None]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
     sources: list[tuple[int, int]] = field(default_factory=list)
-    derived: list[tuple[int, int, bool, Product]] = field(default_factory=list)
+    derived: list[tuple[int, int, bool, int, tuple[int, ...]]] = field(default_factory=list)
     conditions: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -233,8 +217,8 @@ class ArgumentForm:
                 into.append([None if isinstance(expr, sympy.Basic) else int(expr) for expr in exprs])
                 for d, expr in enumerate(exprs):
                     if isinstance(expr, sympy.Basic) and (numbers == "stride" or (i, d) not in form.sources):
-                        form.derived.append((i, d, numbers == "stride", Product.of(expr, symbols)))
-        form.derived += [(i, -1, False, Product.of(expr, symbols)) for i, expr in equal]
+                        form.derived.append((i, d, numbers == "stride", *_product(expr, symbols)))
+        form.derived += [(i, -1, False, *_product(expr, symbols)) for i, expr in equal]
         form.symbols = tuple(symbols)
         # Sizes and ints that Dynamo found to be numbers are compared as such.
         found = [one.args for one in conditions if isinstance(one, sympy.Eq) and one.args[1].is_Integer]
@@ -270,9 +254,9 @@ class ArgumentForm:
             if not self.check(*tensors) or _repeats(tensors):
                 return False
         sizes = tuple([values[i].shape[d] if d >= 0 else values[i] for i, d in self.sources])
-        for i, d, stride, product in self.derived:
+        for i, d, stride, factor, places in self.derived:
             given = values[i] if d < 0 else values[i].stride(d) if stride else values[i].shape[d]
-            if given != product.at(sizes):
+            if given != factor * prod([sizes[place] for place in places]):
                 return False
         return sizes in self.known or self._holds_at(sizes)
 

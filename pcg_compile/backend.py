@@ -48,7 +48,7 @@ from .registry import add_runtime, graphs_of_caller, present_caller, reset, runt
 from .report.items import add_plan
 from .runtime.buckets import BucketChooser
 from .runtime.capture import capture_device, engine_for
-from .runtime.runner import GraphRuntime
+from .runtime.runner import GraphRuntime, with_attributes
 from .runtime.shared import Shared
 from .split_ops import check_registration
 from .torch_compat.dynamo_graphs import changing_floats, graph_break_of, is_asked_for, traced_function
@@ -59,6 +59,7 @@ from .torch_compat.guards import layouts_apart, shape_guards
 from .torch_compat.inductor import prepare_inductor, start_inductor_workers
 from .traces import watch_all
 from .uncaptured import Uncaptured, refuse_gradients, refuse_squeezed_sizes, refuse_strange_tensors
+from .weights import Weights
 
 __all__ = ["compile_graph", "pcg", "watched"]
 
@@ -125,26 +126,25 @@ class _Graph:
         self.device, self.fake_mode = capture_device(self.examples), fake_mode_of(self.examples)
 
 
-def compile_graph(gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object) -> Any:
-    """Compiles one Dynamo graph; ``owner`` is the backend that it is compiled by, or what torch.compile made of it."""
+def compile_graph(
+    gm: fx.GraphModule, real_inputs: Sequence[Any], options: Options, owner: object, weights: Weights | None = None
+) -> Any:
+    """Compiles one Dynamo graph for its owner (see :class:`_Graph`); calls of it leave out ``weights``."""
     watch_traces()
     floats = {node.name: value for node, value in changing_floats(gm, traced_code()).items()}
     graph_handed()
     broken = graph_break_of(gm)
-    lifted, weights = attributes_as_inputs(gm)
-    inputs = [*real_inputs, *weights]
-    weights_now = weights_of_call(weights)
+    lifted, tensors = attributes_as_inputs(gm)
+    inputs = [*real_inputs, *tensors]
+    attributes = weights_of_call(tensors) if weights is None else weights.of_call
+    given = len(real_inputs) - (len(weights.places) if weights is not None else 0)
 
     def compile_it(source: fx.GraphModule, given: Sequence[Any]) -> Any:
         return _compile(source, given, options, owner, broken, floats)
 
     subclasses = has_subclasses(inputs) and not torch.is_grad_enabled() and strange_tensor(lifted, inputs) is None
     function = lowered(lifted, inputs, compile_it) if subclasses else compile_it(lifted, inputs)
-    return partial(_with_weights, function, weights_now) if weights_now is not None else function
-
-
-def _with_weights(function: Callable[..., Any], weights: Callable[[], Sequence[torch.Tensor]], *args: Any) -> Any:
-    return function(*args, *weights())
+    return function if attributes is None else with_attributes(function, attributes, given)
 
 
 def _compile(source: fx.GraphModule, inputs: Sequence[Any], options: Options, owner: object, *rest: Any) -> Any:

@@ -144,18 +144,11 @@ def weights_of_call(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[to
         fixed = tuple(tensors)
         return (lambda: fixed) if fixed else None
     try:
-        call.places = weights = Weights(tensors, call.module, call.watch.modules)
+        call.places = Weights(tensors, call.module, call.watch.modules)
     except NoFastCall:
         call.without_attributes = True
         raise
-
-    def of_call() -> Sequence[torch.Tensor]:
-        running = RUNNING_CALL.get()
-        if running is not None and running.weights is not None:
-            return running.weights
-        return weights.of(running.module if running is not None else None)
-
-    return of_call
+    return call.places.of_call
 
 
 class OtherSizes(PCGError):

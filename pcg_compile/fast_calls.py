@@ -19,11 +19,15 @@ from typing import Any
 import torch
 
 from .argument_form import ArgumentForm, Binder, NoFastCall
+from .registry import RUNNING_CALL, RunningCall
 from .torch_compat.dynamo_calls import GlobalState, function_of_code
 from .torch_compat.fake_tensors import FakeTensorMode
-from .weights import Weights
+from .weights import Weights, WeightsChanged
 
-__all__ = ["FastCall", "TracedGraph"]
+__all__ = ["OTHER", "FastCall", "TracedGraph"]
+
+#: The result of a call that goes through Dynamo.
+OTHER = object()
 
 
 @dataclass
@@ -98,18 +102,25 @@ class FastCall:
             raise NoFastCall("torch wraps it, as torch.no_grad does: Dynamo traces a function inside")
         return cls(function_of_code(graph.code, function, {}), binder, graph.form, graph.state, graph.weights)
 
-    def weights_of(
-        self, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Sequence[torch.Tensor] | None:
-        """The tensors that its graph has as attributes, for a call that it may serve; None for any other call.
+    def call(self, call: RunningCall, args: tuple[Any, ...], kwargs: dict[str, Any], given: tuple[Any, ...]) -> Any:
+        """The result of a call, or ``OTHER`` for one that it cannot serve, of which nothing has run.
+
+        Weights are compared inside the graph's runtime, once the device is at work on the arguments.
 
         Args:
-            module: what the function is called on; for a plain function None.
-            args, kwargs: without the module.
+            call: whose it is. args, kwargs: its arguments. given: ``args`` without the module.
         """
         if not self.state.holds():
-            return None
-        values = self.binder(args, kwargs)
+            return OTHER
+        values = self.binder(given, kwargs)
         if values is None or not self.form.accepts(values):
-            return None
-        return self.weights.known(module)
+            return OTHER
+        token = RUNNING_CALL.set(call)
+        try:
+            return self.function(*args, **kwargs)
+        except WeightsChanged as change:
+            if change.moved is not self.weights:
+                raise
+            return OTHER
+        finally:
+            RUNNING_CALL.reset(token)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from .argument_form import ArgumentForm, Binder, Product
-from .fast_calls import FastCall
+from .argument_form import ArgumentForm, Binder
+from .fast_calls import OTHER, FastCall
 from .fx.graph_data import decode, decode_expression, graph_from_data, import_name
+from .lora.packed import renumbered
+from .lora.routing import routers_of
 from .registry import RUNNING_CALL, RunningCall, runtimes_of_caller
 from .torch_compat.dynamo_calls import GlobalState, function_of_code
 from .torch_compat.inductor import inductor_misses
@@ -32,15 +34,19 @@ class SavedProgram(FastCall):
         content: Mapping[str, Any],
         code: CodeType,
         function: Any,
+        compile_graph: Callable[..., Callable[..., Any]],
         module: torch.nn.Module | None,
         others: Sequence[torch.nn.Module],
     ) -> None:
         self.content = content
         self.trace = RestoredTrace([tuple(symbol) for symbol in content["symbols"]])
         self.conditions = [decode_expression(one, self.trace.symbols) for one in content["conditions"]]
-        form = _form_of(content["form"], list(self.trace.symbols.values()), self.conditions)
+        fields = {name: decode(value, {}) for name, value in content["form"].items()}
+        form = ArgumentForm(**fields, symbols=tuple(self.trace.symbols.values()), conditions=self.conditions)
         weights = Weights.at(content["weights"] or [], module, others)
         weights.of(module)
+        roots = [*([module] if module is not None else []), *others]
+        self._pools = dict(zip(content["pools"], (router.id for router in routers_of(*roots)), strict=True))
         names = {name: _imported(value) for name, value in content["globals"].items() if value}
         self._graph = next(name for name, value in content["globals"].items() if not value)
         names[self._graph] = self._run_graph
@@ -50,10 +56,6 @@ class SavedProgram(FastCall):
         )
         self._lock = threading.Lock()
         self._run: Callable[..., Any] | None = None
-        self._compile: Callable[[Any, list[Any]], Callable[..., Any]] | None = None
-
-    def compile_with(self, compile_graph: Callable[[Any, list[Any]], Callable[..., Any]]) -> None:
-        """Sets what makes a program of a graph."""
         self._compile = compile_graph
 
     def _run_graph(self, *args: Any) -> Any:
@@ -64,15 +66,13 @@ class SavedProgram(FastCall):
                 if self._run is None:
                     self._run = self._made()
                 run = self._run
-        if self.content["weights"] is not None:
-            running = RUNNING_CALL.get()
-            assert running is not None and running.weights is not None
-            return run(*args, *running.weights)
         return run(*args)
 
     def _made(self) -> Callable[..., Any]:
         content, trace = self.content, self.trace
         gm = graph_from_data(content["graph"])
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.pcg.lora):
+            node.args = (*node.args[:-1], renumbered(node.args[-1], self._pools))
         inputs = []
         for node, data in zip(gm.graph.find_nodes(op="placeholder"), content["inputs"], strict=True):
             if len(data) == 2:
@@ -86,22 +86,14 @@ class SavedProgram(FastCall):
             inputs.append(value)
         layouts = [decode_expression(one, trace.symbols) for one in content["layouts"]]
         before = inductor_misses()
-        assert self._compile is not None
         with trace.running(self.conditions, layouts):
-            run = self._compile(gm, inputs)
+            run = self._compile(gm, inputs, weights=self.weights)
         again = inductor_misses() - before
         if again and content["options"]["compiler"] == "inductor":
             running = RUNNING_CALL.get()
             for runtime in runtimes_of_caller(running.caller if running is not None else None):
                 runtime.shared.counters.fall_back(f"Inductor compiled {again} pieces of a saved program again")
         return run
-
-
-def _form_of(data: Mapping[str, Any], symbols: Sequence[Any], conditions: Sequence[Any]) -> ArgumentForm:
-    found = {name: decode(value, {}) for name, value in data.items() if name != "derived"}
-    found["constants"] = [(i, import_name(c[""]) if isinstance(c, dict) else c) for i, c in found["constants"]]
-    derived = [(i, d, stride, Product(factor, tuple(places))) for i, d, stride, factor, places in data["derived"]]
-    return ArgumentForm(**found, derived=derived, symbols=tuple(symbols), conditions=list(conditions))
 
 
 def _imported(value: Sequence[str]) -> Any:
@@ -125,11 +117,8 @@ class ModuleCalls:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not calls_hooks(self.model):
             complete, more = completed_call(self.model, args, kwargs)
-            weights = self.program.weights_of(self.model, complete, more)
-            if weights is not None:
-                token = RUNNING_CALL.set(RunningCall(self.owner, self.owner, self.model, weights))
-                try:
-                    return self.program.function(*complete, **more)
-                finally:
-                    RUNNING_CALL.reset(token)
+            call = RunningCall(self.owner, self.owner, self.model, True)
+            result = self.program.call(call, complete, more, complete)
+            if result is not OTHER:
+                return result
         return self.otherwise(*args, **kwargs)

@@ -17,10 +17,10 @@ from .argument_form import NoFastCall
 from .backend import compile_graph
 from .calls import Call, Watch
 from .errors import OptionsError, message
-from .fast_calls import FastCall
+from .fast_calls import OTHER, FastCall
 from .options import Options, OptionsDict
 from .plain_errors import noted, place_of_error, why_untraceable
-from .registry import RUNNING_CALL, RunningCall, reset_backend
+from .registry import RunningCall, reset_backend
 from .torch_compat.dynamo_graphs import trace_failed
 from .torch_compat.dynamo_traces import Marks, compile_for_all_sizes
 from .torch_compat.dynamo_wrappers import inline_when_traced
@@ -118,15 +118,12 @@ class CompiledFunction:
             module, rest = args[0], args[1:]
         if any(_looked_up(look) is not module for look, module in self.references):
             self._start_over("a module that it refers to has been replaced")
-        for fast in self.fast:
-            weights = fast.weights_of(module, rest, kwargs)
-            if weights is not None:
-                caller = module if module is not None else self.backend
-                token = RUNNING_CALL.set(RunningCall(self.backend, caller, module, weights))
-                try:
-                    return fast.function(*args, **kwargs)
-                finally:
-                    RUNNING_CALL.reset(token)
+        if self.fast:
+            call = RunningCall(self.backend, module if module is not None else self.backend, module, True)
+            for fast in self.fast:
+                result = fast.call(call, args, kwargs, rest)
+                if result is not OTHER:
+                    return result
         return self._through_dynamo(module, args, kwargs, True)
 
     def _through_dynamo(

@@ -20,9 +20,11 @@ import torch
 
 from .errors import ProgramError, message
 from .fx.graph_data import CannotSave
+from .lora.packed import renumbered
+from .lora.routing import routers_of
 from .version import __version__
 
-__all__ = ["check_sources", "compare", "device_data", "different", "model_data", "sources_data", "versions"]
+__all__ = ["check_sources", "compare", "device_data", "different", "model_data", "sources_data", "unfit", "versions"]
 
 _TORCH, _OWN = (os.path.dirname(str(file)) + os.sep for file in (torch.__file__, __file__))
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
@@ -122,9 +124,11 @@ def _plain_globals(module: str | None, names: Iterable[str]) -> dict[str, str]:
 def model_data(roots: Sequence[torch.nn.Module], function: Any) -> dict[str, Any]:
     """Of modules: class, attributes, hooks, and the form of parameters and buffers; of a function: its plain closure.
 
-    Attributes are constants of the program: a model with another epsilon or window is another model.
+    Attributes are constants of the program: a model with another epsilon or window is another model. Adapter pools,
+    which have other numbers in each process, are numbered here as the model's layers have them.
     """
     found: dict[str, Any] = {}
+    pools = {router.id: i for i, router in enumerate(routers_of(*roots))}
     classes: dict[type, list[str]] = {}
     for i, root in enumerate(roots):
         for path, one in root.named_modules():
@@ -135,7 +139,10 @@ def model_data(roots: Sequence[torch.nn.Module], function: Any) -> dict[str, Any
             # A forward is traced without the hooks of its own module, but with those of the modules inside.
             hooks = [*one._forward_pre_hooks.values(), *one._forward_hooks.values()] if path else []
             shown = [f"hook {_described(hook)}" for hook in hooks]
-            found[name] = [kind.__qualname__, *_attributes(vars(one)), *classes[kind], *shown]
+            own = dict(vars(one))
+            if own.get("pcg_lora_layout") is not None:
+                own["pcg_lora_layout"] = renumbered(own["pcg_lora_layout"], pools)
+            found[name] = [kind.__qualname__, *_attributes(own), *classes[kind], *shown]
             for key, value in (*one._parameters.items(), *one._buffers.items()):
                 found[f"{name}.{key}".removeprefix("the model.")] = None if value is None else _form(value)
     for key, value in _closure(getattr(function, "__func__", function)):
@@ -199,7 +206,7 @@ def _described(value: Any, depth: int = 0) -> str:
     if hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     name = type(value).__qualname__
-    if depth >= _DEEPEST or isinstance(value, torch.nn.Module):
+    if depth >= _DEEPEST or isinstance(value, torch.nn.Module) or getattr(type(value), "changes_in_calls", False):
         return name
     if isinstance(value, partial):
         return f"{name}{_described((value.func, value.args, value.keywords), depth + 1)}"
@@ -220,9 +227,14 @@ def different(what: str, saved: Any, here: Any, path: Any) -> ProgramError:
     if isinstance(saved, list) and isinstance(here, list):
         # What differs, of long lists of attributes.
         saved, here = [s for s in saved if s not in here] or saved, [h for h in here if h not in saved] or here
+    return unfit(f"{what} is {here} here, and was {saved} when it was saved", path)
+
+
+def unfit(text: str, path: Any) -> ProgramError:
+    """The error for a program that means nothing here."""
     return ProgramError(
         message(
-            f"{os.fspath(path)} does not fit: {what} is {here} here, and was {saved} when it was saved",
+            f"{os.fspath(path)} does not fit: {text}",
             why="A program is right only for what it was made for.",
             cure="Compile the model as usual, and save it again: pcg.save(compiled, path)",
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -81,19 +81,15 @@ class RunningCall:
         owner: whose graphs it uses: a decorated function's backend, or what torch.compile made of one.
         caller: whom its figures belong to: the module that a decorated method was called on, else the owner.
         module: the module that a function is called on; None for others.
-        weights: the tensors that are attributes of its graph, where they were looked up for this call.
+        fast: whether nobody has evaluated Dynamo's guards.
     """
 
-    __slots__ = ("caller", "module", "owner", "weights")
+    __slots__ = ("caller", "fast", "module", "owner")
 
     def __init__(
-        self,
-        owner: object,
-        caller: object,
-        module: torch.nn.Module | None = None,
-        weights: Sequence[torch.Tensor] | None = None,
+        self, owner: object, caller: object, module: torch.nn.Module | None = None, fast: bool = False
     ) -> None:
-        self.owner, self.caller, self.module, self.weights = owner, caller, module, weights
+        self.owner, self.caller, self.module, self.fast = owner, caller, module, fast
 
 
 #: The innermost running call of this thread or task.
@@ -245,7 +241,11 @@ def stats(compiled: Any = None) -> Stats:
     Raises:
         TypeError: ``compiled`` was not compiled by pcg, nor is any part of it.
     """
-    return Stats.total([entry.counters.snapshot(callers) for entry, callers in _entries(compiled)])
+    entries = _entries(compiled)
+    of_graphs = [runtime.caches(callers) for entry, callers in entries if (runtime := entry.runtime()) is not None]
+    caches = {id(cache): cache for found in of_graphs for cache in found}
+    total = Stats.total([entry.counters.snapshot(callers) for entry, callers in entries])
+    return replace(total, workspaces=sum(cache.workspace_nbytes() for cache in caches.values()))
 
 
 def expect(compiled: Any = None, /, **increase: int) -> Any:

@@ -10,28 +10,30 @@ is safe, and take a fraction of what tracing and compiling take. CUDA graphs are
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import marshal
 import os
-import platform
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .argument_form import ArgumentForm, NoFastCall, named_constant
+from .argument_form import ArgumentForm, NoFastCall
 from .backend import compile_graph
 from .counters import Counters
 from .errors import OptionsError, ProgramError, message
 from .fast_calls import TracedGraph
 from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
 from .loaded_programs import ModuleCalls, SavedProgram
+from .lora.routing import routers_of
 from .options import Options, OptionsDict
 from .piecewise import CompiledFunction, decorate, modules_of
-from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, versions
+from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, unfit, versions
 from .registry import graphs_of
 from .torch_compat.dynamo_calls import globals_of_code, name_of_source
 from .torch_compat.dynamo_wrappers import wrapper_of
@@ -43,20 +45,10 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save"]
 
-_FORMAT = 1
+_FORMAT = 2
+_PARTS = ("program.json", "code", "inductor", "digest")
 #: What reading a file raises that is no program, or not all of one.
-_DAMAGE = (
-    zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError, OSError, NotImplementedError,
-    RecursionError,
-)  # fmt: skip
-#: What a file must have.
-_CONTENT: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("versions", "device", "options", "model", "form", "globals"), dict),
-    **dict.fromkeys(("sources", "graph", "inputs", "symbols", "conditions", "layouts", "state"), list),
-    **dict.fromkeys(("way", "guards", "name"), str),
-    "dynamic": (dict, bool, type(None)),
-    "weights": (list, type(None)),
-}
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError)
 _TRUST = "A program holds code: load only files that you trust."
 
 
@@ -88,11 +80,16 @@ def save(compiled: Any, path: str | os.PathLike[str]) -> None:
             raise _refused("what Inductor compiled: its caches are off, and it keeps nothing that could be saved")
         artifacts = saved[0]
     beside = f"{os.fspath(path)}.{os.getpid()}"
+    parts = (json.dumps(content).encode(), marshal.dumps(code), artifacts)
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("program.json", json.dumps(content))
-        file.writestr("code", marshal.dumps(code))
-        file.writestr("inductor", artifacts)
+        for name, part in zip(_PARTS, (*parts, _digest(parts)), strict=True):
+            file.writestr(name, part)
     os.replace(beside, path)
+
+
+def _digest(parts: Sequence[bytes]) -> bytes:
+    """What tells a file that was changed after it was written; it proves nothing about who wrote it."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def _refused(what: str) -> ProgramError:
@@ -179,6 +176,7 @@ def _content(
         "form": _form_data(form),
         "state": list(traced.state.saved()),
         "weights": traced.weights.places if traced.weights is not None else None,
+        "pools": [router.id for router in routers_of(*_roots(model, others))],
         "globals": globals_of_code(traced.code, plain.__globals__, [code.co_names for code in traced.codes]),
     }
     return content, traced.code
@@ -200,11 +198,8 @@ def _input_data(node: Any, spec: Any, traced: TracedGraph) -> list[Any]:
 
 
 def _form_data(form: ArgumentForm) -> dict[str, Any]:
-    found = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
-    del found["symbols"], found["conditions"]
-    derived = [[i, d, stride, product.factor, list(product.places)] for i, d, stride, product in form.derived]
-    found["constants"] = [(i, {"": named_constant(c)} if named_constant(c) else c) for i, c in form.constants]
-    return {name: encode(value) for name, value in found.items() if name != "derived"} | {"derived": derived}
+    names = [field.name for field in dataclasses.fields(form) if field.name not in ("symbols", "conditions")]
+    return {name: encode(getattr(form, name)) for name in names}
 
 
 def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict]) -> Any:
@@ -229,8 +224,6 @@ def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict
             versions; the message says what differs.
     """
     content, code, artifacts = _read(path)
-    for name, number in versions().items():
-        compare(f"the version of {name}", content["versions"].get(name), number, path)
     saved = Options(**content["options"])
     _check_options(saved, options, path)
     device = content["device"]
@@ -248,11 +241,18 @@ def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict
         compare(name, there.get(name, "missing"), here.get(name, "missing"), path)
     if artifacts:
         torch.compiler.load_cache_artifacts(artifacts)
+
+    def program_of(function: Any, owner: object) -> SavedProgram:
+        compile_it = partial(compile_graph, options=saved, owner=owner)
+        try:
+            return SavedProgram(content, code, function, compile_it, module, others)
+        except (WeightsChanged, ImportError) as error:
+            raise unfit(str(error), path) from error
+
     if content["way"] == "torch.compile":
         compiled: Any = torch.compile(model, backend="pcg", options=content["options"], dynamic=content["dynamic"])
-        program = _program(content, code, function, module, others, path)
         owner = wrapper_of(compiled)
-        program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, owner))
+        program = program_of(function, owner)
         compiled.forward = ModuleCalls(program, model, owner, compiled.forward)
         return compiled
     if decorated is not None:
@@ -265,9 +265,7 @@ def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict
         wrapper = decorate(function, dynamic, content["guards"], saved)
         made: CompiledFunction = wrapper.__pcg_function__
         decorated = made
-    backend = decorated.backend
-    program = _program(content, code, decorated.own, module, others, path)
-    program.compile_with(lambda gm, inputs: compile_graph(gm, inputs, saved, backend))
+    program = program_of(decorated.own, decorated.backend)
     decorated.fast = (program, *decorated.fast)
     return wrapper
 
@@ -275,19 +273,15 @@ def load(model: Any, path: str | os.PathLike[str], **options: Unpack[OptionsDict
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], CodeType, bytes]:
     try:
         with zipfile.ZipFile(path) as file:
-            content = json.loads(file.read("program.json"))
+            *parts, digest = map(file.read, _PARTS)
+            if _digest(parts) != digest:
+                raise ValueError("it was changed after it was written")
+            content = json.loads(parts[0])
             if content["format"] != _FORMAT:
                 raise different("the format of programs", content["format"], _FORMAT, path)
-            if content["versions"]["Python"] != platform.python_version():
-                # Its code could not even be read; the caller compares versions first.
-                return content, (lambda: None).__code__, b""
-            for name, kinds in _CONTENT.items():
-                if not isinstance(content[name], kinds):
-                    raise ValueError(f"{name} is a {type(content[name]).__name__}")
-            code = marshal.loads(file.read("code"))
-            if not isinstance(code, CodeType):
-                raise ValueError("its code is none")
-            return content, code, file.read("inductor")
+            for name, number in versions().items():
+                compare(f"the version of {name}", content["versions"].get(name), number, path)
+            return content, marshal.loads(parts[1]), parts[2]
     except FileNotFoundError:
         raise
     except _DAMAGE as error:
@@ -315,25 +309,6 @@ def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.
     function: Any = getattr(model, content["name"]) if module is not None else model
     if not callable(function):
         raise ProgramError(f"{model!r} is neither a module nor a function: pass what was compiled")
-    owner = getattr(function, "__self__", None)
-    return function, module if module is not None or not isinstance(owner, torch.nn.Module) else owner
-
-
-def _program(
-    content: Mapping[str, Any],
-    code: CodeType,
-    function: Any,
-    module: torch.nn.Module | None,
-    others: Sequence[torch.nn.Module],
-    path: Any,
-) -> SavedProgram:
-    try:
-        return SavedProgram(content, code, function, module, others)
-    except (WeightsChanged, KeyError, ValueError, TypeError, ImportError, AttributeError) as error:
-        raise ProgramError(
-            message(
-                f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error})",
-                why=_TRUST,
-                cure="Write it again: pcg.save(compiled, path)",
-            )
-        ) from error
+    if module is None and isinstance(getattr(function, "__self__", None), torch.nn.Module):
+        module = function.__self__
+    return function, module

@@ -66,6 +66,7 @@ class Stats:
         replays: replays of captured graphs.
         buckets: by size, or by the tuple of sizes where a graph has several.
         fallbacks: everything that ran otherwise than captured.
+        workspaces: bytes that attention keeps with the model's caches for partial results and plans.
     """
 
     steps: int = 0
@@ -79,6 +80,7 @@ class Stats:
     fallbacks: tuple[Fallback, ...] = ()
     #: Steps by their real size, of graphs with one dynamic size.
     sizes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    workspaces: int = 0
 
     @property
     def padding(self) -> float | None:
@@ -91,6 +93,8 @@ class Stats:
         parts = [print_table((*COUNTS, "padding"), [[*(str(getattr(self, n)) for n in COUNTS), percent(self.padding)]])]
         if self.buckets:
             parts.append(print_table(*bucket_table(self)))
+        if self.workspaces:
+            parts.append(f"attention's workspaces: {self.workspaces / 2**20:.1f} MiB")
         if self.fallbacks:
             rows = [(str(fall.count), fall.reason, fall.where) for fall in self.fallbacks]
             parts.append(print_table(("times", "not replayed because", "where"), rows))

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .argument_form import NoFastCall
+from .registry import RUNNING_CALL
 
 __all__ = ["Weights", "WeightsChanged"]
 
@@ -17,7 +18,12 @@ _training = itemgetter("training")
 
 
 class WeightsChanged(Exception):
-    """The modules of a graph have other children now, or weights that were one tensor are several: trace again."""
+    """The modules of a graph have other children now, or weights that were one tensor are several: trace again.
+
+    Or, with the :class:`Weights` that ``moved``: those of a call without Dynamo, which has to go through it.
+    """
+
+    moved: Weights | None = None
 
 
 class Weights:
@@ -77,6 +83,22 @@ class Weights:
         if snapshot is None or not snapshot.holds() or not snapshot.same_flags() or not snapshot.same_gradients():
             return None
         return snapshot.tensors
+
+    def of_call(self) -> list[torch.Tensor]:
+        """The tensors of the graph for the running call.
+
+        Raises:
+            WeightsChanged: see :meth:`of`; in a call without Dynamo, anything has changed since they were looked up.
+        """
+        running = RUNNING_CALL.get()
+        if running is None or not running.fast:
+            return self.of(running.module if running is not None else None)
+        tensors = self.known(running.module)
+        if tensors is None:
+            changed = WeightsChanged("weights, training flags or children of a module have changed")
+            changed.moved = self
+            raise changed
+        return tensors
 
     def follow(self, module: torch.nn.Module | None) -> None:
         """Looks the tensors up again, of a module that is known, where they have changed.

@@ -68,8 +68,23 @@ def test_host(tmp_path):
     entries = [row for row in rows if row["what"] == "entry"]
     assert len(entries) == 3 and all(row["pieces"] == 5 and row["calls"] == 10 for row in entries)
     for row in entries:
-        assert 0 < row["address_check_us"] < row["runtime_us"] < row["call_us"]
+        assert 0 < row["entry_us"] < row["first_launch_us"] < row["first_replay_us"]
+        assert 0 < row["address_check_us"] < row["first_replay_us"]
     assert [row["requests"] for row in rows if row["what"] == "metadata"] == [2, 34, 64, 256, 1024]
+
+
+def test_serve(tmp_path):
+    rows = run("serve", tmp_path)["rows"]
+    assert [row["way"] for row in rows] == ["piecewise", "full", 'guards="inputs"']
+    assert all(row["replays_a_step"] >= 1 and not row["fallbacks"] for row in rows)
+    assert all(row["late_ms"] > 0 and row["at_once_ms"] > 0 and row["no_wait_ms"] > 0 for row in rows)
+
+
+def test_memory(tmp_path):
+    data = run("memory", tmp_path, "--buckets", "3")
+    assert [row["way"] for row in data["rows"]] == ["pcg", "pcg piecewise"]
+    (remark,) = data["remarks"]
+    assert remark.startswith("breakable is left out: needs")
 
 
 def test_capture(tmp_path):

@@ -491,3 +491,54 @@ def test_explain_says_how_long_a_call_takes_to_its_graph(guards):
     assert 0 < graph.entry_seconds < 1
     way = "without Dynamo" if guards == "inputs" else "through Dynamo, which evaluates its guards"
     assert graph.entry == way and f"us from the call to the graph, {way}" in " ".join(str(report).split())
+
+
+def test_arguments_are_loaded_before_weights_are_compared(monkeypatch):
+    from pcg_compile.registry import runtimes
+    from pcg_compile.weights import Weights
+
+    model = Model().eval()
+    run = compiled(model)
+    x = torch.randn(3, 6)
+    run(x)
+    (runtime,) = runtimes(run)
+    (program,) = runtime.current.steps.values()
+    done, known = [], Weights.known
+
+    def compared(weights, module):
+        done.append("weights")
+        return known(weights, module)
+
+    monkeypatch.setattr(Weights, "known", compared)
+    program._load_calls = (lambda: done.append("loads"), *program._load_calls)
+    program.body.calls = (lambda: done.append("replay"), *program.body.calls)
+    with without_dynamo(run):
+        matches(run, model, x)
+    assert done == ["loads", "weights", "replay"]
+    done.clear()
+    # The captured graphs that read the old memory are not replayed.
+    model.shift.data = torch.full((6,), 3.0)
+    with without_dynamo(run):
+        matches(run, model, x)
+    assert done == ["loads", "weights", "weights"]
+    done.clear()
+    model.layers[1].weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    matches(run, model, x)
+    assert "replay" not in done and goes_without_dynamo(run, x)
+
+
+def test_two_traces_of_one_form_serve_in_turns():
+    model = Model()
+    run = compiled(model)
+    for n in (3, 5, 2):
+        for training in (True, False):
+            model.train(training)
+            x = torch.randn(n, 6)
+            torch.manual_seed(n)
+            got = run(x)
+            torch.manual_seed(n)
+            torch.testing.assert_close(got, model(x))
+    with without_dynamo(run):
+        for training in (True, False, True):
+            run(torch.randn(4, 6)) if model.train(training) else None
+    assert pcg.stats(run).steps == 9

@@ -16,6 +16,7 @@ from torch import nn
 
 import pcg_compile as pcg
 from pcg_compile.errors import ProgramError
+from pcg_compile.saved_programs import _digest
 
 OPTIONS = {"compiler": "eager", "buckets": [4, 8, 16]}
 HEADS, DIM, VOCAB = 2, 8, 50
@@ -204,14 +205,17 @@ def test_a_decorated_class(tmp_path):
     assert not torch._dynamo.utils.counters["frames"]
 
 
-def _rewrite(path, change):
-    """The file with its JSON changed."""
+def _rewrite(path, change, sealed=True):
+    """The file with its JSON changed, and a digest of what it holds now."""
     with zipfile.ZipFile(path) as file:
         members = {name: file.read(name) for name in file.namelist()}
     content = json.loads(members["program.json"])
     change(content)
+    members["program.json"] = json.dumps(content).encode()
+    if sealed:
+        members["digest"] = _digest(list(members.values())[:-1])
     with zipfile.ZipFile(path, "w") as file:
-        for name, data in {**members, "program.json": json.dumps(content)}.items():
+        for name, data in members.items():
             file.writestr(name, data)
 
 
@@ -322,14 +326,87 @@ def test_hooks_inside_and_class_attributes_are_compared(tmp_path, monkeypatch):
         pcg.load(Detailed().eval(), tmp_path / "program")
 
 
-@pytest.mark.parametrize("name", ["way", "options", "model", "graph", "inputs", "form", "weights", "globals"])
-def test_a_file_without_a_part_is_refused(name, tmp_path):
+def _other_op(content):
+    node = next(node for node in content["graph"] if "relu" in node[1])
+    node[2] = node[2].replace("relu", "tanh")
+
+
+CHANGES = {
+    "an op": _other_op,
+    "a part": lambda content: content.pop("graph"),
+    "a type": lambda content: content.update(form=17),
+    "a weight's place": lambda content: content.update(weights=[]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_file_that_was_changed_is_refused(what, tmp_path):
     path = tmp_path / "program"
     model = saved_plain(path)
-    for change in (lambda content: content.update({name: 17}), lambda content: content.pop(name)):
-        _rewrite(path, change)
-        with pytest.raises(ProgramError, match="damaged"):
-            pcg.load(model, path)
+    _rewrite(path, CHANGES[what], sealed=False)
+    with pytest.raises(ProgramError, match="damaged .*changed after it was written"):
+        pcg.load(model, path)
+
+
+def _adapted(folder, before=0):
+    """A Llama of transformers with a pool, and a cache; ``before`` it were other pools."""
+    from adapters import llama
+
+    for _ in range(before):
+        pcg.lora.AdapterPool(llama(), max_adapters=1)
+    model = llama()
+    pool = pcg.lora.AdapterPool(model, max_adapters=2, max_rank=8)
+    pool.load("one", folder)
+    cache = pcg.PagedKVCache(2, 8, 16, num_kv_heads=2, head_dim=8)
+    # Its first step shows that the model may be given packed requests: a condition of the trace.
+    logits(Logits(model), cache, None, 4)
+    return model, pool, cache
+
+
+def logits(run, cache, adapter, n):
+    batch = pcg.Batch([n], [n], [[1]], adapters=[adapter])
+    with pcg.step(batch, cache):
+        return run(torch.arange(n)[None], batch.positions[None])
+
+
+@pytest.mark.parametrize("guards", [None, "dynamo", "inputs"])
+def test_a_model_with_adapters(tmp_path, guards):
+    from adapters import llama, save_with_peft
+
+    import pcg_compile.integrations.transformers  # noqa: F401 - the attention "pcg"
+
+    folder = save_with_peft(tmp_path / "one", llama(), r=4, target_modules=["q_proj", "v_proj"])
+
+    model, _pool, cache = _adapted(folder)
+    if guards is None:
+        compiled = torch.compile(Logits(model), backend="pcg", options=OPTIONS)
+    else:
+        compiled = pcg.piecewise(dynamic={"ids": 1, "positions": 1}, guards=guards, **OPTIONS)(Logits(model).forward)
+    want = {(name, n): logits(compiled, cache, name, n) for name in ("one", None) for n in (5, 3)}
+    assert (want["one", 5] - want[None, 5]).abs().max() > 0.01
+    pcg.save(compiled, tmp_path / "program")
+    torch._dynamo.reset()
+    # Its pool has another number.
+    other, _other_pool, cache = _adapted(folder, before=1)
+    wrapped = Logits(other)
+    loaded = pcg.load(wrapped if guards is None else wrapped.forward, tmp_path / "program")
+    torch._dynamo.utils.counters.clear()
+    for (name, n), result in want.items():
+        torch.testing.assert_close(logits(loaded, cache, name, n), result)
+    assert not torch._dynamo.utils.counters["frames"] and pcg.stats(loaded).replays > 0
+    bare = Logits(llama())
+    with pytest.raises(ProgramError, match="q_proj"):
+        pcg.load(bare if guards is None else bare.forward, tmp_path / "program")
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.eval()
+        self.eval()
+
+    def forward(self, ids, positions):
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
 def test_other_options_are_refused(tmp_path):

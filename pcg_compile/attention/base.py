@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -170,6 +170,10 @@ class AttentionImpl(ABC):
     @abstractmethod
     def plan(self, prepared: Prepared) -> Any:
         """What :meth:`run` needs for one batch: from host arrays and device metadata, without a sync."""
+
+    def workspaces(self) -> Sequence[Any]:
+        """Tensors that this shape keeps for its plans, beside those that shapes share (``memory.workspaces``)."""
+        return ()
 
     def enqueue(self, plan: Any) -> None:  # noqa: B027 - most implementations have none
         """The plan's own work on the device, ahead of all layers; part of a full CUDA graph."""

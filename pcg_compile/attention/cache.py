@@ -6,6 +6,7 @@ import logging
 import threading
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..errors import BatchError, OptionsError, message
 from .base import AttentionCall, AttentionImpl, AttentionShape, CacheMemory
@@ -118,6 +119,11 @@ class PagedKVCache(StepMetadata):
         sinks, slopes = (*extra, None, None)[:2]
         k_scale, v_scale = (None if s is None else s[layer] for s in (self.k_scale, self.v_scale))
         return AttentionCall(q, self.k[layer], self.v[layer], out, sinks, slopes, k_scale, v_scale)
+
+    def workspace_nbytes(self) -> int:
+        """Bytes that attention has taken for partial results and plans, beside the cache itself."""
+        held = tree_leaves([self.memory.workspaces, *(impl.workspaces() for impl in self._impls.values())])
+        return sum(tensor.nbytes for tensor in held)
 
     def __repr__(self) -> str:
         return (

@@ -9,6 +9,7 @@ FA2, not FA3: it splits long KV sequences over thread blocks, which decode reque
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,9 @@ class FlashInferAttention(AttentionImpl):
                 space = torch.empty(_FLOAT_WORKSPACE, dtype=torch.uint8, device=self.device)
             self.memory.workspaces[self.name] = space
         return space
+
+    def workspaces(self) -> Sequence[Any]:
+        return [wrapper._int_workspace_buffer for wrapper, _ in self._wrappers]
 
     def plan(self, prepared: Prepared) -> Any:
         if prepared.spans is not None:

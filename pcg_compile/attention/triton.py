@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,6 +121,9 @@ class TritonAttention(AttentionImpl):
                 schedule = self._schedules[key] = kernels.new_schedule(key[1])
         schedule = schedule._replace(most=most)
         return _Plan(kernels, schedule, requests, qo_indptr, kv_indptr, kv_lens, kv_indices, spans)
+
+    def workspaces(self) -> Sequence[Any]:
+        return [schedule[:2] for schedule in self._schedules.values()]
 
     def enqueue(self, plan: _Plan) -> None:
         with self._here():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -13,7 +14,10 @@ from torch import fx
 
 from ..torch_compat.restored_traces import expression_class, name_of_function
 
-__all__ = ["CannotSave", "decode", "encode", "encode_expression", "graph_from_data", "graph_to_data", "import_name"]
+__all__ = [
+    "CannotSave", "decode", "decode_expression", "encode", "encode_expression", "graph_from_data", "graph_to_data",
+    "import_name", "named_constant",
+]  # fmt: skip
 
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
 
@@ -94,6 +98,12 @@ def decode_expression(data: Any, symbols: Mapping[str, sympy.Symbol]) -> Any:
     return kind(*[sympy.sympify(decode_expression(operand, symbols)) for operand in operands])
 
 
+def named_constant(value: Any) -> str:
+    """The dotted name of an object that is one for all calls and processes, such as the mask of every step; or ""."""
+    module, _, name = getattr(type(value), "constant_name", "").rpartition(".")
+    return f"{module}.{name}" if module and getattr(sys.modules.get(module), name, None) is value else ""
+
+
 def encode(value: Any) -> Any:
     """A value in a node's arguments, or a function's constant argument, as data.
 
@@ -123,6 +133,8 @@ def encode(value: Any) -> Any:
         return {"device": str(value)}
     if isinstance(value, Enum):
         return {"member": [_name(type(value)), value.name]}
+    if name := named_constant(value):
+        return {"name": name}
     if callable(value) and not isinstance(value, torch.Tensor):
         return {"name": _name(value)}
     raise CannotSave(f"a {kind.__name__} among the arguments of an op")

@@ -6,8 +6,8 @@ address is compared: a microsecond or two, four times on each layer of a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -78,6 +78,12 @@ def pack(
     for part, given in zip(layout.views(factors, a.shape[-1]), (a, b, scalings, ranks), strict=True):
         part.copy_(given)
     return factors, layout.encode()
+
+
+def renumbered(text: str, pools: Mapping[int, int]) -> str:
+    """The encoded layout for the pools of another process, by the numbers that they have in this one."""
+    layout = decode(text)
+    return replace(layout, pool=pools[layout.pool]).encode()
 
 
 @lru_cache(maxsize=4096)

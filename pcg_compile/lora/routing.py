@@ -67,6 +67,9 @@ _IDS = itertools.count(1)
 class Router:
     """Knows the adapter slots of a step's requests, for one pool; once a step, whatever the number of layers."""
 
+    #: Which adapters it has is nothing that a saved program compares; layouts say how many there may be.
+    changes_in_calls = True
+
     def __init__(self, source: SlotSource, max_adapters: int, device: torch.device) -> None:
         self.source, self.max_adapters, self.device = source, max_adapters, device
         #: Held from the choice of slots until they are in use: another thread's load could give them away between.
@@ -326,6 +329,12 @@ def route_requests(
 def any_router() -> bool:
     """Whether there is an adapter pool."""
     return bool(_ROUTERS)
+
+
+def routers_of(*models: torch.nn.Module) -> list[Any]:
+    """The routers of the adapter pools that models' layers belong to, in the order of the layers."""
+    routers = (getattr(module, "pcg_lora_router", None) for model in models for module in model.modules())
+    return list({id(router): router for router in routers if router is not None}.values())
 
 
 def router_by_id(router_id: int) -> Router:

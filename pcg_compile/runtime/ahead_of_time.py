@@ -110,6 +110,14 @@ def warm_up(graph: GraphState, args: Sequence[Any], request: WarmUp) -> Any:
     request.report(len(wanted), len(wanted), None)
     with _no_effects(graph, args):
         request.observe(graph, args, step)
+    result = _answer(graph, args, sizes, step)
+    # Kernels were warmed up, and steps measured, in memory that no captured graph uses.
+    graph.shared.engine.give_back()
+    return result
+
+
+def _answer(graph: GraphState, args: Sequence[Any], sizes: Mapping[sympy.Symbol, int], step: Any) -> Any:
+    """The outputs of the call that asked for a warm-up."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_effects(graph, args))
         if step is not None:

@@ -50,6 +50,8 @@ class Binding:
     squeezed_out: dict[tuple[int, ...], int] = field(default_factory=dict)
     #: Buckets that were given up, with the reason.
     given_up: dict[tuple[int, ...], str] = field(default_factory=dict)
+    #: Buckets that get no full CUDA graph, since it did not fit ``memory_budget``.
+    piecewise: set[tuple[int, ...]] = field(default_factory=set)
     #: What programs of one bucket share, by bucket.
     bodies: dict[tuple[int, ...], Body] = field(default_factory=dict)
     #: Buckets that have captured graphs, all symbols' sizes each.
@@ -127,7 +129,9 @@ class Binding:
             self.buffers = FlatBuffers(self.shared.device)
             return
         self.buckets.discard(bucket)
-        self.full_graphs.pop(bucket, None)
+        full_graph = self.full_graphs.pop(bucket, None)
+        if full_graph is not None:
+            full_graph.captured_graphs.clear()
         self.bodies.pop(bucket, None)
         stale = [sizes for sizes, step in self.steps.items() if step.bucket == bucket]
         for sizes in stale:

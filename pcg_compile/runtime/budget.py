@@ -36,8 +36,11 @@ def respect_budget(graph: GraphState, binding: Binding, newest: Bucket | None) -
         if _drop_least_used(graphs, caller, (graph, newest), budget):
             alone = False
         elif newest in binding.full_graphs and binding.full_graphs[newest].captured_graphs:
-            binding.full_graphs[newest].give_up()
+            # Its memory is that of the bucket's pieces, and comes back with them; they are captured again without it.
+            binding.forget(newest)
+            binding.piecewise.add(newest)
             shared.counters.fall_back(f"bucket {graph.name(newest)} runs piece by piece: memory_{budget=}")
+            return
         else:
             _give_up(graph, binding, newest, budget, alone)
             return

@@ -118,6 +118,8 @@ def _body_of(d: Draft) -> Body:
 def _full_graph(d: Draft) -> FullGraph | None:
     """The full CUDA graph of the bucket, which is captured when a step first needs it; None where there can be none."""
     assert d.key is not None
+    if d.key in d.binding.piecewise:
+        return None
     full = d.shared.options.cudagraph_mode == "full"
     reason = why_not_full(d.plan.items, lambda item: _is_captured(d, item)) if d.compiled else "pieces run eagerly"
     if reason is not None:

@@ -63,6 +63,9 @@ class Engine(ABC):
         """Bytes of the device that captured graphs hold, beside the static buffers that they read and write."""
         return 0
 
+    def give_back(self) -> None:  # noqa: B027 - most engines keep nothing
+        """Returns memory to the device that was needed for a time, and that torch keeps for later."""
+
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what captured graphs hold of the device and of its communicators; they cannot be replayed any more."""
 
@@ -117,7 +120,9 @@ class CudaGraphs(Engine):
     right as long as all captures of a pool which one step replays were captured together, in the same order. Pieces
     that use the same dynamic sizes are: they share a key, so a bucket captures all of them or none. Pieces with other
     sizes are captured in other steps (a tail keyed by tokens and kept rows, say, beside layers keyed by tokens alone),
-    and have a pool of their own.
+    and have a pool of their own. A step replays its pieces or its full CUDA graph, so these share a pool. The full
+    graph leaves its results where the last piece has its own. Nobody holds that memory: the full graph's own values
+    may lie there, until its results are copied in the end.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -186,6 +191,9 @@ class CudaGraphs(Engine):
     def nbytes(self) -> int:
         """Bytes of the pools that hold a graph."""
         return sum(pool.nbytes for pool in self.pools.values() if pool.graphs)
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
 
     def release(self) -> None:
         """Takes all graphs apart, whoever refers to them."""

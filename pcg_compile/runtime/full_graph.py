@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
+from ..memory.ranges import Intervals, range_of
 from ..step import current_step
 from ..step_state import DoesNotFit
 from .capture import CapturedGraph
@@ -120,7 +121,8 @@ class FullGraph:
             return False
         written = [t for node, t in self.inputs.items() if node in shared.plan.mutated]
         with shared.engine.session():
-            captured = shared.capture(self._run_all, lambda i, t: t, "full CUDA graph", written, self.name)
+            pool = frozenset(shared.plan.symbols)
+            captured = shared.capture(self._run_all, lambda i, t: t, pool, written, self.name)
         if isinstance(captured, str):
             self._failures += 1
             counters.fall_back(f"capturing the full graph failed: {captured}")
@@ -141,14 +143,28 @@ class FullGraph:
                 numbers = [self.at[s] for s in item.piece.symbols]
                 results = self.functions[item.index](*numbers, *(env[node] for node in item.piece.inputs))
                 env.update(zip(item.outputs, results, strict=True))
+                del results  # the next piece may use the memory of what it does not read
             elif item.op.bind_full_graph is None:
                 self._run_split_op(item, env)
             for node in self._ends.get(item.index, ()):
                 env.pop(node, None)
-        for node, target in self.outputs.items():
-            if env[node].data_ptr() != target.data_ptr():
-                target.copy_(env[node])
+        results = [self._apart(env[node], target) for node, target in self.outputs.items()]
+        for result, target in zip(results, self.outputs.values(), strict=True):
+            if result.data_ptr() != target.data_ptr():
+                target.copy_(result)
         return ()
+
+    def _apart(self, result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A result in memory that no result is copied to, but where it lies in its place; see Note [pools]."""
+        taken = Intervals(one for t in self.outputs.values() if (one := range_of(t)) is not None)
+        if result.data_ptr() == target.data_ptr() and len(self.outputs) == 1:
+            return result
+        given: list[torch.Tensor] = []
+        while (range_now := range_of(result)) is not None and taken.meet(range_now):
+            # Memory that is held is not given again.
+            given.append(result)
+            result = torch.empty_like(given[0])
+        return result if not given else result.copy_(given[0])
 
     def _run_split_op(self, item: SplitOpItem, env: dict[fx.Node, torch.Tensor]) -> None:
         resolve = lambda node: env[node] if node in env else self._number(node)

@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 Call = Callable[[], Any]
+Check = Callable[[Sequence[Any]], Any]
 Kind = Literal["inputs", "replay", "piece", "split op", "metadata", "outputs"]
 
 
@@ -261,21 +262,30 @@ class Program:
             else:
                 yield op.call
 
-    def run_in_range(self, args: Sequence[Any]) -> Any:
+    def run_in_range(self, args: Sequence[Any], check: Check | None = None) -> Any:
         """The same as :meth:`run`, in one range of ``torch.profiler``."""
         full = ", full CUDA graph" if self.body.full_graph is not None and self.body.full_graph.wanted else ""
         bucket = "at its exact size" if self.bucket is None else f"in bucket {size_name(self.bucket)}"
         with record_function(f"pcg step: {size_name(self.sizes)} {bucket}{full}"):
-            return self.run(args)
+            return self.run(args, check)
 
-    def run(self, args: Sequence[Any]) -> Any:
-        """One step; returns its outputs."""
+    def run(self, args: Sequence[Any], check: Check | None = None) -> Any:
+        """One step; returns its outputs.
+
+        Args:
+            check: called with the arguments once their loads are launched. Gives all arguments of the graph, or None:
+                the program is not right for this call. Then nothing else runs, and None is returned.
+        """
         frame, full_graph = self.frame, self.body.full_graph
         # A split op may call its own graph, and thereby this program.
         before, frame.args = frame.args, args
         try:
             for call in self._load_calls:
                 call()
+            if check is not None:
+                frame.args = check(args)
+                if frame.args is None:
+                    return None
             if full_graph is None or not full_graph.wanted or not full_graph.run():
                 self.run_body()
             return self.emit.call()

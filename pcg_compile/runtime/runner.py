@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import sympy
+import torch
 
 from ..calls import graph_ran
 from ..distributed.agreement import Agreement
@@ -24,7 +25,7 @@ from .capture import undone
 from .program import Program, size_name
 from .state import GraphState
 
-__all__ = ["GraphRuntime"]
+__all__ = ["GraphRuntime", "with_attributes"]
 
 
 class GraphRuntime(GraphState):
@@ -69,32 +70,61 @@ class GraphRuntime(GraphState):
         if self.shared.options.capture == "first_call" and counters.first_call():
             everything = WarmUp(first_call=True)
             with warm_up_context(everything):
-                warm_up(self, args, everything)
+                warm_up(self, self.complete(args), everything)
         request = requested_warm_up()
         if request is not None:
-            return warm_up(self, args, request)
+            return warm_up(self, self.complete(args), request)
         self.order_streams()
+        if len(args) < self._first:
+            args = self.complete(args)
         sizes = self.sizes_of(args)
         step = self.step()
         if self.shared.agreement is not None:
             self._propose(self.shared.agreement, sizes, step)
-        binding = self.binding(args, step)
-        program = binding.program(sizes)
-        covered = program is None or program.covered is None or program.covered(args, False)
-        apart = program is None or not self.memory.watched or self._apart(program, binding, args, step)
-        if program is None or not covered or not apart:
-            result, program = self._first_of(binding, sizes, args, step)
-        else:
-            if step is not None:
-                self._check_tokens(step, sizes)
-            # Ahead of the step: under strict, nothing of it may run.
-            for reason, where in program.fallbacks:
-                counters.fall_back(reason, where)
-            result = program.run_in_range(args) if profiler_records() else program.run(args)
-            if self.shared.grew:
-                respect_budget(self, binding, program.bucket)
+        result, program = self._run_known(sizes, args, step)
+        if program is None:
+            args = self.complete(args)
+            binding = self.binding(args, step)
+            result, program = self._run_known(sizes, args, step)
+            if program is None:
+                result, program = self._first_of(binding, sizes, args, step)
         self._count(sizes, program)
         return result
+
+    def _run_known(self, sizes: tuple[int, ...], args: Sequence[Any], step: StepState | None) -> tuple[Any, Any]:
+        """A step by a program of the binding that served last: its outputs and the program; None where it has none.
+
+        The arguments are loaded before addresses are compared, so the device begins meanwhile. Loads write static
+        memory of the binding, and nothing else reads it between steps.
+        """
+        binding = self.current
+        if binding is None or binding.step_key != (step.key if step is not None else None):
+            return None, None
+        program = binding.program(sizes)
+        if program is None or not (program.covered is None or program.covered(args, False)):
+            return None, None
+        if self.memory.watched and not self._apart(program, binding, args, step):
+            return None, None
+        if step is not None:
+            self._check_tokens(step, sizes)
+        if program.bucket is None:
+            args = self.complete(args)  # it reads all of them in place
+
+        def check(given: Sequence[Any]) -> Sequence[Any] | None:
+            every = self.complete(given)
+            if not self.is_bound(binding, every):
+                return None
+            # Ahead of the step: under strict, nothing of it may run.
+            for reason, where in program.fallbacks:
+                self.shared.counters.fall_back(reason, where)
+            return every
+
+        result = (program.run_in_range if profiler_records() else program.run)(args, check)
+        if result is None:
+            return None, None
+        if self.shared.grew:
+            respect_budget(self, binding, program.bucket)
+        return result, program
 
     def program_for(self, args: Sequence[Any], step: StepState | None) -> tuple[tuple[int, ...], Program]:
         """The sizes of a call and the program that serves it; one without captures if its bucket has none."""
@@ -229,3 +259,19 @@ class GraphRuntime(GraphState):
                 self._bury([b for caller in callers for b in self.bindings_of(caller)])
             self.current = None
             self.shared.counters.reset(callers)
+
+
+def with_attributes(
+    function: Callable[..., Any], attributes: Callable[[], Sequence[torch.Tensor]], given: int
+) -> Callable[..., Any]:
+    """What serves a graph whose callers give the first inputs alone.
+
+    Args:
+        function: serves it with all inputs. attributes: gives the others. given: how many callers give.
+    """
+    runtime = getattr(function, "__self__", None)
+    if not isinstance(runtime, GraphRuntime):
+        return lambda *args: function(*args, *attributes())
+    # It looks at them while the device works on the arguments.
+    runtime.attributes, runtime.given = attributes, given
+    return function

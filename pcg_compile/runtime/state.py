@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,10 @@ class GraphState:
     context: Any = None
     #: The trace that it came of, where that gave this one graph; for saving it.
     traced: Any = None
+    #: What gives the graph's last inputs, which its caller leaves out: tensors that are attributes of Dynamo's graph.
+    attributes: Callable[[], Sequence[torch.Tensor]] | None = None
+    #: How many inputs its caller gives.
+    given: int = 0
     bindings: list[Binding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,15 @@ class GraphState:
     def _find_bound(self) -> None:
         self.bound = [s.position for s in self.plan.inputs if s.kind in ("static", "bound")]
         self.memory = StepMemory(self.plan)
+        read = [s.position for s in self.plan.inputs if s.kind not in ("static", "bound")]
+        #: Arguments that must be there to choose a program and to load what is copied.
+        self._first = 1 + max((*read, *(position for position, _ in self.plan.sizes)), default=-1)
+
+    def complete(self, args: Sequence[Any]) -> Sequence[Any]:
+        """All arguments of the graph."""
+        if self.attributes is None or len(args) > self.given:
+            return args
+        return (*args, *self.attributes())
 
     def _bucketed_symbols(self) -> tuple[sympy.Symbol, ...]:
         used: dict[sympy.Symbol, None] = {}
@@ -98,17 +111,10 @@ class GraphState:
         self._stream, self._handle = stream, handle
 
     def binding(self, args: Sequence[Any], step: Any) -> Binding:
-        """The captured graphs made with the addresses of this call, checked in every step."""
+        """The captured graphs made with the addresses of this call: known ones, or none yet."""
         key = step.key if step is not None else None
-        current, tensors = self.current, list(args)
-        if (
-            current is not None
-            and current.step_key == key
-            and data_ptrs_equal(tensors, current.by_position, self.bound)
-        ):
-            return current
         for binding in self.bindings:
-            if binding.step_key == key and data_ptrs_equal(tensors, binding.by_position, self.bound):
+            if binding.step_key == key and self.is_bound(binding, args):
                 break
         else:
             self._check_parameters(args)
@@ -117,6 +123,10 @@ class GraphState:
         self.current = binding
         self._use(binding)
         return binding
+
+    def is_bound(self, binding: Binding, args: Sequence[Any]) -> bool:
+        """Whether what captured graphs read in place lies where it did."""
+        return data_ptrs_equal(list(args), binding.by_position, self.bound)
 
     def _use(self, binding: Binding) -> None:
         """Notes that the present caller uses a binding. Models that share weights share it."""
@@ -227,6 +237,11 @@ class GraphState:
     def name(self, bucket: Any) -> Any:
         sizes = tuple(b for s, b in zip(self.plan.symbols, bucket, strict=True) if s in self.plan.dims)
         return sizes[0] if len(sizes) == 1 else sizes
+
+    def caches(self, callers: Sequence[object] | None = None) -> list[Any]:
+        """The caches that steps of some callers, or all, have used."""
+        bindings = self.bindings if callers is None else [b for one in callers for b in self.bindings_of(one)]
+        return [cache for b in bindings if b.cache is not None and (cache := b.cache()) is not None]
 
     def nbytes(self, caller: object | None = None) -> int:
         """Bytes that captured graphs and their static memory hold, of one caller or all."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...attention import PagedKVCache
+from ...lora.routing import routers_of
 from ...piecewise import piecewise
 from ...runtime.buckets import default_table
 from .merging import MergedLayers
@@ -139,12 +140,6 @@ def _of_one_model(function: Any) -> Any:
     """
     function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{uuid4().hex}")
     return function
-
-
-def routers_of(model: Any) -> list[Any]:
-    """The routers of the adapter pools that a model's layers belong to."""
-    routers = (getattr(module, "pcg_lora_router", None) for module in model.modules())
-    return list({id(router): router for router in routers if router is not None}.values())
 
 
 @contextmanager

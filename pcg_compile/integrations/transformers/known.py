@@ -31,6 +31,9 @@ class Known:
         layers: by ``layer_idx`` that the trial saw, key heads, and elements of a key's and of a value's.
     """
 
+    #: A saved program does not compare what changes as the model runs.
+    changes_in_calls = True
+
     def __init__(self, config: Any, names: tuple[str, ...]) -> None:
         self.config, self.names = config, names
         self.proven = self.trying = self.warned = False
