@@ -160,22 +160,19 @@ class Batch:
 
 def triton_call(batch: Batch, tiling: Any, out: torch.Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The schedule and the attention of a batch."""
+    from pcg_compile.attention.base import AttentionCall, AttentionShape
     from pcg_compile.attention.ragged import RaggedAttention
 
-    work, requests = batch.work, len(batch.work.qo_lens)
-    kernels = RaggedAttention(
-        num_heads=work.heads, num_kv_heads=work.kv_heads, head_dim=work.head_dim, v_head_dim=work.head_dim,
-        page_size=work.page_size, tiling=tiling, device=out.device, scale=work.head_dim**-0.5,
-    )  # fmt: skip
+    work, requests, dim = batch.work, len(batch.work.qo_lens), batch.work.head_dim
+    shape = AttentionShape(work.heads, work.kv_heads, dim, None, None, dim**-0.5, batch.q.dtype)
+    kernels = RaggedAttention(shape, work.page_size, tiling, out.device)
     items = kernels.new_schedule(kernels.most_items(len(out), requests))
     workspace = torch.empty(kernels.workspace_floats, device=out.device)
+    call = AttentionCall(batch.q, batch.k, batch.v, out, k_scale=batch.scales, v_scale=batch.scales)
     return (
         lambda: kernels.schedule(items, *batch.device, requests),
-        lambda: kernels.attend(
-            items, batch.q, batch.k, batch.v, out, batch.indices, workspace, k_scales=batch.scales,
-            v_scales=batch.scales,
-        ),
-    )  # fmt: skip
+        lambda: kernels.attend(items, call, batch.indices, workspace),
+    )
 
 
 def fa2_call(batch: Batch, out: torch.Tensor) -> Callable[[], Any]:

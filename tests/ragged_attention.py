@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pcg_compile.attention.base import AttentionCall, AttentionShape
 from pcg_compile.attention.ragged import RaggedAttention, Tiling
 
 #: Small tiles, so small batches have several, and few enough programs that keys are divided or not by chance.
@@ -181,11 +182,12 @@ class Ragged:
         heads, head_dim = case.q.shape[1:]
         device = case.q.device
         self.case, self.rows, self.entries = case, rows, entries
-        self.run = RaggedAttention(
-            num_heads=heads, num_kv_heads=case.k.shape[2], head_dim=head_dim, v_head_dim=case.v.shape[3],
-            page_size=case.page_size, tiling=case.extra.get("tiling") or tiling, device=device, scale=case.scale,
-            spans=case.spans is not None, precise=case.q.dtype == torch.float32, **case.mask,
+        shape = AttentionShape(
+            heads, case.k.shape[2], head_dim, case.mask.get("window"), case.mask.get("softcap"), case.scale,
+            case.q.dtype, case.mask.get("causal", True), case.mask.get("chunk"), case.v.shape[3],
         )  # fmt: skip
+        tiling = case.extra.get("tiling") or tiling
+        self.run = RaggedAttention(shape, case.page_size, tiling, device, case.spans is not None)
         self.schedule = self.run.new_schedule(self.run.most_items(rows, entries))
         # Nothing may depend on what memory held before.
         self.schedule.items.fill_(77), self.schedule.counters.fill_(5)
@@ -212,6 +214,11 @@ class Ragged:
             own = torch.arange(pad, **ints)[:, None].expand(-1, 2)
             self.spans = torch.cat([case.spans, own])
 
+    def call(self, keys: torch.Tensor, values: torch.Tensor) -> AttentionCall:
+        """What attention reads and writes."""
+        case = self.case
+        return AttentionCall(self.q, keys, values, self.out, case.sinks, case.slopes, case.k_scales, case.v_scales)
+
     def __call__(self, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
         self.plan(case)
@@ -221,9 +228,8 @@ class Ragged:
         self.run.schedule(self.schedule, self.qo_indptr, self.kv_indptr, self.kv_lens, self.entries)
         for _ in range(times):
             self.run.attend(
-                self.schedule, self.q, keys, values, self.out, self.kv_indices, self.workspace, spans=self.spans,
-                sinks=case.sinks, slopes=case.slopes, k_scales=case.k_scales, v_scales=case.v_scales, lse=self.lse,
-            )  # fmt: skip
+                self.schedule, self.call(keys, values), self.kv_indices, self.workspace, self.spans, self.lse
+            )
         return self.out, self.lse
 
 

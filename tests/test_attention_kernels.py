@@ -171,9 +171,8 @@ def test_kernels_compile_for_a_gpu(monkeypatch, kind, options):
     ragged = Ragged(case, len(case.q), 8)
     ragged.plan(case)
     args = ragged.run.arguments(
-        ragged.schedule, case.q, case.k, case.v, ragged.out, ragged.kv_indices, ragged.workspace, spans=ragged.spans,
-        sinks=case.sinks, slopes=case.slopes, k_scales=case.k_scales, v_scales=case.v_scales,
-    )  # fmt: skip
+        ragged.schedule, ragged.call(case.k, case.v), ragged.kv_indices, ragged.workspace, ragged.spans
+    )
     names, kernel = triton_kernels.attend.arg_names, triton_kernels.attend
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
     first = names.index("HEADS")

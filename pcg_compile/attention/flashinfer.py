@@ -144,7 +144,7 @@ class FlashInferAttention(AttentionImpl):
             except Exception as error:  # The planner has no type of its own for memory that is too small.
                 if not self._grow(str(error)):
                     raise
-        sent.record()
+        sent.record(torch.cuda.current_stream(self.device))
         return wrapper
 
     def _grow(self, error: str) -> bool:

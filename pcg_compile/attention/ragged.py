@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from .base import AttentionCall, AttentionShape
 from .triton_kernels import attend
 from .triton_schedule import HEADER, ITEM, schedule
 
@@ -146,42 +147,24 @@ class RaggedAttention:
     """Attention over paged keys and values for one shape and tiling.
 
     Args:
-        num_heads, num_kv_heads, head_dim, v_head_dim: numbers of heads and elements per head.
-        page_size: tokens per page.
-        causal, window, chunk, spans: which keys a token sees; see Note [Visible keys]. ``window`` counts the token
-            itself; not causal, a token sees as many keys on each side.
-        softcap, scale: of scores.
+        shape: heads, mask and scale; see Note [Visible keys]. page_size: tokens per page.
+        spans: whether tokens see keys beside those of the mask.
     """
 
     def __init__(
-        self,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        v_head_dim: int,
-        page_size: int,
-        tiling: Tiling,
-        device: torch.device,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-        chunk: int | None = None,
-        spans: bool = False,
-        softcap: float | None = None,
-        precise: bool = False,
+        self, shape: AttentionShape, page_size: int, tiling: Tiling, device: torch.device, spans: bool = False
     ) -> None:
-        group = num_heads // num_kv_heads
-        self.num_heads, self.num_kv_heads, self.tiling, self.device = num_heads, num_kv_heads, tiling, device
+        heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+        self.num_kv_heads, self.tiling, self.device = heads, tiling, device
         self.block_q = max(1, tiling.block_m // group)
         self.block_m: int = max(16, triton.next_power_of_2(self.block_q * group))
-        self.budget = max(1, _processors(device) * tiling.programs // num_kv_heads)
+        self.budget = max(1, _processors(device) * tiling.programs // heads)
         self.slots = 2 * self.budget
-        self.v_pad: int = max(16, triton.next_power_of_2(v_head_dim))
-        self._scale = scale / softcap if softcap else scale
-        self._softcap = softcap or 0.0
+        self.v_pad: int = max(16, triton.next_power_of_2(shape.v_dim))
+        self._scale = shape.scale / shape.softcap if shape.softcap else shape.scale
+        self._softcap = shape.softcap or 0.0
         self._mask = {
-            "CAUSAL": causal, "WINDOW": window or 0, "CHUNK": chunk or 0, "SPANS": spans,
+            "CAUSAL": shape.causal, "WINDOW": shape.window or 0, "CHUNK": shape.chunk or 0, "SPANS": spans,
             "BLOCK_Q": self.block_q, "BLOCK_N": tiling.block_n,
         }  # fmt: skip
         rows = min(self.block_m, max(1, triton.next_power_of_2(group)))
@@ -189,10 +172,11 @@ class RaggedAttention:
         elements = 32 * tiling.warps * _MERGE_ELEMENTS[tiling.block_n >= 128]
         parts = max(1, min(triton.next_power_of_2(self.slots), elements // (rows * self.v_pad)))
         self._constants: dict[str, Any] = {
-            **self._mask, "HEADS": num_kv_heads, "GROUP": group, "K_DIM": head_dim, "V_DIM": v_head_dim,
-            "K_PAD": max(16, triton.next_power_of_2(head_dim)), "V_PAD": self.v_pad, "PAGE": page_size,
-            "BLOCK_M": self.block_m, "SOFTCAP": softcap is not None, "NEGATIVE": scale <= 0, "PHASES": tiling.phases,
-            "MERGE_PARTS": parts, "MERGE_ROWS": rows, "PRECISION": "ieee" if precise else "tf32",
+            **self._mask, "HEADS": heads, "GROUP": group, "K_DIM": shape.head_dim, "V_DIM": shape.v_dim,
+            "K_PAD": max(16, triton.next_power_of_2(shape.head_dim)), "V_PAD": self.v_pad, "PAGE": page_size,
+            "BLOCK_M": self.block_m, "SOFTCAP": shape.softcap is not None, "NEGATIVE": shape.scale <= 0,
+            "PHASES": tiling.phases, "MERGE_PARTS": parts, "MERGE_ROWS": rows,
+            "PRECISION": "ieee" if shape.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
     @property
@@ -225,46 +209,31 @@ class RaggedAttention:
         )  # fmt: skip
 
     def arguments(
-        self,
-        items: Schedule,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        kv_indices: torch.Tensor,
-        workspace: torch.Tensor,
-        *,
-        spans: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        slopes: torch.Tensor | None = None,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
-        lse: torch.Tensor | None = None,
-    ) -> tuple[Any, ...]:
+        self, items: Schedule, call: AttentionCall, kv_indices: torch.Tensor, workspace: torch.Tensor,
+        spans: torch.Tensor | None = None, lse: torch.Tensor | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """What the kernel takes, in order.
 
         Args:
-            q: ``[rows, num_heads, head_dim]``. out: ``[rows, num_heads, v_head_dim]``. Last dimensions contiguous.
-            k_cache, v_cache: ``[pages, page_size, num_kv_heads, dim]``, last dimension contiguous.
+            call: its tensors' last dimensions are contiguous.
             workspace: float32, :attr:`workspace_floats` elements.
-            spans: ``[rows, 2]`` int32. sinks, slopes: ``[num_heads]``. k_scales, v_scales: ``[num_kv_heads]`` float32.
-            lse: ``[rows, num_heads]`` float32, written.
+            spans: ``[rows, 2]`` int32. lse: ``[rows, num_heads]`` float32, written.
         """
-        stats = self.slots * self.num_kv_heads * self.block_m * self.v_pad
-        rest = items.items
+        q, k_cache, v_cache, out = call.q, call.k_cache, call.v_cache, call.out
+        stats, rest = self.slots * self.num_kv_heads * self.block_m * self.v_pad, items.items
+        some = (spans, call.sinks, call.slopes, call.k_scale, call.v_scale)
         constants = {
-            **self._constants, "SINKS": sinks is not None, "ALIBI": slopes is not None, "LSE": lse is not None,
-            "FP8": k_scales is not None, "ALIKE": k_cache.stride()[:3] == v_cache.stride()[:3],
+            **self._constants, "SINKS": call.sinks is not None, "ALIBI": call.slopes is not None,
+            "LSE": lse is not None, "FP8": call.k_scale is not None,
+            "ALIKE": k_cache.stride()[:3] == v_cache.stride()[:3],
             "WIDE": is_interpreted() and q.dtype == torch.bfloat16,
         }  # fmt: skip
         return (
-            q, k_cache, v_cache, out, lse if lse is not None else rest, items.items, kv_indices,
-            spans if spans is not None else rest, sinks if sinks is not None else rest,
-            slopes if slopes is not None else rest, k_scales if k_scales is not None else rest,
-            v_scales if v_scales is not None else rest, workspace, workspace[stats:], items.counters,
+            q, k_cache, v_cache, out, rest if lse is None else lse, rest, kv_indices,
+            *(rest if one is None else one for one in some), workspace, workspace[stats:], items.counters,
             self._scale, self._softcap, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
             k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), out.stride(0), out.stride(1),
-            lse.stride(0) if lse is not None else 0, *(constants[name] for name in _CONSTANTS),
+            0 if lse is None else lse.stride(0), *(constants[name] for name in _CONSTANTS),
         )  # fmt: skip
 
     def attend(self, items: Schedule, *args: Any, **kwargs: Any) -> Launch | None:

@@ -9,7 +9,7 @@ rows are the same numbers with and without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,17 @@ __all__ = ["ReferenceAttention"]
 
 #: Most scores that are in memory at once.
 _MOST_SCORES = 1 << 25
+
+
+class _Requests(NamedTuple):
+    """A batch on the host: cumulative and single query lengths, KV lengths, pages and where each request's begin."""
+
+    qo: Ints
+    lengths: Ints
+    kv_lens: Ints
+    pages: Ints
+    first_page: Ints
+    spans: torch.Tensor | None
 
 
 @dataclass
@@ -68,46 +79,29 @@ class ReferenceAttention(AttentionImpl):
 
     def plan(self, prepared: Prepared) -> list[_Group]:
         padded = prepared.padded
-        qo = padded.array(0).astype(np.int64)
-        kv_lens = padded.array(3).astype(np.int64)
-        pages, first_page = padded.array(4), padded.array(1)[:-1].astype(np.int64)
+        qo, kv_lens, first_page = (padded.array(i).astype(np.int64) for i in (0, 3, 1))
         lengths = np.diff(qo)
-        spans = prepared.spans
         # Entries that are not used have no tokens; what is last of the others is the padding, where there is any.
         lengths = lengths[: int(np.flatnonzero(lengths)[-1]) + 1]
-        kv_lens = kv_lens[: len(lengths)]
+        batch = _Requests(qo, lengths, kv_lens[: len(lengths)], padded.array(4), first_page[:-1], prepared.spans)
         order = np.arange(len(lengths))
         is_padding = order == (len(lengths) - 1 if padded.bucket > padded.tokens else -1)
-        keys = np.stack([is_padding, _power(lengths), _power(kv_lens)])
-        groups: list[_Group] = []
+        keys = np.stack([is_padding, _power(lengths), _power(batch.kv_lens)])
+        groups: list[_Group | None] = []
         for key in np.unique(keys, axis=1).T:
             members = order[(keys == key[:, None]).all(0)]
-            longest_q, longest_k = int(lengths[members].max()), int(kv_lens[members].max())
+            longest_q, longest_k = int(lengths[members].max()), int(batch.kv_lens[members].max())
             scores = self.shape.num_heads * longest_k
             q_chunk = max(1, min(longest_q, _MOST_SCORES // scores))
             g_chunk = max(1, _MOST_SCORES // (scores * q_chunk))
             for g in range(0, len(members), g_chunk):
-                some = members[g : g + g_chunk]
                 for q in range(0, longest_q, q_chunk):
-                    end = min(q + q_chunk, longest_q)
-                    group = self._group(some, q, end, qo, lengths, kv_lens, pages, first_page, spans)
-                    if group is not None:
-                        groups.append(group)
-        return groups
+                    groups.append(self._group(batch, members[g : g + g_chunk], q, min(q + q_chunk, longest_q)))
+        return [group for group in groups if group is not None]
 
-    def _group(
-        self,
-        members: Ints,
-        begin: int,
-        end: int,
-        qo: Ints,
-        lengths: Ints,
-        kv_lens: Ints,
-        pages: Ints,
-        first_page: Ints,
-        spans: torch.Tensor | None,
-    ) -> _Group | None:
+    def _group(self, batch: _Requests, members: Ints, begin: int, end: int) -> _Group | None:
         """The query rows ``begin`` to ``end`` of the members."""
+        qo, lengths, kv_lens, pages, first_page, spans = batch
         members = members[lengths[members] > begin]
         if not len(members):
             return None
@@ -179,14 +173,9 @@ class ReferenceAttention(AttentionImpl):
             if bias is not None:
                 mask = bias.masked_fill(~group.mask, -torch.inf).view(g, shape.num_heads, queries, length).to(dtype)
             rows = q.index_select(0, group.rows).view(g, queries, shape.num_heads, shape.head_dim)
-            result = F.scaled_dot_product_attention(
-                rows.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                mask,
-                scale=shape.scale,
-                enable_gqa=repeat > 1,
-            ).transpose(1, 2)
+            rows, k, v = (one.transpose(1, 2) for one in (rows, k, v))
+            result = F.scaled_dot_product_attention(rows, k, v, mask, scale=shape.scale, enable_gqa=repeat > 1)
+            result = result.transpose(1, 2)
             self._store(group, result.reshape(g * queries, shape.num_heads, shape.v_dim), out)
             return
         rows = q.index_select(0, group.rows).to(dtype).view(g, queries, kv_heads, repeat, shape.head_dim)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -139,11 +140,9 @@ class TritonAttention(AttentionImpl):
                 launch(plan.schedule.most, plan.kv_indices)
                 return
             strided = call.q.stride(-1) != 1
-            launch = plan.kernels.attend(
-                plan.schedule, call.q.contiguous() if strided else call.q, call.k_cache, call.v_cache, call.out,
-                plan.kv_indices, self._workspace(plan.kernels), spans=plan.spans, sinks=call.sinks, slopes=call.slopes,
-                k_scales=call.k_scale, v_scales=call.v_scale,
-            )  # fmt: skip
+            one = replace(call, q=call.q.contiguous()) if strided else call
+            space = self._workspace(plan.kernels)
+            launch = plan.kernels.attend(plan.schedule, one, plan.kv_indices, space, plan.spans)
             if launch is not None and not strided:
                 call.kept[key] = launch
 
@@ -162,12 +161,8 @@ class TritonAttention(AttentionImpl):
         )  # fmt: skip
         kernels = self._kernels.get((tiling, spans))
         if kernels is None:
-            kernels = self._kernels[tiling, spans] = RaggedAttention(
-                num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-                v_head_dim=shape.v_dim, page_size=self.page_size, tiling=tiling, device=self.device, scale=shape.scale,
-                causal=shape.causal, window=shape.window, chunk=shape.chunk, spans=spans, softcap=shape.softcap,
-                precise=shape.dtype == torch.float32,
-            )  # fmt: skip
+            kernels = RaggedAttention(shape, self.page_size, tiling, self.device, spans)
+            self._kernels[tiling, spans] = kernels
             self._workspace(kernels)
         return kernels
 
