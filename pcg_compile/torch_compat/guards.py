@@ -59,7 +59,8 @@ def layouts_apart(fake_mode: FakeTensorMode) -> list[Any]:
         return []
     for symbol in env.size_like & env.backed_var_to_val.keys():
         bounds = env.var_to_range[symbol]
-        if bounds.lower < 1:
+        # A trace without rows has numbers for them, but for the tensor that an argument is a view of.
+        if bounds.lower < 1 <= env.backed_var_to_val[symbol]:
             env.var_to_range[symbol] = type(bounds)(1, bounds.upper)
             env._update_version_counter()
     taken = [
