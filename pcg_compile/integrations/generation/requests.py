@@ -81,6 +81,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.prompt)
+        #: Tokens at the most.
+        self.limit = len(self.prompt) + self.most
 
     @property
     def generated(self) -> list[int]:
@@ -91,8 +93,3 @@ class Request:
     def total(self) -> int:
         """Tokens, those included that are still on the device."""
         return len(self.tokens) + self.in_flight
-
-    @property
-    def limit(self) -> int:
-        """Tokens at the most."""
-        return len(self.prompt) + self.most

@@ -52,7 +52,7 @@ class Session:
                         cure="Add the requests to the running session, or wait for it to end.")
             )  # fmt: skip
         engine.begin()
-        self.engine, self.tokenizer = engine, tokenizer
+        self.engine, self.tokenizer, self._open = engine, tokenizer, True
         self.pool = PagePool(engine.cache)
         adapters = min((router.max_adapters for router in routers_of(engine.model)), default=None)
         self.scheduler = Scheduler(self.pool, engine.slots, engine.most_tokens, most_length, adapters)
@@ -74,7 +74,8 @@ class Session:
 
     def close(self) -> None:
         """Gives every page back; requests that have not finished are lost."""
-        if self.pool.capacity:
+        if self._open:
+            self._open = False
             self.pool.close()
             self.engine.end()
 
