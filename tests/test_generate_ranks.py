@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from adapters import llama
-from test_tensor_parallel import pytestmark, ranks
+from ranks import NEEDS_DISTRIBUTED, ranks
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS_DISTRIBUTED
 
 
 def test_ranks_take_the_same_steps_and_end_requests_together(tmp_path):
