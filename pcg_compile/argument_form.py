@@ -102,7 +102,7 @@ def _product(expr: Any, places: Mapping[sympy.Symbol, int]) -> tuple[int, tuple[
         NoFastCall: it is no such product.
     """
     coefficient, rest = sympy.sympify(expr).as_coeff_Mul()
-    factors = [] if rest == 1 else list(sympy.Mul.make_args(rest))
+    factors: list[Any] = [] if rest == 1 else list(sympy.Mul.make_args(rest))
     if not coefficient.is_Integer or not all(factor in places for factor in factors):
         raise NoFastCall(f"an argument has a size or stride {expr}, which is no product of sizes")
     return int(coefficient), tuple(places[factor] for factor in factors)

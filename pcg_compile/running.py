@@ -16,23 +16,29 @@ class Running(Protocol):
     @property
     def batch(self) -> object:
         """The step's batch."""
+        ...
 
     @property
     def outer(self) -> Running | None:
         """The step that it is inside of."""
+        ...
 
     @property
     def closed(self) -> bool:
         """Whether it is over."""
+        ...
 
     def user_positions(self) -> torch.Tensor:
         """``[tokens]`` int64."""
+        ...
 
     def user_slots(self) -> torch.Tensor | None:
         """``[tokens]`` int64; None without a cache."""
+        ...
 
     def user_ids(self) -> torch.Tensor:
         """``[tokens]`` int64."""
+        ...
 
 
 #: The running step of this thread or task.

@@ -309,6 +309,5 @@ def _function_of(model: Any, content: Mapping[str, Any]) -> tuple[Any, torch.nn.
     function: Any = getattr(model, content["name"]) if module is not None else model
     if not callable(function):
         raise ProgramError(f"{model!r} is neither a module nor a function: pass what was compiled")
-    if module is None and isinstance(getattr(function, "__self__", None), torch.nn.Module):
-        module = function.__self__
-    return function, module
+    owner = getattr(function, "__self__", None)
+    return function, module if module is not None or not isinstance(owner, torch.nn.Module) else owner

@@ -41,7 +41,7 @@ def warmup(
         ValueError: ``buckets`` do not fit the model's dynamic sizes, or nothing in the model is compiled by pcg.
         BatchError: a model with paged attention outside ``pcg.step()``.
     """
-    bar = _Bar(compiled) if progress else None
+    bar = _Progress(compiled) if progress else None
     request = WarmUp(buckets, bar.report if bar else lambda done, total, name: None)
     before = len(runtimes())
     try:
@@ -125,7 +125,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-class _Bar:
+class _Progress:
     """A tqdm bar over buckets."""
 
     def __init__(self, compiled: Any) -> None:
