@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .errors import PCGError, message
+from .errors import PCGError, TraceError, message
 from .registry import is_compiled, runtimes
 from .runtime.ahead_of_time import WarmUp, warm_up_context
 from .step import current_step
@@ -111,9 +111,9 @@ def _capture_other_sizes(compiled: Any, args: Any, kwargs: Any, request: WarmUp)
         sizes = compile_for_all_sizes(lambda: [(tensor, along, False) for tensor, along in grown])
         with warm_up_context(request), sizes, torch.no_grad():
             compiled(*args, **kwargs)
-    except PCGError:
-        raise
     except Exception as error:
+        if isinstance(error, PCGError) and not isinstance(error, TraceError):
+            raise
         # A model may take the one size only.
         reason = f"warmup captured the size of the example alone: with one row more, {_first_line(error)}"
         for counters in request.counters:
