@@ -11,7 +11,7 @@ from routed_lora import ADAPTERS, WIDTH, Model
 from torch import nn
 
 import pcg_compile as pcg
-from pcg_compile.lora.routing import route_requests
+from pcg_compile.lora.route import route_requests
 
 
 def compiled(model, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -49,3 +50,30 @@ def route(slots: torch.Tensor | Sequence[int], max_adapters: int, out: Routing |
     out.permutation.copy_(permutation)
     out.seg_indptr.copy_(seg_indptr)
     return out
+
+
+def route_requests(
+    lengths: Sequence[int], slots: np.ndarray[Any, Any], max_adapters: int, out: np.ndarray[Any, Any]
+) -> None:
+    """What :func:`route` gives, from requests on the host.
+
+    Args:
+        lengths: tokens by request. slots: the adapter slot by request, -1 for the base model.
+        out: int32 ``[max_adapters + 1 + rows]``: becomes ``seg_indptr``, then ``permutation``; rows beyond the
+            requests' tokens are padding.
+    """
+    counts = np.asarray(lengths, dtype=np.int64)
+    keys = np.where((slots < 0) | (slots >= max_adapters), max_adapters, slots)
+    order = np.argsort(keys, kind="stable")
+    tokens = int(counts.sum())
+    out[0] = 0
+    np.cumsum(
+        np.bincount(keys, weights=counts, minlength=max_adapters + 1)[:max_adapters], out=out[1 : max_adapters + 1]
+    )
+    permutation = out[max_adapters + 1 :]
+    # The tokens of a request are neighbours, so sorting requests sorts tokens: each goes where its request begins.
+    starts = np.cumsum(counts) - counts
+    sorted_counts = counts[order]
+    shift = starts[order] - (np.cumsum(sorted_counts) - sorted_counts)
+    np.add(np.arange(tokens), np.repeat(shift, sorted_counts), out=permutation[:tokens], casting="unsafe")
+    permutation[tokens:] = np.arange(tokens, len(permutation))

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import AdapterError, BatchError, message
 from ..memory.staging import StagingRing
-from .route import Routing, route
+from .route import Routing, route, route_requests
 
 if TYPE_CHECKING:
     from ..step_state import StepState
@@ -297,33 +297,6 @@ class OneAdapterMemory:
             why=f"Which row belongs to which request cannot be read from the graph ({layers}).",
             cure="Leave these layers out of target_modules, or give all requests of a batch one adapter.",
         )
-
-
-def route_requests(
-    lengths: Sequence[int], slots: np.ndarray[Any, Any], max_adapters: int, out: np.ndarray[Any, Any]
-) -> None:
-    """What :func:`pcg_compile.lora.route` gives, from requests on the host.
-
-    Args:
-        lengths: tokens by request. slots: the adapter slot by request, -1 for the base model.
-        out: int32 ``[max_adapters + 1 + rows]``: becomes ``seg_indptr``, then ``permutation``; rows beyond the
-            requests' tokens are padding.
-    """
-    counts = np.asarray(lengths, dtype=np.int64)
-    keys = np.where((slots < 0) | (slots >= max_adapters), max_adapters, slots)
-    order = np.argsort(keys, kind="stable")
-    tokens = int(counts.sum())
-    out[0] = 0
-    np.cumsum(
-        np.bincount(keys, weights=counts, minlength=max_adapters + 1)[:max_adapters], out=out[1 : max_adapters + 1]
-    )
-    permutation = out[max_adapters + 1 :]
-    # The tokens of a request are neighbours, so sorting requests sorts tokens: each goes where its request begins.
-    starts = np.cumsum(counts) - counts
-    sorted_counts = counts[order]
-    shift = starts[order] - (np.cumsum(sorted_counts) - sorted_counts)
-    np.add(np.arange(tokens), np.repeat(shift, sorted_counts), out=permutation[:tokens], casting="unsafe")
-    permutation[tokens:] = np.arange(tokens, len(permutation))
 
 
 def any_router() -> bool:
