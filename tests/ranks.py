@@ -9,11 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 
-NEEDS_DISTRIBUTED = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 

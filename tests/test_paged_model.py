@@ -108,7 +108,7 @@ def test_attention_in_plain_pytorch_is_counted_at_each_step(plain, cudagraph_mod
         traffic.check(model, compiled, {request: n})
     (found,) = [f for f in pcg.stats(compiled).fallbacks if f.reason == plain]
     # Once for all layers; at sizes of one bucket, which share its program, and beyond the largest bucket too.
-    assert found.count == len(sizes) and "test_paged_model.py" in found.where
+    assert found.count == len(sizes) and "paged_model.py" in found.where
     assert "0.0.1 is installed" in str(pcg.explain(compiled))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def route(slots: torch.Tensor | Sequence[int], max_adapters: int, out: Routing |
 def route_requests(
     lengths: Sequence[int], slots: np.ndarray[Any, Any], max_adapters: int, out: np.ndarray[Any, Any]
 ) -> None:
-    """What :func:`pcg_compile.lora.route` gives, from requests on the host.
+    """What :func:`route` gives, from requests on the host.
 
     Args:
         lengths: tokens by request. slots: the adapter slot by request, -1 for the base model.
