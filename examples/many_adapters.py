@@ -1,6 +1,6 @@
 """Three LoRA adapters and base traffic in one batch, in the same captured graphs; PEFT, one request at a time, agrees.
 
-    python examples/many_adapters.py
+python examples/many_adapters.py
 """
 
 from __future__ import annotations
