@@ -61,15 +61,16 @@ def main():
         print("    serving 4 requests,", "compiling and capturing (the longest phase)" if not i else f"round {i} of 3")
         runs["eager"].append(serve(model, cache, prompts))
         runs["pcg"].append(serve(compiled, cache, prompts, given=runs["eager"][-1][0]))
-    table = Table("step", "tokens", "bucket", "eager ms", "pcg ms", *["speed-up"] * GPU, "largest difference")
+    times_of = ["eager ms", "pcg ms", "speed-up"] if GPU else []
+    table = Table("step", "tokens", "bucket", *times_of, "largest difference")
     for slow, fast in zip(*(zip(*(steps for _, steps in rounds[1:])) for rounds in runs.values())):
         times, tokens = [min(t for _, t, _ in runs_of) * 1e3 for runs_of in (slow, fast)], slow[0][0]
         bucket, difference = next(b for b in BUCKETS if b >= tokens), (slow[0][2] - fast[0][2]).abs().max().item()
-        row = "decode" if table.rows else "prefill", tokens, bucket, *(f"{t:.2f}" for t in times)
-        table.add_row(*map(str, row), *[f"{times[0] / times[1]:.1f}x"] * GPU, f"{difference:.1e}")
+        row = [*(f"{t:.2f}" for t in times), f"{times[0] / times[1]:.1f}x"][: len(times_of)]
+        table.add_row("decode" if table.rows else "prefill", str(tokens), str(bucket), *row, f"{difference:.1e}")
     Console().print(table)
     if not GPU:
-        print("A captured graph saves a GPU's kernel launches. A CPU has none to save, so the times differ by chance.")
+        print("No times: a captured graph saves a GPU's kernel launches, and a CPU has none to save.")
     stats = pcg.stats(compiled)
     print(f"{stats.steps} steps; {stats.captured} captured graphs, replayed {stats.replays} times;", end=" ")
     print("no fallback" if not stats.fallbacks else "\n".join(f"not replayed: {f.reason}" for f in stats.fallbacks))

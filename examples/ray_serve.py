@@ -1,6 +1,6 @@
 """A streaming endpoint on Ray Serve: one model a replica, with continuous batching over all requests of the replica.
 
-    pip install 'pcg-compile[ray]'
+    pip install '.[ray]'                              # in a checkout of pcg-compile
     serve run examples.ray_serve:app model=Qwen/Qwen3-0.6B replicas=4
     curl -N localhost:8000 -d '{"prompt": "Once upon a time", "max_new_tokens": 50, "temperature": 0.7, "seed": 3}'
 

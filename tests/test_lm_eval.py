@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pcg_compile as pcg
 
-lm_eval = pytest.importorskip("lm_eval", reason="pip install 'pcg-compile[lm-eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402

@@ -275,7 +275,8 @@ def test_the_command_is_declared_and_named_extras_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"pcg-compile": "pcg_compile.cli:main"}
     extras = project["optional-dependencies"]
-    texts = [p.read_text() for folder in ("pcg_compile", "docs") for p in (ROOT / folder).rglob("*.[pm][yd]")]
+    folders = ("pcg_compile", "docs", "examples")
+    texts = [path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.[pm][yd]")]
     named = set(re.findall(r"pip install '?\.\[([\w,]+)\]", "\n".join([*texts, (ROOT / "README.md").read_text()])))
     assert named and all(extra in extras for one in named for extra in one.split(","))
     # It is on no index: advice that names the distribution cannot be followed.

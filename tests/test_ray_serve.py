@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pcg_compile.integrations.transformers import generate_batch
 
-ray = pytest.importorskip("ray", reason="pip install 'pcg-compile[ray]'")
+ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
 serve = pytest.importorskip("ray.serve")
 import examples.ray_serve  # noqa: E402 - it imports Ray
 

@@ -80,8 +80,7 @@ def _write_graph(folder: Path, runtime: Any) -> None:
                     outputs.append(f"{script}  {path}")
         lines.append(f"{told.name:24}  {script:12}  {told.verdict} ({told.reason})  {told.module}  {told.where}")
     _write_lines(folder / "pieces.txt", lines)
-    if outputs:
-        _write_lines(folder / "inductor.txt", outputs)
+    _write_lines(folder / "inductor.txt", outputs)
     for binding in runtime.bindings:
         for sizes, program in binding.steps.items():
             title = "_".join(map(str, sizes)) or "static"
@@ -89,7 +88,9 @@ def _write_graph(folder: Path, runtime: Any) -> None:
 
 
 def _write_lines(path: Path, lines: Iterable[str | None]) -> None:
-    path.write_text("\n".join(line for line in lines if line is not None) + "\n", encoding="utf-8")
+    found = [line for line in lines if line is not None]
+    if found:
+        path.write_text("\n".join(found) + "\n", encoding="utf-8")
 
 
 def _write_code(path: Path, title: str, gm: Any) -> None:
