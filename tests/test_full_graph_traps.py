@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_paged_model import DIM, HEADS, KV_HEADS, VOCAB, Model, Traffic
+from paged_model import DIM, HEADS, KV_HEADS, VOCAB, Model, Traffic
 
 import pcg_compile as pcg
 
