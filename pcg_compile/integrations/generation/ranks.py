@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,9 @@ __all__ = ["Ending", "Ranks"]
 
 #: A request's name, and why it ends: an error, or None where it was cancelled.
 Ending = tuple[str, BaseException | None]
+
+#: How long ranks wait for each other; another one may be compiling.
+_TIMEOUT = timedelta(minutes=5)
 
 #: Registry: the ranks of a model, while it lives.
 _RANKS: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
@@ -29,7 +33,7 @@ class Ranks:
         mesh = next((mesh for mesh in meshes if mesh is not None), None)
         if mesh is not None and mesh.size() > 1:
             ranks = mesh.mesh.flatten().tolist()
-            self.group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self.group = dist.new_group(ranks, _TIMEOUT, backend="gloo", use_local_synchronization=True)
 
     @staticmethod
     def of(model: Any) -> Ranks:

@@ -118,7 +118,8 @@ class Session:
                 yield from read if tokens else ()
             while self._ended:
                 yield self._ended.popleft(), None
-            idle = launched is None and last is None and not self.scheduler.running and not self.scheduler.waiting
+            # A rank where a step failed has none to read: whether it is over must not depend on that.
+            idle = launched is None and not self.scheduler.running and not self.scheduler.waiting
             if idle and not self._end_some():
                 return
 
