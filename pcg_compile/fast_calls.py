@@ -5,8 +5,10 @@ Dynamo's code for a function, called as a plain function, does what a call behin
 nobody evaluates guards and looks the code up. A :class:`FastCall` holds such code and what it may be used for: the
 :class:`ArgumentForm` of the traced call, the :class:`GlobalState` of torch, and the :class:`Weights` of the modules. A
 call that differs in any of these takes the way through Dynamo, which decides. So does the first call on another module:
-its weights are known once Dynamo's guards have let a graph run for it. The form may be stricter than Dynamo's guards on
-arguments, and is never looser. Not compared: what ``guards="inputs"`` does not see, and Python attributes of tensors.
+its weights are known once Dynamo's guards have let a graph run for it. The graph's runtime compares weights once it has
+launched the loads of the arguments, and raises :class:`WeightsChanged` ahead of everything else. The form may be
+stricter than Dynamo's guards on arguments, and is never looser. Not compared: what ``guards="inputs"`` does not see,
+and Python attributes of tensors.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from .argument_form import ArgumentForm, Binder
 from .fast_calls import OTHER, FastCall
 from .fx.graph_data import decode, decode_expression, graph_from_data, import_name
+from .lora.adapted import routers_of
 from .lora.packed import renumbered
-from .lora.routing import routers_of
 from .registry import RUNNING_CALL, RunningCall, runtimes_of_caller
 from .torch_compat.dynamo_calls import GlobalState, function_of_code
 from .torch_compat.inductor import inductor_misses

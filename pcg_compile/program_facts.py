@@ -20,8 +20,8 @@ import torch
 
 from .errors import ProgramError, message
 from .fx.graph_data import CannotSave
+from .lora.adapted import routers_of
 from .lora.packed import renumbered
-from .lora.routing import routers_of
 from .version import __version__
 
 __all__ = ["check_sources", "compare", "device_data", "different", "model_data", "sources_data", "unfit", "versions"]

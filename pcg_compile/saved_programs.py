@@ -30,7 +30,7 @@ from .errors import OptionsError, ProgramError, message
 from .fast_calls import TracedGraph
 from .fx.graph_data import CannotSave, encode, encode_expression, graph_to_data
 from .loaded_programs import ModuleCalls, SavedProgram
-from .lora.routing import routers_of
+from .lora.adapted import routers_of
 from .options import Options, OptionsDict
 from .piecewise import CompiledFunction, decorate, modules_of
 from .program_facts import check_sources, compare, device_data, different, model_data, sources_data, unfit, versions

@@ -22,6 +22,12 @@ FACTORS = "pcg_lora_factors"
 FACTS = ("pcg_lora_layout", "pcg_lora_name", "pcg_lora_kinds", "pcg_lora_sizes", "pcg_lora_router")
 
 
+def routers_of(*models: nn.Module) -> list[Any]:
+    """The routers of the adapter pools that models' layers belong to, in the order of the layers."""
+    routers = (getattr(module, "pcg_lora_router", None) for model in models for module in model.modules())
+    return list({id(router): router for router in routers if router is not None}.values())
+
+
 class _CopiedAsBase(nn.Module):
     """A layer that a pool loads adapters into; copies of it are the base model's.
 

@@ -304,12 +304,6 @@ def any_router() -> bool:
     return bool(_ROUTERS)
 
 
-def routers_of(*models: torch.nn.Module) -> list[Any]:
-    """The routers of the adapter pools that models' layers belong to, in the order of the layers."""
-    routers = (getattr(module, "pcg_lora_router", None) for model in models for module in model.modules())
-    return list({id(router): router for router in routers if router is not None}.values())
-
-
 def router_by_id(router_id: int) -> Router:
     """The router that a graph names.
 

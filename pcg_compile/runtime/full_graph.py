@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from ..fx.plan import PieceItem, SplitOpItem
 from ..fx.sizes import evaluate, symbols_of
-from ..memory.ranges import Intervals, range_of
+from ..memory.ranges import Range, any_overlap, range_of
 from ..step import current_step
 from ..step_state import DoesNotFit
 from .capture import CapturedGraph
@@ -156,14 +156,12 @@ class FullGraph:
 
     def _apart(self, result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """A result in memory that no result is copied to, but where it lies in its place; see Note [pools]."""
-        taken = Intervals(one for t in self.outputs.values() if (one := range_of(t)) is not None)
-        if result.data_ptr() == target.data_ptr() and len(self.outputs) == 1:
-            return result
         given: list[torch.Tensor] = []
-        while (range_now := range_of(result)) is not None and taken.meet(range_now):
+        targets = [t for t in self.outputs.values() if t is not target or result.data_ptr() != target.data_ptr()]
+        while (here := range_of(result)) is not None and any_overlap([(here, True), *_ranges(targets)]):
             # Memory that is held is not given again.
             given.append(result)
-            result = torch.empty_like(given[0])
+            result, targets = torch.empty_like(given[0]), list(self.outputs.values())
         return result if not given else result.copy_(given[0])
 
     def _run_split_op(self, item: SplitOpItem, env: dict[fx.Node, torch.Tensor]) -> None:
@@ -276,6 +274,10 @@ class FullGraph:
         """The tokens of the bucket."""
         sizes = self.shared.plan.token_sizes
         return int(evaluate(sizes[0][0], self.at)) if sizes else 0
+
+
+def _ranges(tensors: Sequence[torch.Tensor]) -> list[tuple[Range, bool]]:
+    return [(one, False) for one in map(range_of, tensors) if one is not None]
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

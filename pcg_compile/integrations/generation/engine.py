@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...attention import PagedKVCache
-from ...lora.routing import routers_of
+from ...lora.adapted import routers_of
 from ...piecewise import piecewise
 from ...runtime.buckets import default_table
 from .merging import MergedLayers
