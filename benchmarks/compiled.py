@@ -11,6 +11,7 @@ import torch
 import torch.fx.experimental._config
 
 import pcg_compile as pcg
+from pcg_compile.attention.base import AttentionCall
 from pcg_compile.step import require_step
 from pcg_compile.step_state import StepState
 
@@ -37,7 +38,7 @@ class Bound:
         return out
 
     def run(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
-        self.impl.bind(q, pages(k_cache), pages(v_cache), out)(self.plan)
+        self.impl.run(AttentionCall(q, pages(k_cache), pages(v_cache), out), self.plan)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ SERVED = {
     "bart": "takes no position_ids", "mamba": "carries a state", "gpt_oss": "right",
     "diffllama": "several times with layer_idx", "git": "chooses its attention by itself", "rembert": "by itself",
     "deepseek_v3": "right", "gemma4_text": "differ", "lfm2": "layers of type conv",
-    "llama4_text": "attn_temperature_tuning", "doge": "by itself",
+    "llama4_text": "right", "doge": "by itself",
 }  # fmt: skip
 
 
