@@ -97,6 +97,8 @@ class FastCall:
         if isinstance(graph.form, NoFastCall):
             raise graph.form
         assert graph.code is not None and graph.state is not None
+        if not graph.state.holds():
+            raise NoFastCall("torch.device(), a mode or a transform is around the call that was traced")
         if graph.weights is None:
             raise NoFastCall("its code fetches weights, from where they cannot be looked up once")
         binder = Binder(function, module is not None)
