@@ -28,9 +28,9 @@ class Bound:
     def __init__(self, world: World, state: StepState, rows: int, padded: bool) -> None:
         there = world.device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
         text = attention_of(world.shape, world.device, "flashinfer" if there else "auto")
-        self.cache, self.impl = world.cache, world.cache.impl(text)
+        self.cache = world.cache
         self.slots = state.prepare(rows, "request" if padded else "slice", [text]).slots
-        self.plan = state.plan(text, rows)
+        self.impl, self.plan = state.plan(text, rows)
 
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, layer: int) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
