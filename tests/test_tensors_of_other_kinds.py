@@ -30,10 +30,19 @@ def _inference():
         yield
 
 
+#: Each way to compile, by what makes it of a function and options.
+ENTRIES = {
+    "compile": lambda function, **options: torch.compile(function, backend="pcg", options=options),
+    "dynamo": lambda function, **options: pcg.piecewise(**options)(function),
+    "inputs": lambda function, **options: pcg.piecewise(guards="inputs", **options)(function),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_graph_runs_eagerly_and_each_call_is_counted(kind):
+def test_the_graph_runs_eagerly_and_each_call_is_counted(kind, entry):
     make, function, reason = KINDS[kind]
-    compiled = torch.compile(function, backend="pcg", options={"compiler": "eager", "buckets": [4, 8]})
+    compiled = ENTRIES[entry](function, compiler="eager", buckets=[4, 8])
     for n in (3, 5, 4, 5):
         x = make(n)
         torch.testing.assert_close(compiled(x), function(x))
@@ -42,10 +51,11 @@ def test_the_graph_runs_eagerly_and_each_call_is_counted(kind):
     assert re.search(reason, fallback.reason)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_strict_names_it(kind):
+def test_strict_names_it(kind, entry):
     make, function, reason = KINDS[kind]
-    compiled = torch.compile(function, backend="pcg", options={"compiler": "eager", "strict": True})
+    compiled = ENTRIES[entry](function, compiler="eager", strict=True)
     with pytest.raises(Exception, match=reason):
         compiled(make(3))
 

@@ -116,7 +116,8 @@ def show_more_rows(arguments: dict[str, Any], marks: Marks) -> tuple[Marks, tupl
     """
     real = {tensor.shape[d] for tensor, dims, _ in marks for d in dims if tensor.shape[d] == 1}
     leaves = [leaf for value in arguments.values() for leaf in _tensor_leaves(value)]
-    taken = {int(size) for tensor in leaves for size in tensor.shape}
+    # A ragged size of a nested tensor is no number.
+    taken = {size for tensor in leaves for size in tensor.shape if isinstance(size, int)}
     # A size of its own: which symbols stand for it is known by the value that they were shown.
     free = [size for size in _SHOWN[0] if size not in taken]
     if len(real) != 1 or not free:
