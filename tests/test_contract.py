@@ -242,8 +242,21 @@ def test_families_that_would_be_wrong_are_refused(name, fields, reason):
         pytest.skip("this transformers does not have it")
     fields = {"vocab_size": 60, **fields}
     with pytest.raises(OptionsError, match=reason):
-        family(name, fields, "pcg")
+        # A model whose layers show what they do only as they run is refused with its cache.
+        cache_for(family(name, fields, "pcg"), num_pages=4)
     assert family(name, fields, "eager") is not None
+
+
+@pytest.mark.parametrize("name", ["DiffLlama", "Dory"])
+def test_a_cache_made_by_hand_lets_no_refused_model_run(name):
+    if not hasattr(tf, f"{name}Config"):
+        pytest.skip("this transformers does not have it")
+    fields = next(fields for refused, fields, _ in REFUSED if refused == name)
+    model = family(name, fields, "pcg")
+    cache = pcg.PagedKVCache(num_layers=4, num_pages=8, page_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+    batch = pcg.Batch(qo_lens=[4], kv_lens=[4], page_table=[cache.allocate(1)])
+    with torch.no_grad(), pcg.step(batch, cache), pytest.raises(OptionsError, match="layer_idx"):
+        model(input_ids=torch.randint(3, 60, (1, 4)), position_ids=batch.positions[None])
 
 
 def test_a_cache_for_latent_attention_holds_whole_heads():
