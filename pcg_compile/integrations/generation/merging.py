@@ -58,9 +58,10 @@ class _Merged(nn.Module):
         values = self.products.values
         if values is None:
             return functional.linear(x, self.weight, self.bias)
-        if self.place not in values or values[self.place][0] is not x:
-            values[self.place] = x, functional.linear(x, self.weight, self.bias)
-        return values[self.place][1]
+        known = values.get(self.place)
+        if known is None or known[0] is not x:
+            known = values[self.place] = x, functional.linear(x, self.weight, self.bias)
+        return known[1]
 
 
 class _Part(nn.Module):
