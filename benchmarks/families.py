@@ -267,7 +267,7 @@ try:
     transformers.BloomForCausalLM._from_config(config, attn_implementation="pcg")
 except pcg.errors.OptionsError as error:
     print(error)
-# prints: would give wrong numbers with BloomForCausalLM
+# prints: would give wrong numbers with BloomModel
 ```
 
 {right} of {len(table)} are right, {compiled} of them were run compiled too, and {refused} are refused.
