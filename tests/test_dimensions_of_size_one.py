@@ -135,3 +135,27 @@ def test_a_step_does_not_run_twice_for_its_strides():
         want = function(x, theirs)
         torch.testing.assert_close((got, ours), (want, theirs))
         assert torch.equal(after, torch.get_rng_state())
+
+
+def test_what_stands_for_a_large_cache_takes_no_memory(monkeypatch):
+    """The strides of a result beside a cache that is written are those of fake tensors, not worth a second cache."""
+    sizes, real = [], torch.empty_strided
+
+    def empty_strided(shape, *args, **kwargs):
+        made = real(shape, *args, **kwargs)
+        if type(made) is torch.Tensor and made.device.type != "meta":
+            sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+    cache, wanted = torch.zeros(1 << 18, 128), 0
+
+    def function(x, cache):
+        cache.add_(1)
+        return x.t() * cache[0, 0]
+
+    run = pcg.piecewise(compiler="eager", buckets=[4], dynamic={"x": 0})(function)
+    for n in (3, 1, 1):
+        x, wanted = torch.randn(n, 4), wanted + 1
+        torch.testing.assert_close(run(x, cache), x.t() * wanted)
+    assert pcg.stats(run).replays == 3 and max(sizes, default=0) < cache.numel()

@@ -16,6 +16,7 @@ from torch import fx
 
 from ..fx.plan import PieceItem
 from ..fx.sizes import evaluate, shape_at, strides_at, symbols_of
+from ..fx.submodules import Piece
 from ..memory.buffers import extent
 from .capture import rng_unchanged
 from .draft import Draft
@@ -23,6 +24,8 @@ from .shared import StrideRule
 
 __all__ = ["like_eager"]
 
+#: Most bytes of zeros for one run.
+_MOST_ZEROS = 1 << 26
 #: What torch's ops raise of zeros, as a factorization does: the strides are those of fake tensors then.
 _RAISED = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -66,11 +69,13 @@ def _run(d: Draft, node: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
     if not isinstance(item, PieceItem) or item.needs_probe or d.shared.agreement is not None:
         return {}
     piece = item.piece
-    inputs = [_input(d, one, i in piece.writes) for i, one in enumerate(piece.inputs)]
-    if any(value is None for value in inputs) or not d.sizes.keys() >= set(piece.symbols):
+    if not d.sizes.keys() >= set(piece.symbols):
         return {}
     try:
         with torch.inference_mode(False), torch.no_grad(), rng_unchanged(d.shared.device):
+            inputs = _inputs(d, piece)
+            if inputs is None:
+                return {}
             results = piece.gm.forward(*(d.sizes[s] for s in piece.symbols), *inputs)
     except _RAISED:
         return {}
@@ -78,22 +83,28 @@ def _run(d: Draft, node: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
     return {made: result.stride() for made, result in pairs if isinstance(result, torch.Tensor)}
 
 
-def _input(d: Draft, node: fx.Node, written: bool) -> torch.Tensor | None:
-    """What stands for an input of a piece: weights that are only read, else zeros laid out as in the step.
+def _inputs(d: Draft, piece: Piece) -> list[torch.Tensor] | None:
+    """What stands for a piece's inputs: weights that are only read, else zeros laid out as in the step.
 
-    None for what would be large, or differs from the traced one: what the step brings.
+    None where zeros would take much memory, as for a cache of keys and values, or for what the step brings.
     """
-    spec = next((spec for spec in d.plan.inputs if spec.node is node), None)
-    if spec is not None and spec.kind == "step":
-        return None
-    given = d.frame.args[spec.position] if spec is not None else None
-    if spec is not None and spec.kind != "user" and not written:
-        return given
-    fake = d.plan.value(node)
-    if not symbols_of(fake) <= d.sizes.keys():
-        return None
-    strides = strides_at(fake, d.sizes) if given is None else given.stride()
-    return torch.empty_strided(shape_at(fake, d.sizes), strides, dtype=fake.dtype, device=fake.device).zero_()
+    specs = {spec.node: spec for spec in d.plan.inputs}
+    found: list[torch.Tensor] = []
+    room = _MOST_ZEROS
+    for i, node in enumerate(piece.inputs):
+        spec, fake = specs.get(node), d.plan.value(node)
+        if (spec is not None and spec.kind == "step") or not symbols_of(fake) <= d.sizes.keys():
+            return None
+        given = d.frame.args[spec.position] if spec is not None else None
+        if spec is not None and spec.kind != "user" and i not in piece.writes:
+            found.append(given)
+            continue
+        shape, strides = shape_at(fake, d.sizes), strides_at(fake, d.sizes) if given is None else given.stride()
+        room -= extent(shape, strides) * fake.dtype.itemsize
+        if room < 0:
+            return None
+        found.append(torch.empty_strided(shape, strides, dtype=fake.dtype, device=fake.device).zero_())
+    return found
 
 
 def _rules(shape: Sequence[int], strides: Sequence[int], before: Sequence[int]) -> list[list[StrideRule]]:
