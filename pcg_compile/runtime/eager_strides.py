@@ -10,6 +10,7 @@ two runs tell which, and later sizes with ones at the same places are computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -95,7 +96,7 @@ def _inputs(d: Draft, piece: Piece) -> list[torch.Tensor] | None:
         spec, fake = specs.get(node), d.plan.value(node)
         if (spec is not None and spec.kind == "step") or not symbols_of(fake) <= d.sizes.keys():
             return None
-        given = d.frame.args[spec.position] if spec is not None else None
+        given: Any = d.frame.args[spec.position] if spec is not None else None
         if spec is not None and spec.kind != "user" and i not in piece.writes:
             found.append(given)
             continue
