@@ -100,7 +100,12 @@ def test_a_client_that_hangs_up_ends_its_request(folder):
         await anext(stream)
         await stream.aclose()
 
+    async def read_all():
+        return [json.loads(line) async for line in generator._stream(generator._request([3], 2))]
+
     asyncio.run(read_one_line())
+    # A request ends ahead of the next step, which another one waits for.
+    assert asyncio.run(read_all())[-1] == {"finished": 2}
     running = queue.Queue()
     generator.inbox.put(lambda session: running.put((len(session.scheduler.running), session.pool.available)))
     assert running.get(timeout=60) == (0, generator.pages - 1)
