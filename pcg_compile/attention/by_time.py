@@ -9,15 +9,16 @@ the time that the graph saves counts against it. A cache remembers what won, by 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..batch import Batch
+from ..runtime.timing import seconds_of
 from .base import AttentionImpl, AttentionShape
 from .cache import PagedKVCache
 from .choose import candidates
@@ -26,7 +27,7 @@ __all__ = ["choose_by_time"]
 
 #: Most keys of a request, and most tokens of a prompt, in batches that are timed.
 _KEYS, _PROMPT = 1024, 1024
-_CALLS, _ROUNDS = 8, 4
+_CALLS = 8
 
 
 def choose_by_time(
@@ -101,9 +102,10 @@ def _seconds(cache: PagedKVCache, impl: AttentionImpl, batch: Batch, layers: int
 
         impl.enqueue(plan)
         calls()
+        timed = partial(seconds_of, None, device=device)
         if not impl.capturable:
-            return _timed(lambda: impl.plan(prepared), device) + layers * _timed(calls, device) / _CALLS
-        return layers * _timed(_captured(calls) if device.type == "cuda" else calls, device) / _CALLS
+            return timed(lambda: impl.plan(prepared)) + layers * timed(calls) / _CALLS
+        return layers * timed(_captured(calls) if device.type == "cuda" else calls) / _CALLS
 
 
 def _captured(calls: Callable[[], None]) -> Callable[[], Any]:
@@ -112,17 +114,3 @@ def _captured(calls: Callable[[], None]) -> Callable[[], Any]:
         calls()
     graph.replay()
     return graph.replay
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the device has done it, the least of several times."""
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return best
